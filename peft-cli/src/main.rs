@@ -1,0 +1,2 @@
+//! peft-cli
+fn main() {}
