@@ -12,8 +12,15 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 
 mod cpu;
 mod diff_op;
+pub mod dropout;
+mod linear;
+mod lora;
 mod philox;
 pub mod testing;
+pub mod weight;
 
 pub use diff_op::seed;
+pub use linear::{frozen_linear, trainable_linear};
+pub use lora::{Dropout, lora_delta, lora_linear};
 pub use philox::{Stream, philox4x32};
+pub use weight::{FrozenWeight, WeightStorage};
