@@ -603,8 +603,7 @@ impl Missed<'_> {
             _ => {
                 let lists: BTreeSet<&str> = self
                     .modules
-                    .containers
-                    .iter()
+                    .paths()
                     .filter_map(|path| path.strip_suffix(".0"))
                     .filter_map(|path| path.rsplit('.').next())
                     .collect();
