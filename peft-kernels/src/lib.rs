@@ -16,11 +16,13 @@ pub mod dropout;
 mod linear;
 mod lora;
 mod philox;
+mod serving;
 pub mod testing;
 pub mod weight;
 
 pub use diff_op::seed;
 pub use linear::{frozen_linear, trainable_linear};
 pub use lora::{Dropout, lora_delta, lora_linear};
+pub use serving::{RoutedSpan, ServingForm, routed_linear};
 pub use philox::{Stream, philox4x32};
 pub use weight::{FrozenWeight, WeightStorage};
