@@ -72,9 +72,7 @@ pub enum Error {
         expected: Vec<usize>,
     },
     /// A tensor holds NaN or infinity.
-    #[error(
-        "{name}: {count} of {elements} values are not finite (first: {value} at index {index})"
-    )]
+    #[error("{name}: {count} of {elements} values are not finite (first: {value} at index {index})")]
     NotFinite {
         /// Name of the tensor.
         name: String,
@@ -103,42 +101,27 @@ pub enum Error {
 impl Error {
     /// Reading `path` failed.
     pub fn io(path: impl AsRef<Path>, cause: std::io::Error) -> Self {
-        Self::Io {
-            path: path.as_ref().to_owned(),
-            cause,
-        }
+        Self::Io { path: path.as_ref().to_owned(), cause }
     }
 
     /// Writing `path` failed.
     pub fn write(path: impl AsRef<Path>, cause: std::io::Error) -> Self {
-        Self::Write {
-            path: path.as_ref().to_owned(),
-            cause,
-        }
+        Self::Write { path: path.as_ref().to_owned(), cause }
     }
 
     /// The contents of `path` are wrong.
     pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
-        Self::File {
-            path: path.as_ref().to_owned(),
-            message: message.into(),
-        }
+        Self::File { path: path.as_ref().to_owned(), message: message.into() }
     }
 
     /// The value of config key `key` is wrong.
     pub fn config(key: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Config {
-            key: key.into(),
-            message: message.into(),
-        }
+        Self::Config { key: key.into(), message: message.into() }
     }
 
     /// Something is wrong at module `site`.
     pub fn site(site: impl Into<String>, message: impl Into<String>) -> Self {
-        Self::Site {
-            site: site.into(),
-            message: message.into(),
-        }
+        Self::Site { site: site.into(), message: message.into() }
     }
 
     /// A message without a place; name the place with [`Context::context`].
@@ -177,19 +160,12 @@ impl<T, E: Into<Error>> Context<T> for std::result::Result<T, E> {
     }
 
     fn with_context<C: Into<String>>(self, context: impl FnOnce() -> C) -> Result<T> {
-        self.map_err(|error| Error::Context {
-            context: context().into(),
-            error: Box::new(error.into()),
-        })
+        self.map_err(|error| Error::Context { context: context().into(), error: Box::new(error.into()) })
     }
 }
 
 fn join<T: std::fmt::Display>(items: &[T]) -> String {
-    items
-        .iter()
-        .map(ToString::to_string)
-        .collect::<Vec<_>>()
-        .join("; ")
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// candle's message without the backtrace that it appends when `RUST_BACKTRACE` is set.
@@ -223,12 +199,8 @@ fn write_advice(cause: &std::io::Error) -> &'static str {
         ErrorKind::QuotaExceeded => {
             "the disk quota is used up: free some space or choose another output folder; what was there before is unchanged"
         }
-        ErrorKind::FileTooLarge => {
-            "the file system does not take files of this size: choose another output folder"
-        }
-        ErrorKind::ReadOnlyFilesystem => {
-            "the file system is read-only: choose another output folder"
-        }
+        ErrorKind::FileTooLarge => "the file system does not take files of this size: choose another output folder",
+        ErrorKind::ReadOnlyFilesystem => "the file system is read-only: choose another output folder",
         ErrorKind::PermissionDenied => {
             "no permission to write there: choose another output folder or change its permissions"
         }
@@ -247,18 +219,11 @@ mod tests {
     #[test]
     fn messages_are_single_and_complete() {
         let full = Error::write("/out/a", std::io::Error::from_raw_os_error(28)).to_string();
-        assert!(
-            full.starts_with("could not write /out/a: ") && full.contains("the disk is full"),
-            "{full}"
-        );
+        assert!(full.starts_with("could not write /out/a: ") && full.contains("the disk is full"), "{full}");
         let read_only = Error::write("/out/a", std::io::Error::from_raw_os_error(30)).to_string();
-        assert!(
-            read_only.contains("read-only: choose another"),
-            "{read_only}"
-        );
+        assert!(read_only.contains("read-only: choose another"), "{read_only}");
 
-        let nested: Result<()> =
-            Err(Error::config("r", "must be positive")).context("adapter math");
+        let nested: Result<()> = Err(Error::config("r", "must be positive")).context("adapter math");
         let nested = nested.unwrap_err();
         assert_eq!(nested.to_string(), "adapter math: `r`: must be positive");
         assert!(std::error::Error::source(&nested).is_none());
@@ -266,15 +231,8 @@ mod tests {
 
     #[test]
     fn candle_errors_lose_their_backtrace_and_keep_their_context() {
-        let tensor =
-            candle_core::Tensor::zeros((2, 3), candle_core::DType::F32, &candle_core::Device::Cpu)
-                .unwrap();
-        let error = tensor
-            .matmul(&tensor)
-            .map_err(|e| e.bt())
-            .context("model.layers.0.mlp")
-            .unwrap_err()
-            .to_string();
+        let tensor = candle_core::Tensor::zeros((2, 3), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+        let error = tensor.matmul(&tensor).map_err(|e| e.bt()).context("model.layers.0.mlp").unwrap_err().to_string();
         assert!(error.starts_with("model.layers.0.mlp: "), "{error}");
         assert!(!error.contains('\n'), "{error}");
         let back: candle_core::Error = Error::site("a.b", "bad").into();

@@ -63,40 +63,19 @@ fn similarity(wanted: &str, name: &str) -> f64 {
     if wanted == name {
         return 1.0;
     }
-    let ends = |long: &str, short: &str| {
-        long.strip_suffix(short)
-            .is_some_and(|rest| rest.ends_with('.'))
-    };
+    let ends = |long: &str, short: &str| long.strip_suffix(short).is_some_and(|rest| rest.ends_with('.'));
     if ends(name, wanted) || ends(wanted, name) {
         return 0.95;
     }
-    let last = |dotted: &str| {
-        dotted
-            .rsplit('.')
-            .next()
-            .map(str::to_owned)
-            .unwrap_or_default()
-    };
+    let last = |dotted: &str| dotted.rsplit('.').next().map(str::to_owned).unwrap_or_default();
     let (wanted_last, name_last) = (last(wanted), last(name));
     let whole = strsim::normalized_damerau_levenshtein(wanted, name);
     let segment = strsim::normalized_damerau_levenshtein(&wanted_last, &name_last);
     let contained =
-        if wanted.len().min(name.len()) >= 3 && (name.contains(wanted) || wanted.contains(name)) {
-            0.7
-        } else {
-            0.0
-        };
+        if wanted.len().min(name.len()) >= 3 && (name.contains(wanted) || wanted.contains(name)) { 0.7 } else { 0.0 };
     // Underscores and hyphens are often left out or added: `qproj`, `q-proj`.
-    let squeeze = |text: &str| {
-        text.chars()
-            .filter(|c| !matches!(c, '_' | '-' | ' '))
-            .collect::<String>()
-    };
-    let squeezed = if squeeze(wanted) == squeeze(name) {
-        0.98
-    } else {
-        0.0
-    };
+    let squeeze = |text: &str| text.chars().filter(|c| !matches!(c, '_' | '-' | ' ')).collect::<String>();
+    let squeezed = if squeeze(wanted) == squeeze(name) { 0.98 } else { 0.0 };
     whole.max(0.92 * segment).max(contained).max(squeezed)
 }
 
@@ -104,37 +83,19 @@ fn similarity(wanted: &str, name: &str) -> f64 {
 mod tests {
     use super::*;
 
-    const NAMES: [&str; 9] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "embed_tokens",
-        "lm_head",
-    ];
+    const NAMES: [&str; 9] =
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"];
 
     #[test]
     fn finds_typos_suffixes_and_case() {
-        assert_eq!(
-            nearest("q_prjo", NAMES).first().map(String::as_str),
-            Some("q_proj")
-        );
+        assert_eq!(nearest("q_prjo", NAMES).first().map(String::as_str), Some("q_proj"));
         assert_eq!(nearest("Q_PROJ", NAMES)[0], "q_proj");
         assert_eq!(nearest("qproj", NAMES)[0], "q_proj");
         assert_eq!(nearest("embed", NAMES), ["embed_tokens"]);
         assert_eq!(nearest("gate_project", NAMES)[0], "gate_proj");
         assert_eq!(nearest("head", NAMES), ["lm_head"]);
-        let paths = [
-            "model.layers.0.self_attn.q_proj",
-            "model.layers.0.mlp.up_proj",
-        ];
-        assert_eq!(
-            nearest("self_attn.q_proj", paths),
-            ["model.layers.0.self_attn.q_proj"]
-        );
+        let paths = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"];
+        assert_eq!(nearest("self_attn.q_proj", paths), ["model.layers.0.self_attn.q_proj"]);
         assert!(nearest("zzzzzz", NAMES).is_empty());
         assert!(nearest("", NAMES).is_empty());
         assert!(nearest("q", Vec::<String>::new()).is_empty());
@@ -145,9 +106,6 @@ mod tests {
     fn phrase_reads_well() {
         assert_eq!(did_you_mean("lm_haed", NAMES), "; did you mean `lm_head`?");
         assert_eq!(did_you_mean("zzz", NAMES), "");
-        assert_eq!(
-            did_you_mean("aab", ["aac", "aad"]),
-            "; did you mean `aac` or `aad`?"
-        );
+        assert_eq!(did_you_mean("aab", ["aac", "aad"]), "; did you mean `aac` or `aad`?");
     }
 }
