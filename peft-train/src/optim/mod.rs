@@ -27,7 +27,9 @@ use serde::{Deserialize, Serialize};
 #[non_exhaustive]
 pub enum OptimError {
     /// The gradient list does not line up with the parameter list.
-    #[error("{params} parameters but {grads} gradients; pass one entry a parameter, `None` where there is none")]
+    #[error(
+        "{params} parameters but {grads} gradients; pass one entry a parameter, `None` where there is none"
+    )]
     Count {
         /// Number of parameters passed.
         params: usize,
@@ -58,7 +60,9 @@ pub enum OptimError {
         dtype: DType,
     },
     /// A saved state tensor cannot be used.
-    #[error("optimizer state `{key}`: {why}; the checkpoint was written by another optimizer or is damaged")]
+    #[error(
+        "optimizer state `{key}`: {why}; the checkpoint was written by another optimizer or is damaged"
+    )]
     State {
         /// Key in the saved state.
         key: String,
@@ -109,7 +113,12 @@ pub struct OptParam {
 impl OptParam {
     /// A parameter with neutral learning-rate scale and no weight decay.
     pub fn new(name: impl Into<String>, var: Var) -> Self {
-        Self { name: name.into(), var, lr_scale: 1.0, weight_decay: 0.0 }
+        Self {
+            name: name.into(),
+            var,
+            lr_scale: 1.0,
+            weight_decay: 0.0,
+        }
     }
 }
 
@@ -150,7 +159,11 @@ pub enum OptimizerKind {
 }
 
 impl OptimizerKind {
-    const NAMES: [(&'static str, Self); 3] = [("adamw", Self::AdamW), ("adamw_torch", Self::AdamW), ("sgd", Self::Sgd)];
+    const NAMES: [(&'static str, Self); 3] = [
+        ("adamw", Self::AdamW),
+        ("adamw_torch", Self::AdamW),
+        ("sgd", Self::Sgd),
+    ];
 }
 
 impl FromStr for OptimizerKind {
@@ -163,7 +176,11 @@ impl FromStr for OptimizerKind {
         }
         let hint = crate::schedule::nearest(&key, Self::NAMES.iter().map(|(n, _)| *n));
         let known = Self::NAMES.map(|(n, _)| n).join(", ");
-        Err(OptimError::Unknown { name: s.to_owned(), hint, known })
+        Err(OptimError::Unknown {
+            name: s.to_owned(),
+            hint,
+            known,
+        })
     }
 }
 
@@ -179,10 +196,17 @@ impl fmt::Display for OptimizerKind {
 /// Checks what every optimiser checks before it touches a parameter.
 fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result<()> {
     if params.len() != grads.len() {
-        return Err(OptimError::Count { params: params.len(), grads: grads.len() });
+        return Err(OptimError::Count {
+            params: params.len(),
+            grads: grads.len(),
+        });
     }
     if !lr.is_finite() || lr < 0.0 {
-        return Err(OptimError::Hyper { name: "learning_rate", value: lr, why: "must be finite and not negative" });
+        return Err(OptimError::Hyper {
+            name: "learning_rate",
+            value: lr,
+            why: "must be finite and not negative",
+        });
     }
     let mut seen = HashSet::with_capacity(params.len());
     for (p, g) in params.iter().zip(grads) {
@@ -190,7 +214,10 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
             return Err(OptimError::Duplicate(p.name.clone()));
         }
         if !matches!(p.var.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            return Err(OptimError::DType { name: p.name.clone(), dtype: p.var.dtype() });
+            return Err(OptimError::DType {
+                name: p.name.clone(),
+                dtype: p.var.dtype(),
+            });
         }
         if let Some(g) = g
             && g.shape() != p.var.shape()
@@ -202,8 +229,18 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
                 want: p.var.shape().clone(),
             });
         }
-        in_range("weight_decay", p.weight_decay, p.weight_decay >= 0.0, "must be finite and not negative")?;
-        in_range("lr_scale", p.lr_scale, p.lr_scale >= 0.0, "must be finite and not negative")?;
+        in_range(
+            "weight_decay",
+            p.weight_decay,
+            p.weight_decay >= 0.0,
+            "must be finite and not negative",
+        )?;
+        in_range(
+            "lr_scale",
+            p.lr_scale,
+            p.lr_scale >= 0.0,
+            "must be finite and not negative",
+        )?;
     }
     Ok(())
 }
@@ -212,11 +249,18 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
 fn check_names<'a>(params: &[OptParam], mut state: impl Iterator<Item = &'a String>) -> Result<()> {
     let names: HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
     match state.find(|k| !names.contains(k.as_str())) {
-        Some(key) => Err(OptimError::State { key: key.clone(), why: "no trainable parameter has this name".into() }),
+        Some(key) => Err(OptimError::State {
+            key: key.clone(),
+            why: "no trainable parameter has this name".into(),
+        }),
         None => Ok(()),
     }
 }
 
 fn in_range(name: &'static str, value: f64, ok: bool, why: &'static str) -> Result<()> {
-    if ok && value.is_finite() { Ok(()) } else { Err(OptimError::Hyper { name, value, why }) }
+    if ok && value.is_finite() {
+        Ok(())
+    } else {
+        Err(OptimError::Hyper { name, value, why })
+    }
 }
