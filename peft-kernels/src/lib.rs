@@ -1,1 +1,28 @@
-//! peft-kernels
+/*!
+Differentiable operations for training small adapters over a frozen base model.
+
+candle's own backward keeps dense gradients of frozen weights and of every broadcast constant, and most of its fused
+operations cut the gradient without a word. The operations here know what is frozen: they are single graph nodes with a
+hand-written backward that computes exactly the gradients that training needs.
+
+Each operation has a fused CPU kernel (one pass over memory, parallel over rows) and a backend-neutral form in tensor
+operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become one node. Hidden states are packed,
+`[tokens, hidden]`, the sequences of a batch one after another without padding.
+*/
+
+mod cpu;
+mod diff_op;
+pub mod dropout;
+mod linear;
+mod lora;
+mod philox;
+mod serving;
+pub mod testing;
+pub mod weight;
+
+pub use diff_op::seed;
+pub use linear::{frozen_linear, trainable_linear};
+pub use lora::{Dropout, lora_delta, lora_linear};
+pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use philox::{Stream, philox4x32};
+pub use weight::{FrozenWeight, WeightStorage};
