@@ -22,7 +22,6 @@ mod lora;
 mod norm;
 mod philox;
 mod reduce;
-mod serving;
 mod simd;
 #[cfg(test)]
 mod test_support;
