@@ -1,1 +1,3 @@
 //! peft-train
+
+pub mod data;
