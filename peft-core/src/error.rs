@@ -53,6 +53,14 @@ pub enum Error {
         /// Each with its key and the nearest names.
         patterns: Vec<crate::select::UnmatchedPattern>,
     },
+    /// An adapter's tensors are not the ones that the model and the config ask for.
+    #[error("{} {mismatch}", path.display())]
+    AdapterKeys {
+        /// The adapter's weights.
+        path: PathBuf,
+        /// What is missing, unexpected, of another shape.
+        mismatch: Box<crate::adapter_keys::KeyMismatch>,
+    },
     /// Something is wrong at one site (module path such as `model.layers.3.self_attn.q_proj`).
     #[error("{site}: {message}")]
     Site {

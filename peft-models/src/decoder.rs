@@ -163,7 +163,7 @@ impl Decoder {
         let c = &self.config;
         let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
         let table = self.rope.up_to(longest)?;
-        let rotary = RotaryPlan::new(&table.cos, &table.sin, positions, RotaryLayout::Half)?;
+        let rotary = RotaryPlan::new(&table.cos, &table.sin, positions, c.head_dim, RotaryLayout::Half)?;
         let attention = AttentionPlan {
             heads: c.num_attention_heads,
             kv_heads: c.num_key_value_heads,
@@ -174,7 +174,7 @@ impl Decoder {
             softcap: c.attn_logit_softcapping.map(|x| x as f32),
             sequences,
         };
-        Ok(DecoderInput { attention: Arc::new(attention), rotary: Arc::new(rotary) })
+        Ok(DecoderInput { attention: Arc::new(attention), rotary })
     }
 
     /// Runs block `i` with its keys and values appended to `cache`.
@@ -218,8 +218,10 @@ impl Block {
         [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
     }
 
-    fn norms(&self) -> [&FrozenNorm; 2] {
-        [&self.input_norm, &self.post_norm]
+    fn layer(&self, site: SiteId) -> Option<BaseLayer<'_>> {
+        let linear = self.linears().into_iter().find(|l| l.site() == site).map(BaseLayer::Linear);
+        let norms = [&self.input_norm, &self.post_norm];
+        linear.or_else(|| norms.into_iter().find(|n| n.site() == site).map(BaseLayer::Norm))
     }
 
     fn forward(
@@ -231,7 +233,7 @@ impl Block {
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let x = self.input_norm.forward(hidden, ctx)?;
-        let attended = self.attend(&x, input, c, ctx, cache)?;
+        let attended = self.attend(&x, input, ctx, cache)?;
         let hidden = (hidden + attended)?;
         let x = self.post_norm.forward(&hidden, ctx)?;
         let inner = gated_activation(&self.gate.forward(&x, ctx)?, &self.up.forward(&x, ctx)?, c.hidden_act.into())?;
@@ -242,13 +244,12 @@ impl Block {
         &self,
         x: &Tensor,
         input: &DecoderInput,
-        c: &DecoderConfig,
         ctx: &Ctx<'_>,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
         let (q, k, v) = (self.q.forward(x, ctx)?, self.k.forward(x, ctx)?, self.v.forward(x, ctx)?);
-        let q = rotary(&q, &input.rotary, c.num_attention_heads)?;
-        let k = rotary(&k, &input.rotary, c.num_key_value_heads)?;
+        let q = rotary(&q, &input.rotary)?;
+        let k = rotary(&k, &input.rotary)?;
         let out = match cache {
             None => attention(&q, &k, &v, &input.attention)?,
             Some(cache) => {
@@ -266,10 +267,6 @@ impl BaseModel for Decoder {
     }
 
     fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>> {
-        let in_block = |b: &'_ Block| -> Option<BaseLayer<'_>> {
-            let linear = b.linears().into_iter().find(|l| l.site() == site).map(BaseLayer::Linear);
-            linear.or_else(|| b.norms().into_iter().find(|n| n.site() == site).map(BaseLayer::Norm))
-        };
         let found = if self.embed.site() == site {
             Some(BaseLayer::Embedding(&self.embed))
         } else if self.norm.site() == site {
@@ -278,7 +275,7 @@ impl BaseModel for Decoder {
             Some(BaseLayer::Linear(&self.head))
         } else {
             let segment = self.sites.get(site).map_or(0, |s| s.segment);
-            segment.checked_sub(1).and_then(|i| self.blocks.get(i)).and_then(in_block)
+            segment.checked_sub(1).and_then(|i| self.blocks.get(i)).and_then(|b| b.layer(site))
         };
         found.ok_or_else(|| Error::msg(format!("site {} is not one of the model's", site.0)))
     }

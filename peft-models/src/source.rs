@@ -53,15 +53,15 @@ fn shape_error(name: &str, actual: &[usize], expected: Vec<usize>) -> Error {
 
 /// A Hugging Face folder's safetensors.
 #[derive(Debug)]
-pub struct SafetensorsSource {
-    checkpoint: Checkpoint,
+pub struct SafetensorsSource<'a> {
+    checkpoint: &'a Checkpoint,
     placement: Placement,
 }
 
-impl SafetensorsSource {
+impl<'a> SafetensorsSource<'a> {
     /// Reads from `checkpoint` with the types of `placement`.
     #[must_use]
-    pub fn new(checkpoint: Checkpoint, placement: Placement) -> Self {
+    pub fn new(checkpoint: &'a Checkpoint, placement: Placement) -> Self {
         Self { checkpoint, placement }
     }
 
@@ -74,7 +74,7 @@ impl SafetensorsSource {
     }
 }
 
-impl WeightSource for SafetensorsSource {
+impl WeightSource for SafetensorsSource<'_> {
     fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
     }
