@@ -97,9 +97,7 @@ impl FrozenLinear {
     fn through(&self, slot: usize, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let Some(adapter) = ctx.adapters.at(slot, self.site) else { return self.base(x) };
         let y = match &adapter.module {
-            Some(SiteModule::Linear(module)) => {
-                module.forward(self, x, ctx).with_context(|| self.path.to_string())?
-            }
+            Some(SiteModule::Linear(module)) => module.forward(self, x, ctx).with_context(|| self.path.to_string())?,
             Some(other) => return Err(Error::site(&*self.path, format!("{} on a linear layer", other.kind()))),
             None => self.base(x)?,
         };
@@ -200,14 +198,15 @@ impl FrozenEmbedding {
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.
     pub fn forward(&self, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let through = |ids: &[u32], slot: Option<usize>| {
-            match slot.and_then(|s| ctx.adapters.at(s, self.site)).and_then(|a| a.module.as_ref()) {
-                Some(SiteModule::Embedding(module)) => {
-                    module.forward(self, ids, ctx).with_context(|| self.path.to_string())
-                }
-                Some(other) => Err(Error::site(&*self.path, format!("{} on an embedding", other.kind()))),
-                None => self.base(ids),
+        let through = |ids: &[u32], slot: Option<usize>| match slot
+            .and_then(|s| ctx.adapters.at(s, self.site))
+            .and_then(|a| a.module.as_ref())
+        {
+            Some(SiteModule::Embedding(module)) => {
+                module.forward(self, ids, ctx).with_context(|| self.path.to_string())
             }
+            Some(other) => Err(Error::site(&*self.path, format!("{} on an embedding", other.kind()))),
+            None => self.base(ids),
         };
         match ctx.route {
             Route::Base => self.base(ids),
@@ -225,34 +224,31 @@ impl FrozenEmbedding {
         }
     }
 
-    /// The logits of a head that is tied to this table, after the adapters that change the table itself.
+    /// The logits of `head`, which is tied to this table, for `hidden: [rows, dim]`: the head's own adapters, and those of
+    /// this embedding that change the table itself.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn tied_logits(&self, hidden: &Tensor, logits: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let module = |slot: usize| match ctx.adapters.at(slot, self.site).and_then(|a| a.module.as_ref()) {
-            Some(SiteModule::Embedding(m)) if m.changes_tied_head() => Some(m),
-            _ => None,
+    pub fn tied_logits(&self, head: &FrozenLinear, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        if !self.changes_tied_head(ctx) {
+            return head.forward(hidden, ctx);
+        }
+        let run = |slot: Option<usize>, hidden: &Tensor| {
+            let route = slot.map_or(Route::Base, Route::Uniform);
+            let ctx = Ctx { route: &route, ..*ctx };
+            let frozen = || head.forward(hidden, &ctx);
+            match slot.and_then(|s| ctx.adapters.at(s, self.site)).and_then(|a| a.module.as_ref()) {
+                Some(SiteModule::Embedding(m)) => m.tied_logits(hidden, &frozen, &ctx),
+                _ => frozen(),
+            }
         };
         match ctx.route {
-            Route::Base => Ok(logits),
-            Route::Uniform(slot) => match module(*slot) {
-                Some(m) => m.tied_logits(hidden, logits, ctx),
-                None => Ok(logits),
-            },
+            Route::Base => run(None, hidden),
+            Route::Uniform(slot) => run(Some(*slot), hidden),
             Route::Rows(runs) => {
-                if runs.iter().all(|(_, slot)| slot.and_then(module).is_none()) {
-                    return Ok(logits);
-                }
                 let parts = runs
                     .iter()
-                    .map(|(run, slot)| {
-                        let part = logits.narrow(0, run.start, run.len())?;
-                        match slot.and_then(module) {
-                            Some(m) => m.tied_logits(&hidden.narrow(0, run.start, run.len())?, part, ctx),
-                            None => Ok(part),
-                        }
-                    })
+                    .map(|(rows, slot)| run(*slot, &hidden.narrow(0, rows.start, rows.len())?))
                     .collect::<Result<Vec<_>>>()?;
                 Ok(Tensor::cat(&parts, 0)?)
             }

@@ -14,14 +14,16 @@ mod ctx;
 mod layers;
 mod module;
 mod param;
+mod saved;
 mod segmented;
 mod set;
 mod site;
 
 pub use ctx::{Ctx, Mode, Route, StepRng};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
-pub use module::{Delta, EmbeddingModule, NormModule, PeftModule};
+pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
+pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm};
 pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
 pub use set::{Adapter, AdapterSet, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable};

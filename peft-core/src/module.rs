@@ -61,6 +61,9 @@ pub enum Delta {
     Unmergeable(String),
 }
 
+/// Makes the logits of a frozen head, for methods that need them.
+pub type FrozenLogits<'a> = dyn Fn() -> Result<Tensor> + 'a;
+
 /// A trainable module around a frozen token embedding.
 pub trait EmbeddingModule: Send + Sync + Debug {
     /// Embeddings `[ids.len(), dim]`.
@@ -69,13 +72,13 @@ pub trait EmbeddingModule: Send + Sync + Debug {
     /// When an id is outside the vocabulary or a tensor operation fails.
     fn forward(&self, base: &FrozenEmbedding, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor>;
 
-    /// The logits of a head that is tied to this embedding, given those of the frozen table. Methods that change the
-    /// tied table itself override this; LoRA on an embedding, as in PEFT, leaves the head alone.
+    /// The logits of a head that is tied to this embedding; `frozen` makes those of the frozen table. Methods that change
+    /// the tied table itself override this; LoRA on an embedding, as in PEFT, leaves the head alone.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    fn tied_logits(&self, _hidden: &Tensor, logits: Tensor, _ctx: &Ctx<'_>) -> Result<Tensor> {
-        Ok(logits)
+    fn tied_logits(&self, _hidden: &Tensor, frozen: &FrozenLogits<'_>, _ctx: &Ctx<'_>) -> Result<Tensor> {
+        frozen()
     }
 
     /// Whether [`EmbeddingModule::tied_logits`] changes the logits of a tied head.

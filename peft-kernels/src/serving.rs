@@ -81,9 +81,10 @@ pub fn routed_linear(
 
 fn check_form(form: &ServingForm, inp: usize, out: usize) -> Result<()> {
     let fits = |t: &Option<Tensor>, n: usize| t.as_ref().is_none_or(|t| t.dims() == [n]);
-    let low_rank = form.low_rank.as_ref().is_none_or(|(a, b)| {
-        matches!((a.dims(), b.dims()), ([r, i], [o, s]) if r == s && *i == inp && *o == out)
-    });
+    let low_rank = form
+        .low_rank
+        .as_ref()
+        .is_none_or(|(a, b)| matches!((a.dims(), b.dims()), ([r, i], [o, s]) if r == s && *i == inp && *o == out));
     if low_rank && fits(&form.scale_input, inp) && fits(&form.scale_output, out) && fits(&form.shift, out) {
         return Ok(());
     }

@@ -1,1 +1,6 @@
 //! peft-models
+
+pub mod config;
+pub mod gguf;
+pub mod rope;
+pub mod tokenizer;

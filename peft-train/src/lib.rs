@@ -1,7 +1,3 @@
 //! peft-train
 
-pub mod audit;
-pub mod early_stop;
-pub mod log;
-pub mod optim;
-pub mod schedule;
+pub mod data;
