@@ -86,12 +86,7 @@ impl fmt::Display for AuditFaults {
             self.audited
         )?;
         for kind in [Fault::Missing, Fault::Zero, Fault::NonFinite] {
-            let names: Vec<&str> = self
-                .faults
-                .iter()
-                .filter(|(_, k)| *k == kind)
-                .map(|(n, _)| n.as_str())
-                .collect();
+            let names: Vec<&str> = self.faults.iter().filter(|(_, k)| *k == kind).map(|(n, _)| n.as_str()).collect();
             if names.is_empty() {
                 continue;
             }
@@ -111,9 +106,7 @@ impl fmt::Display for AuditFaults {
 ///
 /// # Errors
 /// [`AuditError::Faults`] names all parameters that fail and what that usually means.
-pub fn audit_gradients<'a>(
-    entries: impl IntoIterator<Item = AuditEntry<'a>>,
-) -> Result<(), AuditError> {
+pub fn audit_gradients<'a>(entries: impl IntoIterator<Item = AuditEntry<'a>>) -> Result<(), AuditError> {
     let mut faults = Vec::new();
     let mut audited = 0;
     for e in entries {
@@ -121,10 +114,7 @@ pub fn audit_gradients<'a>(
         let fault = match e.grad {
             None => Some(Fault::Missing),
             Some(g) => {
-                let max = max_abs(g).map_err(|source| AuditError::Read {
-                    name: e.name.to_owned(),
-                    source,
-                })?;
+                let max = max_abs(g).map_err(|source| AuditError::Read { name: e.name.to_owned(), source })?;
                 match max {
                     None => Some(Fault::NonFinite),
                     Some(0.0) if !e.allow_zero => Some(Fault::Zero),
@@ -136,11 +126,7 @@ pub fn audit_gradients<'a>(
             faults.push((e.name.to_owned(), fault));
         }
     }
-    if faults.is_empty() {
-        Ok(())
-    } else {
-        Err(AuditFaults { faults, audited }.into())
-    }
+    if faults.is_empty() { Ok(()) } else { Err(AuditFaults { faults, audited }.into()) }
 }
 
 /// Largest magnitude, or `None` if any value is not finite.
@@ -167,18 +153,9 @@ mod tests {
 
     #[test]
     fn faults_are_named_with_their_meaning() {
-        let (good, zero, nan, inf) = (
-            t(&[0.0, 1e-30]),
-            t(&[0.0, -0.0]),
-            t(&[1.0, f32::NAN]),
-            t(&[f32::NEG_INFINITY]),
-        );
+        let (good, zero, nan, inf) = (t(&[0.0, 1e-30]), t(&[0.0, -0.0]), t(&[1.0, f32::NAN]), t(&[f32::NEG_INFINITY]));
         let half = nan.to_dtype(DType::BF16).unwrap();
-        let entry = |name, grad, allow_zero| AuditEntry {
-            name,
-            grad,
-            allow_zero,
-        };
+        let entry = |name, grad, allow_zero| AuditEntry { name, grad, allow_zero };
         let e = audit_gradients([
             entry("good", Some(&good), false),
             entry("a.lora_A", Some(&zero), true),
@@ -189,9 +166,7 @@ mod tests {
             entry("e", Some(&half), false),
         ])
         .unwrap_err();
-        let AuditError::Faults(f) = &e else {
-            panic!("{e}")
-        };
+        let AuditError::Faults(f) = &e else { panic!("{e}") };
         let want = [
             ("a.lora_B", Fault::Zero),
             ("b.lora_A", Fault::Missing),
@@ -201,30 +176,16 @@ mod tests {
         ];
         assert_eq!(f.faults, want.map(|(n, k)| (n.to_owned(), k)));
         let text = e.to_string();
-        assert!(
-            text.starts_with("gradient audit failed for 5 of 7"),
-            "{text}"
-        );
-        assert!(
-            text.contains("b.lora_A") && text.contains("no backward pass"),
-            "{text}"
-        );
+        assert!(text.starts_with("gradient audit failed for 5 of 7"), "{text}");
+        assert!(text.contains("b.lora_A") && text.contains("no backward pass"), "{text}");
         assert!(!text.contains("good"), "{text}");
-        audit_gradients([
-            entry("good", Some(&good), false),
-            entry("A", Some(&zero), true),
-        ])
-        .unwrap();
+        audit_gradients([entry("good", Some(&good), false), entry("A", Some(&zero), true)]).unwrap();
     }
 
     #[test]
     fn long_lists_are_cut() {
         let names: Vec<String> = (0..100).map(|i| format!("layer.{i}")).collect();
-        let e = audit_gradients(names.iter().map(|n| AuditEntry {
-            name: n,
-            grad: None,
-            allow_zero: false,
-        }));
+        let e = audit_gradients(names.iter().map(|n| AuditEntry { name: n, grad: None, allow_zero: false }));
         let text = e.unwrap_err().to_string();
         assert!(text.contains("… and 92 more"), "{text}");
         assert!(text.lines().count() < 15);
@@ -238,12 +199,7 @@ mod tests {
         let run = |cut: bool| {
             let h = w1.sqr().unwrap();
             let h = if cut { h.detach() } else { h };
-            let grads = (h * w2.as_tensor())
-                .unwrap()
-                .sum_all()
-                .unwrap()
-                .backward()
-                .unwrap();
+            let grads = (h * w2.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
             audit_gradients([("w1", &w1), ("w2", &w2)].map(|(name, w)| AuditEntry {
                 name,
                 grad: grads.get(w),

@@ -17,11 +17,7 @@ impl Better {
     pub fn of_metric(name: &str) -> Self {
         let name = name.to_ascii_lowercase();
         let lower = ["loss", "perplexity", "ppl", "nll", "error", "_mae", "_mse"];
-        if lower.iter().any(|w| name.contains(w)) {
-            Self::Lower
-        } else {
-            Self::Higher
-        }
+        if lower.iter().any(|w| name.contains(w)) { Self::Lower } else { Self::Higher }
     }
 
     /// By how much `a` is better than `b`; negative if it is worse.
@@ -57,12 +53,7 @@ fn default_metric() -> String {
 
 impl Default for EarlyStopConfig {
     fn default() -> Self {
-        Self {
-            metric: default_metric(),
-            better: None,
-            patience: 0,
-            min_delta: 0.0,
-        }
+        Self { metric: default_metric(), better: None, patience: 0, min_delta: 0.0 }
     }
 }
 
@@ -108,47 +99,30 @@ impl EarlyStop {
     /// Starts without history. A `min_delta` that is negative or NaN acts as 0.
     pub fn new(mut config: EarlyStopConfig) -> Self {
         config.min_delta = config.min_delta.max(0.0);
-        let better = config
-            .better
-            .unwrap_or_else(|| Better::of_metric(&config.metric));
-        Self {
-            config,
-            better,
-            state: EarlyStopState::default(),
-        }
+        let better = config.better.unwrap_or_else(|| Better::of_metric(&config.metric));
+        Self { config, better, state: EarlyStopState::default() }
     }
 
     /// Goes on from a checkpoint.
     pub fn resume(config: EarlyStopConfig, state: EarlyStopState) -> Self {
-        Self {
-            state,
-            ..Self::new(config)
-        }
+        Self { state, ..Self::new(config) }
     }
 
     /// Takes one evaluation's value. A value that is not finite is never progress and never the best.
     pub fn observe(&mut self, step: u64, value: f64) -> Verdict {
         let s = &mut self.state;
         let finite = value.is_finite();
-        let is_best = finite
-            && s.best
-                .is_none_or(|b| self.better.gain(value, b.value) > 0.0);
+        let is_best = finite && s.best.is_none_or(|b| self.better.gain(value, b.value) > 0.0);
         if is_best {
             s.best = Some(Best { step, value });
         }
-        if finite
-            && s.reference
-                .is_none_or(|r| self.better.gain(value, r) > self.config.min_delta)
-        {
+        if finite && s.reference.is_none_or(|r| self.better.gain(value, r) > self.config.min_delta) {
             s.reference = Some(value);
             s.bad_evals = 0;
         } else {
             s.bad_evals = s.bad_evals.saturating_add(1);
         }
-        Verdict {
-            is_best,
-            stop: self.should_stop(),
-        }
+        Verdict { is_best, stop: self.should_stop() }
     }
 
     /// Whether patience has run out; true again right after a resume.
@@ -178,36 +152,16 @@ mod tests {
     use super::*;
 
     fn config(patience: u32, min_delta: f64) -> EarlyStopConfig {
-        EarlyStopConfig {
-            patience,
-            min_delta,
-            ..Default::default()
-        }
+        EarlyStopConfig { patience, min_delta, ..Default::default() }
     }
 
     #[test]
     fn stops_after_patience_and_keeps_the_best() {
         let mut e = EarlyStop::new(config(2, 0.0));
-        let got: Vec<_> = [3.0, 2.0, 2.5, 2.0]
-            .iter()
-            .enumerate()
-            .map(|(i, &v)| e.observe(i as u64 * 10, v))
-            .collect();
-        assert_eq!(
-            got.iter().map(|v| v.is_best).collect::<Vec<_>>(),
-            [true, true, false, false]
-        );
-        assert_eq!(
-            got.iter().map(|v| v.stop).collect::<Vec<_>>(),
-            [false, false, false, true]
-        );
-        assert_eq!(
-            e.best(),
-            Some(Best {
-                step: 10,
-                value: 2.0
-            })
-        );
+        let got: Vec<_> = [3.0, 2.0, 2.5, 2.0].iter().enumerate().map(|(i, &v)| e.observe(i as u64 * 10, v)).collect();
+        assert_eq!(got.iter().map(|v| v.is_best).collect::<Vec<_>>(), [true, true, false, false]);
+        assert_eq!(got.iter().map(|v| v.stop).collect::<Vec<_>>(), [false, false, false, true]);
+        assert_eq!(e.best(), Some(Best { step: 10, value: 2.0 }));
     }
 
     #[test]
@@ -227,11 +181,7 @@ mod tests {
         assert_eq!(Better::of_metric("eval_accuracy"), Better::Higher);
         assert_eq!(Better::of_metric("eval_loss"), Better::Lower);
         assert_eq!(Better::of_metric("eval_perplexity"), Better::Lower);
-        let mut e = EarlyStop::new(EarlyStopConfig {
-            metric: "eval_f1".into(),
-            patience: 2,
-            ..Default::default()
-        });
+        let mut e = EarlyStop::new(EarlyStopConfig { metric: "eval_f1".into(), patience: 2, ..Default::default() });
         assert!(!e.observe(0, f64::NAN).is_best);
         assert!(e.observe(1, 0.5).is_best);
         assert!(!e.observe(2, f64::INFINITY).is_best);
@@ -243,24 +193,14 @@ mod tests {
     fn patience_zero_only_tracks() {
         let mut e = EarlyStop::new(EarlyStopConfig::default());
         assert!((0..50).all(|i| !e.observe(i, i as f64).stop));
-        assert_eq!(
-            e.best(),
-            Some(Best {
-                step: 0,
-                value: 0.0
-            })
-        );
+        assert_eq!(e.best(), Some(Best { step: 0, value: 0.0 }));
     }
 
     #[test]
     fn resume_is_exact() {
         let values = [3.0, 2.9, 3.1, 2.85, 3.0, f64::NAN, 4.0];
         let mut straight = EarlyStop::new(config(3, 0.07));
-        let want: Vec<_> = values
-            .iter()
-            .enumerate()
-            .map(|(i, &v)| straight.observe(i as u64, v))
-            .collect();
+        let want: Vec<_> = values.iter().enumerate().map(|(i, &v)| straight.observe(i as u64, v)).collect();
         for cut in 0..values.len() {
             let mut e = EarlyStop::new(config(3, 0.07));
             for (i, &v) in values[..cut].iter().enumerate() {
@@ -268,11 +208,7 @@ mod tests {
             }
             let json = serde_json::to_string(&e.state()).unwrap();
             let mut e = EarlyStop::resume(config(3, 0.07), serde_json::from_str(&json).unwrap());
-            let rest: Vec<_> = values[cut..]
-                .iter()
-                .enumerate()
-                .map(|(i, &v)| e.observe((cut + i) as u64, v))
-                .collect();
+            let rest: Vec<_> = values[cut..].iter().enumerate().map(|(i, &v)| e.observe((cut + i) as u64, v)).collect();
             assert_eq!(rest, want[cut..]);
             assert_eq!(e, straight);
         }

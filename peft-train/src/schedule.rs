@@ -6,6 +6,7 @@ use std::f64::consts::PI;
 use std::fmt;
 use std::str::FromStr;
 
+use peft_core::suggest::did_you_mean;
 use serde::{Deserialize, Serialize};
 
 /// What can be wrong with a schedule.
@@ -13,12 +14,12 @@ use serde::{Deserialize, Serialize};
 #[non_exhaustive]
 pub enum ScheduleError {
     /// No schedule of that name.
-    #[error("unknown scheduler `{name}`{}; known: {known}", hint.as_ref().map(|h| format!("; did you mean `{h}`?")).unwrap_or_default())]
+    #[error("unknown scheduler `{name}`{hint}; known: {known}")]
     Unknown {
         /// Name given.
         name: String,
-        /// Nearest known name.
-        hint: Option<String>,
+        /// Nearest known names as a phrase, or nothing.
+        hint: String,
         /// All names.
         known: String,
     },
@@ -73,10 +74,7 @@ impl ScheduleKind {
 
     /// Name as recipes spell it.
     pub fn name(self) -> &'static str {
-        Self::NAMES
-            .iter()
-            .find(|(_, k)| *k == self)
-            .map_or("constant", |(n, _)| n)
+        Self::NAMES.iter().find(|(_, k)| *k == self).map_or("constant", |(n, _)| n)
     }
 }
 
@@ -95,11 +93,7 @@ impl FromStr for ScheduleKind {
             return Ok(*kind);
         }
         let names = Self::NAMES.map(|(n, _)| n);
-        Err(ScheduleError::Unknown {
-            name: s.to_owned(),
-            hint: nearest(&key, names),
-            known: names.join(", "),
-        })
+        Err(ScheduleError::Unknown { name: s.to_owned(), hint: did_you_mean(&key, names), known: names.join(", ") })
     }
 }
 
@@ -115,16 +109,6 @@ impl From<ScheduleKind> for String {
     fn from(k: ScheduleKind) -> Self {
         k.name().to_owned()
     }
-}
-
-/// The known name nearest to `given`, if one is near enough to be a slip of the fingers or is contained in it.
-pub(crate) fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<String> {
-    known
-        .into_iter()
-        .map(|n| (strsim::jaro_winkler(given, n), n))
-        .filter(|(score, _)| *score > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, n)| n.to_owned())
 }
 
 /// Settings that only some schedules have, named as transformers' `lr_scheduler_kwargs`. `None` is its default.
@@ -194,49 +178,27 @@ impl Schedule {
         use ScheduleKind as K;
         let err = |what: String| Err(ScheduleError::Setting { kind, what });
         if !learning_rate.is_finite() || learning_rate < 0.0 {
-            return err(format!(
-                "learning_rate = {learning_rate} must be finite and not negative"
-            ));
+            return err(format!("learning_rate = {learning_rate} must be finite and not negative"));
         }
         let given = [
             (
                 "num_cycles",
                 options.num_cycles,
-                &[
-                    K::Cosine,
-                    K::CosineWithRestarts,
-                    K::CosineWithMinLr,
-                    K::WarmupStableDecay,
-                ][..],
+                &[K::Cosine, K::CosineWithRestarts, K::CosineWithMinLr, K::WarmupStableDecay][..],
             ),
             ("min_lr", options.min_lr, &[K::CosineWithMinLr]),
             ("min_lr_rate", options.min_lr_rate, &[K::CosineWithMinLr]),
             ("power", options.power, &[K::Polynomial]),
             ("lr_end", options.lr_end, &[K::Polynomial]),
-            (
-                "timescale",
-                options.timescale.map(|v| v as f64),
-                &[K::InverseSqrt],
-            ),
-            (
-                "num_decay_steps",
-                options.num_decay_steps.map(|v| v as f64),
-                &[K::WarmupStableDecay],
-            ),
-            (
-                "min_lr_ratio",
-                options.min_lr_ratio,
-                &[K::WarmupStableDecay],
-            ),
+            ("timescale", options.timescale.map(|v| v as f64), &[K::InverseSqrt]),
+            ("num_decay_steps", options.num_decay_steps.map(|v| v as f64), &[K::WarmupStableDecay]),
+            ("min_lr_ratio", options.min_lr_ratio, &[K::WarmupStableDecay]),
         ];
         for (name, value, kinds) in given {
             let Some(value) = value else { continue };
             if !kinds.contains(&kind) {
                 let owners: Vec<_> = kinds.iter().map(|k| format!("`{k}`")).collect();
-                return err(format!(
-                    "{name} is a setting of {}; remove it or change the scheduler",
-                    owners.join(", ")
-                ));
+                return err(format!("{name} is a setting of {}; remove it or change the scheduler", owners.join(", ")));
             }
             if !value.is_finite() || value < 0.0 {
                 return err(format!("{name} = {value} must be finite and not negative"));
@@ -275,20 +237,10 @@ impl Schedule {
             base_lr: learning_rate,
             warmup: warmup_steps,
             total: total_steps,
-            cycles: options
-                .num_cycles
-                .unwrap_or(if kind == K::CosineWithRestarts {
-                    1.0
-                } else {
-                    0.5
-                }),
+            cycles: options.num_cycles.unwrap_or(if kind == K::CosineWithRestarts { 1.0 } else { 0.5 }),
             floor,
             power: options.power.unwrap_or(1.0),
-            timescale: options.timescale.unwrap_or(if warmup_steps == 0 {
-                10_000
-            } else {
-                warmup_steps
-            }) as f64,
+            timescale: options.timescale.unwrap_or(if warmup_steps == 0 { 10_000 } else { warmup_steps }) as f64,
             decay,
         })
     }
@@ -313,11 +265,7 @@ impl Schedule {
         use ScheduleKind as K;
         if step < self.warmup {
             let f = step as f64 / self.warmup as f64;
-            return if self.kind == K::WarmupStableDecay {
-                f * (1.0 - self.floor) + self.floor
-            } else {
-                f
-            };
+            return if self.kind == K::WarmupStableDecay { f * (1.0 - self.floor) + self.floor } else { f };
         }
         let after = (step - self.warmup) as f64;
         let length = self.total.saturating_sub(self.warmup);
@@ -335,10 +283,7 @@ impl Schedule {
             K::Polynomial => above((1.0 - progress).powf(self.power)),
             K::InverseSqrt => 1.0 / ((after + self.timescale) / self.timescale).sqrt(),
             K::WarmupStableDecay => {
-                let stable = self
-                    .total
-                    .saturating_sub(self.warmup)
-                    .saturating_sub(self.decay) as f64;
+                let stable = self.total.saturating_sub(self.warmup).saturating_sub(self.decay) as f64;
                 let progress = (after - stable) / self.decay.max(1) as f64;
                 match progress {
                     p if p < 0.0 || self.decay == 0 && after < stable => 1.0,
@@ -368,14 +313,11 @@ mod tests {
 
     #[test]
     fn equals_transformers() {
-        let cases: Vec<Case> = serde_json::from_str(include_str!(
-            "../tests/fixtures/transformers_schedules.json"
-        ))
-        .unwrap();
+        let cases: Vec<Case> =
+            serde_json::from_str(include_str!("../tests/fixtures/transformers_schedules.json")).unwrap();
         assert!(cases.len() > 20);
         for c in cases {
-            let s = Schedule::new(c.kind.parse().unwrap(), c.lr, c.warmup, c.total, &c.options)
-                .unwrap();
+            let s = Schedule::new(c.kind.parse().unwrap(), c.lr, c.warmup, c.total, &c.options).unwrap();
             for (t, want) in c.want.iter().enumerate() {
                 let got = s.lr(t as u64);
                 assert!(
@@ -395,10 +337,7 @@ mod tests {
             assert_eq!(name.parse::<ScheduleKind>().unwrap(), kind);
             assert_eq!(kind.to_string().parse::<ScheduleKind>().unwrap(), kind);
         }
-        assert_eq!(
-            "Cosine ".parse::<ScheduleKind>().unwrap(),
-            ScheduleKind::Cosine
-        );
+        assert_eq!("Cosine ".parse::<ScheduleKind>().unwrap(), ScheduleKind::Cosine);
         for (bad, hint) in [
             ("cosin", "`cosine`"),
             ("liner", "`linear`"),
@@ -408,23 +347,9 @@ mod tests {
             let e = bad.parse::<ScheduleKind>().unwrap_err().to_string();
             assert!(e.contains(&format!("did you mean {hint}")), "{e}");
         }
-        assert!(
-            !"zzz"
-                .parse::<ScheduleKind>()
-                .unwrap_err()
-                .to_string()
-                .contains("did you mean")
-        );
-        assert_eq!(
-            serde_json::to_string(&ScheduleKind::CosineWithMinLr).unwrap(),
-            "\"cosine_with_min_lr\""
-        );
-        assert!(
-            serde_json::from_str::<ScheduleKind>("\"cosin\"")
-                .unwrap_err()
-                .to_string()
-                .contains("cosine")
-        );
+        assert!(!"zzz".parse::<ScheduleKind>().unwrap_err().to_string().contains("did you mean"));
+        assert_eq!(serde_json::to_string(&ScheduleKind::CosineWithMinLr).unwrap(), "\"cosine_with_min_lr\"");
+        assert!(serde_json::from_str::<ScheduleKind>("\"cosin\"").unwrap_err().to_string().contains("cosine"));
     }
 
     #[test]
@@ -440,99 +365,31 @@ mod tests {
     #[test]
     fn refuses_what_does_not_fit() {
         let none = ScheduleOptions::default();
-        let new = |kind, lr, warmup, total, o: ScheduleOptions| {
-            Schedule::new(kind, lr, warmup, total, &o)
-        };
+        let new = |kind, lr, warmup, total, o: ScheduleOptions| Schedule::new(kind, lr, warmup, total, &o);
         use ScheduleKind as K;
         assert!(new(K::Linear, f64::NAN, 0, 10, none).is_err());
         assert!(new(K::Linear, -1.0, 0, 10, none).is_err());
-        let e = new(
-            K::Linear,
-            1.0,
-            0,
-            10,
-            ScheduleOptions {
-                power: Some(2.0),
-                ..none
-            },
-        )
-        .unwrap_err()
-        .to_string();
+        let e = new(K::Linear, 1.0, 0, 10, ScheduleOptions { power: Some(2.0), ..none }).unwrap_err().to_string();
         assert!(e.contains("`polynomial`"), "{e}");
-        let both = ScheduleOptions {
-            min_lr: Some(0.1),
-            min_lr_rate: Some(0.1),
-            ..none
-        };
+        let both = ScheduleOptions { min_lr: Some(0.1), min_lr_rate: Some(0.1), ..none };
         assert!(new(K::CosineWithMinLr, 1.0, 0, 10, both).is_err());
-        assert!(
-            new(
-                K::CosineWithMinLr,
-                1.0,
-                0,
-                10,
-                ScheduleOptions {
-                    min_lr: Some(2.0),
-                    ..none
-                }
-            )
-            .is_err()
-        );
-        assert!(
-            new(K::Polynomial, 1e-8, 0, 10, none).is_err(),
-            "lr_end above the rate"
-        );
-        assert!(
-            new(
-                K::InverseSqrt,
-                1.0,
-                0,
-                10,
-                ScheduleOptions {
-                    timescale: Some(0),
-                    ..none
-                }
-            )
-            .is_err()
-        );
-        assert!(
-            new(
-                K::WarmupStableDecay,
-                1.0,
-                5,
-                10,
-                ScheduleOptions {
-                    num_decay_steps: Some(6),
-                    ..none
-                }
-            )
-            .is_err()
-        );
+        assert!(new(K::CosineWithMinLr, 1.0, 0, 10, ScheduleOptions { min_lr: Some(2.0), ..none }).is_err());
+        assert!(new(K::Polynomial, 1e-8, 0, 10, none).is_err(), "lr_end above the rate");
+        assert!(new(K::InverseSqrt, 1.0, 0, 10, ScheduleOptions { timescale: Some(0), ..none }).is_err());
+        assert!(new(K::WarmupStableDecay, 1.0, 5, 10, ScheduleOptions { num_decay_steps: Some(6), ..none }).is_err());
         assert!(new(K::WarmupStableDecay, 1.0, u64::MAX, 10, none).is_err());
     }
 
     #[test]
     fn every_rate_is_finite_and_in_range() {
         for (_, kind) in ScheduleKind::NAMES {
-            for (warmup, total) in [
-                (0, 0),
-                (0, 1),
-                (1, 1),
-                (3, 10),
-                (10, 10),
-                (0, u64::MAX),
-                (u64::MAX, 5),
-            ] {
-                let Ok(s) = Schedule::new(kind, 1e-3, warmup, total, &ScheduleOptions::default())
-                else {
+            for (warmup, total) in [(0, 0), (0, 1), (1, 1), (3, 10), (10, 10), (0, u64::MAX), (u64::MAX, 5)] {
+                let Ok(s) = Schedule::new(kind, 1e-3, warmup, total, &ScheduleOptions::default()) else {
                     continue;
                 };
                 for step in [0, 1, 2, 9, 10, 11, 1000, u64::MAX / 2, u64::MAX] {
                     let lr = s.lr(step);
-                    assert!(
-                        (0.0..=1e-3).contains(&lr),
-                        "{kind} {warmup}/{total} step {step}: {lr}"
-                    );
+                    assert!((0.0..=1e-3).contains(&lr), "{kind} {warmup}/{total} step {step}: {lr}");
                 }
             }
         }

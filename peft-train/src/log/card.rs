@@ -52,11 +52,7 @@ impl ModelCard<'_> {
             m += &format!("- {}\n", yaml(&tag));
         }
         m += &format!("---\n\n# {}\n\n", line(self.title));
-        m += &format!(
-            "A `{}` adapter for {}.\n\n",
-            code(&f.method),
-            base(&f.base_model)
-        );
+        m += &format!("A `{}` adapter for {}.\n\n", code(&f.method), base(&f.base_model));
         m += "## Training\n\n| | |\n|---|---|\n";
         for (k, v) in f.rows() {
             m += &format!("| {k} | {} |\n", line(&v));
@@ -118,12 +114,7 @@ impl ModelCard<'_> {
 
     fn shell(&self) -> String {
         let model = shell_quote(&self.facts.base_model);
-        let generates = self
-            .facts
-            .task_type
-            .as_deref()
-            .and_then(task)
-            .is_none_or(|t| t.generates);
+        let generates = self.facts.task_type.as_deref().and_then(task).is_none_or(|t| t.generates);
         let mut s = String::new();
         if generates {
             s += &format!("peft-cli generate --model {model} --adapter . --prompt '…'\n");
@@ -143,12 +134,7 @@ struct Task {
 
 /// PEFT's `TaskType` values with the hub's pipeline tags.
 const TASKS: [Task; 6] = [
-    Task {
-        name: "CAUSAL_LM",
-        pipeline_tag: "text-generation",
-        auto_model: "AutoModelForCausalLM",
-        generates: true,
-    },
+    Task { name: "CAUSAL_LM", pipeline_tag: "text-generation", auto_model: "AutoModelForCausalLM", generates: true },
     Task {
         name: "SEQ_2_SEQ_LM",
         pipeline_tag: "text2text-generation",
@@ -173,12 +159,7 @@ const TASKS: [Task; 6] = [
         auto_model: "AutoModelForQuestionAnswering",
         generates: false,
     },
-    Task {
-        name: "FEATURE_EXTRACTION",
-        pipeline_tag: "feature-extraction",
-        auto_model: "AutoModel",
-        generates: false,
-    },
+    Task { name: "FEATURE_EXTRACTION", pipeline_tag: "feature-extraction", auto_model: "AutoModel", generates: false },
 ];
 
 fn task(name: &str) -> Option<&'static Task> {
@@ -187,23 +168,15 @@ fn task(name: &str) -> Option<&'static Task> {
 
 /// A YAML scalar: plain where that is safe in every YAML version, double-quoted otherwise.
 fn yaml(s: &str) -> String {
-    let words = [
-        "true", "false", "yes", "no", "on", "off", "null", "y", "n", "~",
-    ];
+    let words = ["true", "false", "yes", "no", "on", "off", "null", "y", "n", "~"];
     let plain = s.chars().next().is_some_and(|c| c.is_ascii_alphabetic())
-        && s.chars()
-            .all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c))
+        && s.chars().all(|c| c.is_ascii_alphanumeric() || "/._-".contains(c))
         && !words.contains(&s.to_ascii_lowercase().as_str());
     // Colons inside are safe in tags like `base_model:adapter:org/name`, a space after one is not.
     let tag = s.starts_with("base_model:adapter:")
-        && s.chars()
-            .all(|c| c.is_ascii_alphanumeric() || "/._-:".contains(c))
+        && s.chars().all(|c| c.is_ascii_alphanumeric() || "/._-:".contains(c))
         && !s.ends_with(':');
-    if plain || tag {
-        s.to_owned()
-    } else {
-        literal(s)
-    }
+    if plain || tag { s.to_owned() } else { literal(s) }
 }
 
 /// A string literal that YAML and Python read alike: all but printable ASCII, letters and digits is escaped.
@@ -249,14 +222,10 @@ fn base(model: &str) -> String {
     let hub = |p: Option<&str>| {
         p.is_some_and(|p| {
             p.starts_with(|c: char| c.is_ascii_alphanumeric())
-                && p.chars()
-                    .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
+                && p.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
         })
     };
-    let is_hub = hub(parts.next())
-        && hub(parts.next())
-        && parts.next().is_none()
-        && !model.ends_with(".gguf");
+    let is_hub = hub(parts.next()) && hub(parts.next()) && parts.next().is_none() && !model.ends_with(".gguf");
     match model {
         "" => "its base model".to_owned(),
         m if is_hub => format!("[{m}](https://huggingface.co/{m})"),
@@ -268,19 +237,12 @@ fn base(model: &str) -> String {
 fn fenced(language: &str, text: &str) -> String {
     let longest = text.split(|c| c != '`').map(str::len).max().unwrap_or(0);
     let fence = "`".repeat(longest.max(2) + 1);
-    let text: String = text
-        .trim_end()
-        .chars()
-        .filter(|c| !c.is_control() || matches!(c, '\n' | '\t'))
-        .collect();
+    let text: String = text.trim_end().chars().filter(|c| !c.is_control() || matches!(c, '\n' | '\t')).collect();
     format!("{fence}{language}\n{text}\n{fence}\n\n")
 }
 
 fn shell_quote(s: &str) -> String {
-    if !s.is_empty()
-        && s.chars()
-            .all(|c| c.is_ascii_alphanumeric() || "/._-@".contains(c))
-    {
+    if !s.is_empty() && s.chars().all(|c| c.is_ascii_alphanumeric() || "/._-@".contains(c)) {
         return s.to_owned();
     }
     format!("'{}'", s.replace('\'', "'\\''"))
@@ -304,22 +266,14 @@ mod tests {
     #[test]
     fn front_matter_is_peft_s() {
         let facts = facts("HuggingFaceTB/SmolLM2-135M");
-        let card = ModelCard {
-            title: "movies",
-            facts: &facts,
-            recipe: "[model]\n",
-            samples: &[],
-            loads_in_peft: true,
-        };
+        let card = ModelCard { title: "movies", facts: &facts, recipe: "[model]\n", samples: &[], loads_in_peft: true };
         let text = card.to_markdown();
         let want = "---\nbase_model: HuggingFaceTB/SmolLM2-135M\nlibrary_name: peft\npipeline_tag: text-generation\ntags:\n\
                     - base_model:adapter:HuggingFaceTB/SmolLM2-135M\n- lora\n- transformers\n---\n\n# movies\n";
         assert!(text.starts_with(want), "{text}");
         assert!(text.contains("PeftModel.from_pretrained(model, \".\")"));
         assert!(text.contains("peft-cli generate --model HuggingFaceTB/SmolLM2-135M --adapter ."));
-        assert!(text.contains(
-            "[HuggingFaceTB/SmolLM2-135M](https://huggingface.co/HuggingFaceTB/SmolLM2-135M)"
-        ));
+        assert!(text.contains("[HuggingFaceTB/SmolLM2-135M](https://huggingface.co/HuggingFaceTB/SmolLM2-135M)"));
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("README.md");
         card.write(&path).unwrap();
@@ -332,24 +286,14 @@ mod tests {
     #[test]
     fn hostile_names_stay_in_their_place() {
         let evil = "a: \"b\"\n---\n# c | d `e` ```` 'f' $(g) \u{2028}\u{85}";
-        let facts = RunFacts {
-            method: evil.into(),
-            ..facts(evil)
-        };
-        let sample = Sample {
-            prompt: "````\n# heading".into(),
-            before: "`".into(),
-            after: String::new(),
-        };
-        let card = ModelCard {
-            title: evil,
-            facts: &facts,
-            recipe: evil,
-            samples: &[sample],
-            loads_in_peft: true,
-        };
+        let facts = RunFacts { method: evil.into(), ..facts(evil) };
+        let sample = Sample { prompt: "````\n# heading".into(), before: "`".into(), after: String::new() };
+        let card = ModelCard { title: evil, facts: &facts, recipe: evil, samples: &[sample], loads_in_peft: true };
         let text = card.to_markdown();
-        assert!(text.contains("base_model: \"a: \\\"b\\\"\\n---\\n# c | d `e` ```` 'f' $(g) \\U00002028\\U00000085\"\n"), "{text}");
+        assert!(
+            text.contains("base_model: \"a: \\\"b\\\"\\n---\\n# c | d `e` ```` 'f' $(g) \\U00002028\\U00000085\"\n"),
+            "{text}"
+        );
         assert!(text.contains("`````text\n````\n# heading\n`````\n"));
         assert!(text.contains("'\\''f'\\''"));
         if let Ok(out) = std::env::var("PEFT_CARD_OUT") {

@@ -76,28 +76,14 @@ impl RunFacts {
             push("Training examples", count(self.train_examples));
         }
         push("Tokens", count(self.tokens));
-        push(
-            "Final loss",
-            self.final_loss.map(number).unwrap_or_default(),
-        );
+        push("Final loss", self.final_loss.map(number).unwrap_or_default());
         if let Some(b) = self.best {
             let metric = self.best_metric.as_deref().unwrap_or("eval_loss");
-            push(
-                "Best evaluation",
-                format!("{metric} {} at step {}", number(b.value), count(b.step)),
-            );
+            push("Best evaluation", format!("{metric} {} at step {}", number(b.value), count(b.step)));
         }
         push("Training time", duration(self.seconds));
-        push(
-            "Tokens per second",
-            self.tokens_per_second()
-                .map(|v| count(v.round() as u64))
-                .unwrap_or_default(),
-        );
-        push(
-            "Peak memory",
-            self.peak_memory.map(bytes).unwrap_or_default(),
-        );
+        push("Tokens per second", self.tokens_per_second().map(|v| count(v.round() as u64)).unwrap_or_default());
+        push("Peak memory", self.peak_memory.map(bytes).unwrap_or_default());
         push("Device", self.device.clone());
         push("Base dtype", self.dtype.clone());
         push("Seed", self.seed.to_string());
@@ -116,12 +102,7 @@ impl RunFacts {
         let share = 100.0 * self.trainable_parameters as f64 / self.total_parameters as f64;
         match self.total_parameters {
             0 => count(self.trainable_parameters),
-            n => format!(
-                "{} of {} ({} %)",
-                count(self.trainable_parameters),
-                count(n),
-                significant(share, 3)
-            ),
+            n => format!("{} of {} ({} %)", count(self.trainable_parameters), count(n), significant(share, 3)),
         }
     }
 }
@@ -158,11 +139,7 @@ pub(super) fn number(v: f64) -> String {
 /// `v` with `digits` significant digits, in scientific notation where a plain number would be long.
 pub(super) fn significant(v: f64, digits: usize) -> String {
     if !v.is_finite() {
-        return if v.is_nan() {
-            "NaN".to_owned()
-        } else {
-            format!("{}∞", if v < 0.0 { "−" } else { "" })
-        };
+        return if v.is_nan() { "NaN".to_owned() } else { format!("{}∞", if v < 0.0 { "−" } else { "" }) };
     }
     if v == 0.0 {
         return "0".to_owned();
@@ -179,11 +156,7 @@ pub(super) fn significant(v: f64, digits: usize) -> String {
     }
     let decimals = (digits as i32 - 1 - magnitude).max(0) as usize;
     let s = format!("{v:.decimals$}");
-    if s.contains('.') {
-        s.trim_end_matches('0').trim_end_matches('.').to_owned()
-    } else {
-        s
-    }
+    if s.contains('.') { s.trim_end_matches('0').trim_end_matches('.').to_owned() } else { s }
 }
 
 /// `1.4 GB` and the like, in powers of 1000.
@@ -220,37 +193,14 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!(
-            ["0", "12", "123", "1,234", "1,234,567"],
-            [0, 12, 123, 1234, 1_234_567].map(count)
-        );
-        let want = [
-            "0", "1.235", "2e-4", "0.05", "123457", "1.235e7", "NaN", "−∞", "100",
-        ];
-        let got = [
-            0.0,
-            1.23456,
-            2e-4,
-            0.05,
-            123_456.7,
-            12_345_678.0,
-            f64::NAN,
-            f64::NEG_INFINITY,
-            100.0,
-        ];
+        assert_eq!(["0", "12", "123", "1,234", "1,234,567"], [0, 12, 123, 1234, 1_234_567].map(count));
+        let want = ["0", "1.235", "2e-4", "0.05", "123457", "1.235e7", "NaN", "−∞", "100"];
+        let got = [0.0, 1.23456, 2e-4, 0.05, 123_456.7, 12_345_678.0, f64::NAN, f64::NEG_INFINITY, 100.0];
         assert_eq!(want, got.map(number).each_ref().map(String::as_str));
-        assert_eq!(
-            ["999 B", "1 kB", "1.2 GB"],
-            [999, 1000, 1_200_000_000]
-                .map(bytes)
-                .each_ref()
-                .map(String::as_str)
-        );
+        assert_eq!(["999 B", "1 kB", "1.2 GB"], [999, 1000, 1_200_000_000].map(bytes).each_ref().map(String::as_str));
         let got = [0.0, 5.25, 65.0, 3723.0, -1.0, f64::NAN, f64::INFINITY].map(duration);
         assert_eq!(
-            [
-                "0 s", "5.25 s", "1:05", "1:02:03", "unknown", "unknown", "unknown"
-            ],
+            ["0 s", "5.25 s", "1:05", "1:02:03", "unknown", "unknown", "unknown"],
             got.each_ref().map(String::as_str)
         );
         assert_eq!(bytes(u64::MAX), "1.84e7 TB");
@@ -258,23 +208,11 @@ mod tests {
 
     #[test]
     fn empty_facts_are_left_out() {
-        let rows = RunFacts {
-            steps: 5,
-            planned_steps: 9,
-            ..Default::default()
-        }
-        .rows();
+        let rows = RunFacts { steps: 5, planned_steps: 9, ..Default::default() }.rows();
         assert!(rows.iter().all(|(_, v)| !v.is_empty()));
         assert!(rows.contains(&("Steps", "5 of 9".to_owned())));
-        assert!(
-            !rows
-                .iter()
-                .any(|(k, _)| *k == "Base model" || *k == "Peak memory")
-        );
+        assert!(!rows.iter().any(|(k, _)| *k == "Base model" || *k == "Peak memory"));
         let json = serde_json::to_string(&RunFacts::default()).unwrap();
-        assert_eq!(
-            serde_json::from_str::<RunFacts>(&json).unwrap(),
-            RunFacts::default()
-        );
+        assert_eq!(serde_json::from_str::<RunFacts>(&json).unwrap(), RunFacts::default());
     }
 }

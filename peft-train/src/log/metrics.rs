@@ -91,20 +91,14 @@ impl EvalRow {
         fn bare(k: &str) -> &str {
             k.strip_prefix("eval_").unwrap_or(k)
         }
-        self.values()
-            .find(|(k, _)| bare(k) == bare(name))
-            .map(|(_, v)| v)
+        self.values().find(|(k, _)| bare(k) == bare(name)).map(|(_, v)| v)
     }
 
     fn to_map(&self) -> Map<String, Value> {
         let mut m = Map::new();
         m.insert("step".into(), self.step.into());
         for (k, v) in self.values() {
-            let key = if k.starts_with("eval_") {
-                k.to_owned()
-            } else {
-                format!("eval_{k}")
-            };
+            let key = if k.starts_with("eval_") { k.to_owned() } else { format!("eval_{k}") };
             m.insert(key, v.into());
         }
         m
@@ -112,9 +106,7 @@ impl EvalRow {
 
     fn from_map(step: u64, m: &Map<String, Value>) -> Self {
         let get = |v: &Value| v.as_f64().unwrap_or(f64::NAN);
-        let metrics = m
-            .iter()
-            .filter(|(k, _)| k.starts_with("eval_") && *k != "eval_loss");
+        let metrics = m.iter().filter(|(k, _)| k.starts_with("eval_") && *k != "eval_loss");
         Self {
             step,
             eval_loss: m.get("eval_loss").map_or(f64::NAN, get),
@@ -138,11 +130,7 @@ impl MetricsWriter {
     /// The file cannot be created.
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(io_error(path))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            len: 0,
-        })
+        Ok(Self { path: path.to_owned(), file, len: 0 })
     }
 
     /// Opens the file of an interrupted run that goes on after optimiser step `step`: rows of later steps, a torn
@@ -169,16 +157,9 @@ impl MetricsWriter {
             result?;
             new.flush()
         })?;
-        let mut file = OpenOptions::new()
-            .write(true)
-            .open(path)
-            .map_err(io_error(path))?;
+        let mut file = OpenOptions::new().write(true).open(path).map_err(io_error(path))?;
         let len = file.seek(SeekFrom::End(0)).map_err(io_error(path))?;
-        Ok(Self {
-            path: path.to_owned(),
-            file,
-            len,
-        })
+        Ok(Self { path: path.to_owned(), file, len })
     }
 
     /// Appends a training row.
@@ -242,9 +223,7 @@ pub fn read_metrics(path: &Path) -> Result<Metrics> {
     let mut out = Metrics::default();
     for_each_line(BufReader::new(file), |line| match parse(line) {
         Some((step, m)) if m.contains_key("loss") => out.steps.push(StepRow::from_map(step, &m)),
-        Some((step, m)) if m.contains_key("eval_loss") => {
-            out.evals.push(EvalRow::from_map(step, &m))
-        }
+        Some((step, m)) if m.contains_key("eval_loss") => out.evals.push(EvalRow::from_map(step, &m)),
         _ => out.skipped += 1,
     })
     .map_err(io_error(path))?;
@@ -304,11 +283,7 @@ mod tests {
     }
 
     fn eval(step: u64) -> EvalRow {
-        EvalRow {
-            step,
-            eval_loss: 2.0,
-            metrics: BTreeMap::from([("eval_accuracy".to_owned(), 0.5)]),
-        }
+        EvalRow { step, eval_loss: 2.0, metrics: BTreeMap::from([("eval_accuracy".to_owned(), 0.5)]) }
     }
 
     #[test]
@@ -318,12 +293,7 @@ mod tests {
         let mut w = MetricsWriter::create(&path).unwrap();
         w.write_step(&row(1)).unwrap();
         let extra = BTreeMap::from([("accuracy".to_owned(), 0.5)]);
-        w.write_eval(&EvalRow {
-            step: 1,
-            eval_loss: 2.0,
-            metrics: extra,
-        })
-        .unwrap();
+        w.write_eval(&EvalRow { step: 1, eval_loss: 2.0, metrics: extra }).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(
             text,
@@ -331,14 +301,7 @@ mod tests {
              {\"step\":1,\"eval_loss\":2.0,\"eval_accuracy\":0.5}\n"
         );
         let m = read_metrics(&path).unwrap();
-        assert_eq!(
-            m,
-            Metrics {
-                steps: vec![row(1)],
-                evals: vec![eval(1)],
-                skipped: 0
-            }
-        );
+        assert_eq!(m, Metrics { steps: vec![row(1)], evals: vec![eval(1)], skipped: 0 });
         assert_eq!(m.evals[0].get("accuracy"), Some(0.5));
         assert_eq!(m.evals[0].get("eval_loss"), Some(2.0));
         assert_eq!(m.evals[0].get("f1"), None);
@@ -350,26 +313,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut w = MetricsWriter::create(&path).unwrap();
-        w.write_step(&StepRow {
-            loss: f64::NAN,
-            grad_norm: f64::INFINITY,
-            ..row(1)
-        })
-        .unwrap();
-        w.write_eval(&EvalRow {
-            eval_loss: f64::NEG_INFINITY,
-            ..eval(1)
-        })
-        .unwrap();
+        w.write_step(&StepRow { loss: f64::NAN, grad_norm: f64::INFINITY, ..row(1) }).unwrap();
+        w.write_eval(&EvalRow { eval_loss: f64::NEG_INFINITY, ..eval(1) }).unwrap();
         for line in fs::read_to_string(&path).unwrap().lines() {
             serde_json::from_str::<Value>(line).unwrap();
         }
         let m = read_metrics(&path).unwrap();
-        assert!(
-            m.steps[0].loss.is_nan()
-                && m.steps[0].grad_norm.is_nan()
-                && m.evals[0].eval_loss.is_nan()
-        );
+        assert!(m.steps[0].loss.is_nan() && m.steps[0].grad_norm.is_nan() && m.evals[0].eval_loss.is_nan());
     }
 
     #[test]
@@ -385,12 +335,7 @@ mod tests {
         }
         drop(w);
         let whole = fs::read(&path).unwrap();
-        let cut_rows = fs::read_to_string(&path)
-            .unwrap()
-            .lines()
-            .take(6)
-            .map(|l| format!("{l}\n"))
-            .collect::<String>();
+        let cut_rows = fs::read_to_string(&path).unwrap().lines().take(6).map(|l| format!("{l}\n")).collect::<String>();
         // A kill may have torn the file anywhere after step 4.
         for end in cut_rows.len()..=whole.len() {
             fs::write(&path, &whole[..end]).unwrap();
@@ -398,20 +343,10 @@ mod tests {
             assert_eq!(fs::read_to_string(&path).unwrap(), cut_rows);
             w.write_step(&row(5)).unwrap();
             let m = read_metrics(&path).unwrap();
-            assert_eq!(
-                (m.steps, m.evals.len(), m.skipped),
-                ((1..=5).map(row).collect(), 2, 0)
-            );
+            assert_eq!((m.steps, m.evals.len(), m.skipped), ((1..=5).map(row).collect(), 2, 0));
         }
-        assert_eq!(
-            fs::read_dir(dir.path()).unwrap().count(),
-            1,
-            "no temporary file stays"
-        );
-        MetricsWriter::resume(&dir.path().join("none.jsonl"), 3)
-            .unwrap()
-            .write_step(&row(4))
-            .unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file stays");
+        MetricsWriter::resume(&dir.path().join("none.jsonl"), 3).unwrap().write_step(&row(4)).unwrap();
     }
 
     #[test]
@@ -426,16 +361,8 @@ mod tests {
         let m = read_metrics(&path).unwrap();
         assert_eq!((m.steps.len(), m.skipped), (2, 5));
         MetricsWriter::resume(&path, 9).unwrap();
-        assert_eq!(
-            fs::read_to_string(&path).unwrap(),
-            "{\"step\":1,\"loss\":3}\n{\"step\":2,\"loss\":2}\n"
-        );
-        assert!(
-            read_metrics(&dir.path().join("missing"))
-                .unwrap_err()
-                .to_string()
-                .contains("missing")
-        );
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1,\"loss\":3}\n{\"step\":2,\"loss\":2}\n");
+        assert!(read_metrics(&dir.path().join("missing")).unwrap_err().to_string().contains("missing"));
         assert!(MetricsWriter::create(&dir.path().join("no/such/folder")).is_err());
     }
 

@@ -111,10 +111,7 @@ impl RunLogger {
             ("train/learning_rate", row.learning_rate),
             ("train/grad_norm", row.grad_norm),
         ];
-        scalars.extend(
-            row.tokens_per_second()
-                .map(|v| ("train/tokens_per_second", v)),
-        );
+        scalars.extend(row.tokens_per_second().map(|v| ("train/tokens_per_second", v)));
         scalars.extend(row.epoch.map(|v| ("train/epoch", v)));
         self.events.scalars(row.step, &scalars)
     }
@@ -125,10 +122,8 @@ impl RunLogger {
     /// A write failed.
     pub fn eval(&mut self, row: &EvalRow) -> Result<()> {
         self.metrics.write_eval(row)?;
-        let named: Vec<(String, f64)> = row
-            .values()
-            .map(|(k, v)| (format!("eval/{}", k.strip_prefix("eval_").unwrap_or(k)), v))
-            .collect();
+        let named: Vec<(String, f64)> =
+            row.values().map(|(k, v)| (format!("eval/{}", k.strip_prefix("eval_").unwrap_or(k)), v)).collect();
         let scalars: Vec<(&str, f64)> = named.iter().map(|(k, v)| (k.as_str(), *v)).collect();
         self.events.scalars(row.step, &scalars)
     }
@@ -172,8 +167,7 @@ mod tests {
     #[test]
     fn metrics_and_events_go_together() {
         let dir = tempfile::tempdir().unwrap();
-        let out = std::env::var_os("PEFT_EVENTS_OUT")
-            .map_or_else(|| dir.path().to_owned(), PathBuf::from);
+        let out = std::env::var_os("PEFT_EVENTS_OUT").map_or_else(|| dir.path().to_owned(), PathBuf::from);
         fs::create_dir_all(&out).unwrap();
         let mut log = RunLogger::create(&out).unwrap();
         log.text("recipe", 0, "```toml\nr = 16\n```").unwrap();
@@ -182,19 +176,10 @@ mod tests {
         }
         let mut log = RunLogger::resume(&out, 3).unwrap();
         for s in 4..=6 {
-            log.step(&StepRow {
-                loss: 9.0,
-                ..row(s)
-            })
-            .unwrap();
+            log.step(&StepRow { loss: 9.0, ..row(s) }).unwrap();
         }
         let metrics = [("eval_accuracy".to_owned(), 0.5)].into();
-        log.eval(&EvalRow {
-            step: 6,
-            eval_loss: 1.5,
-            metrics,
-        })
-        .unwrap();
+        log.eval(&EvalRow { step: 6, eval_loss: 1.5, metrics }).unwrap();
         log.sync().unwrap();
         let m = read_metrics(&out.join(RunLogger::METRICS)).unwrap();
         assert_eq!(
@@ -202,10 +187,7 @@ mod tests {
             [(1, 3.0), (2, 1.5), (3, 1.0), (4, 9.0), (5, 9.0), (6, 9.0)]
         );
         assert_eq!(m.evals.len(), 1);
-        assert_eq!(
-            fs::read_dir(out.join(RunLogger::EVENTS)).unwrap().count(),
-            2
-        );
+        assert_eq!(fs::read_dir(out.join(RunLogger::EVENTS)).unwrap().count(), 2);
     }
 
     #[test]
@@ -217,12 +199,7 @@ mod tests {
             f.write_all(b"ne")?;
             Err(io::Error::other("disk full"))
         };
-        assert!(
-            write_atomic(&path, fail)
-                .unwrap_err()
-                .to_string()
-                .contains("a.txt")
-        );
+        assert!(write_atomic(&path, fail).unwrap_err().to_string().contains("a.txt"));
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(write_atomic(&dir.path().join("no/a.txt"), |_| Ok(())).is_err());

@@ -26,11 +26,7 @@ pub struct Progress {
 enum Sink {
     Off,
     Bar(ProgressBar),
-    Plain {
-        out: Box<dyn Write + Send>,
-        every: Duration,
-        last: Option<Duration>,
-    },
+    Plain { out: Box<dyn Write + Send>, every: Duration, last: Option<Duration> },
 }
 
 impl std::fmt::Debug for Sink {
@@ -49,44 +45,22 @@ impl Progress {
         if !io::stderr().is_terminal() {
             return Self::plain(start_step, total_steps, PLAIN_EVERY, Box::new(io::stderr()));
         }
-        let bar = ProgressBar::with_draw_target(
-            Some(total_steps),
-            ProgressDrawTarget::stderr_with_hz(10),
-        );
-        if let Ok(style) = ProgressStyle::with_template("{bar:24.cyan/dim} {pos}/{len} {wide_msg}")
-        {
+        let bar = ProgressBar::with_draw_target(Some(total_steps), ProgressDrawTarget::stderr_with_hz(10));
+        if let Ok(style) = ProgressStyle::with_template("{bar:24.cyan/dim} {pos}/{len} {wide_msg}") {
             bar.set_style(style.progress_chars("━━─"));
         }
         bar.set_position(start_step);
-        Self {
-            meter: Meter::new(start_step, total_steps),
-            sink: Sink::Bar(bar),
-        }
+        Self { meter: Meter::new(start_step, total_steps), sink: Sink::Bar(bar) }
     }
 
     /// Plain lines to `out`, at most one every `every`.
-    pub fn plain(
-        start_step: u64,
-        total_steps: u64,
-        every: Duration,
-        out: Box<dyn Write + Send>,
-    ) -> Self {
-        Self {
-            meter: Meter::new(start_step, total_steps),
-            sink: Sink::Plain {
-                out,
-                every,
-                last: None,
-            },
-        }
+    pub fn plain(start_step: u64, total_steps: u64, every: Duration, out: Box<dyn Write + Send>) -> Self {
+        Self { meter: Meter::new(start_step, total_steps), sink: Sink::Plain { out, every, last: None } }
     }
 
     /// Shows nothing; for quiet runs and tests.
     pub fn off() -> Self {
-        Self {
-            meter: Meter::new(0, 0),
-            sink: Sink::Off,
-        }
+        Self { meter: Meter::new(0, 0), sink: Sink::Off }
     }
 
     /// Shows an optimiser step.
@@ -112,10 +86,7 @@ impl Progress {
 
     /// Shows an evaluation on its own line.
     pub fn eval(&mut self, row: &EvalRow, is_best: bool) {
-        let values: Vec<String> = row
-            .values()
-            .map(|(k, v)| format!("{k} {}", number(v)))
-            .collect();
+        let values: Vec<String> = row.values().map(|(k, v)| format!("{k} {}", number(v))).collect();
         let best = if is_best { "  (best)" } else { "" };
         self.message(&format!("step {}  {}{best}", row.step, values.join("  ")));
     }
@@ -179,14 +150,7 @@ struct Meter {
 impl Meter {
     fn new(start_step: u64, total: u64) -> Self {
         let recent = VecDeque::from([(Duration::ZERO, start_step, 0)]);
-        Self {
-            started: Instant::now(),
-            total,
-            loss_sum: 0.0,
-            loss_weight: 0.0,
-            recent,
-            tokens: 0,
-        }
+        Self { started: Instant::now(), total, loss_sum: 0.0, loss_weight: 0.0, recent, tokens: 0 }
     }
 
     fn step(&mut self, now: Duration, row: &StepRow) {
@@ -210,12 +174,7 @@ impl Meter {
         let (first, last) = (self.recent.front()?, self.recent.back()?);
         let seconds = last.0.saturating_sub(first.0).as_secs_f64();
         let steps = last.1.checked_sub(first.1).filter(|n| *n > 0)? as f64;
-        (seconds > 0.0).then(|| {
-            (
-                last.2.saturating_sub(first.2) as f64 / seconds,
-                seconds / steps,
-            )
-        })
+        (seconds > 0.0).then(|| (last.2.saturating_sub(first.2) as f64 / seconds, seconds / steps))
     }
 
     fn text(&self, now: Duration, lr: f64) -> String {
@@ -268,15 +227,7 @@ mod tests {
     }
 
     fn row(step: u64, loss: f64) -> StepRow {
-        StepRow {
-            step,
-            loss,
-            learning_rate: 2e-4,
-            grad_norm: 1.0,
-            tokens: 1000,
-            seconds: 2.0,
-            epoch: None,
-        }
+        StepRow { step, loss, learning_rate: 2e-4, grad_norm: 1.0, tokens: 1000, seconds: 2.0, epoch: None }
     }
 
     #[test]
@@ -287,10 +238,7 @@ mod tests {
         }
         assert_eq!(m.speed(), Some((500.0, 2.0)));
         assert_eq!(m.recent.len(), WINDOW + 1);
-        assert_eq!(
-            m.text(Duration::from_secs(100), 2e-4),
-            "loss 1.5  lr 2e-4  500 tok/s  1:40  left 1:40"
-        );
+        assert_eq!(m.text(Duration::from_secs(100), 2e-4), "loss 1.5  lr 2e-4  500 tok/s  1:40  left 1:40");
     }
 
     #[test]
@@ -312,28 +260,14 @@ mod tests {
         for s in 1..=50 {
             p.step(&row(s, 2.0));
         }
-        p.eval(
-            &EvalRow {
-                step: 50,
-                eval_loss: 1.25,
-                metrics: [("eval_accuracy".to_owned(), 0.5)].into(),
-            },
-            true,
-        );
+        p.eval(&EvalRow { step: 50, eval_loss: 1.25, metrics: [("eval_accuracy".to_owned(), 0.5)].into() }, true);
         p.message("saved");
         p.finish("done");
         let text = String::from_utf8(out.0.lock().unwrap().clone()).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 5, "{text}");
         assert!(lines[0].starts_with("step 1/50  loss 2") && lines[1].starts_with("step 50/50"));
-        assert_eq!(
-            lines[2..],
-            [
-                "step 50  eval_loss 1.25  eval_accuracy 0.5  (best)",
-                "saved",
-                "done"
-            ]
-        );
+        assert_eq!(lines[2..], ["step 50  eval_loss 1.25  eval_accuracy 0.5  (best)", "saved", "done"]);
         Progress::off().step(&row(1, 1.0));
         assert_eq!(Progress::off().suspend(|| 3), 3);
     }
@@ -341,10 +275,7 @@ mod tests {
     #[test]
     fn clocks() {
         let got = [0.4, 65.0, 3723.0, 90_061.0, f64::NAN, -5.0].map(clock);
-        assert_eq!(
-            got,
-            ["0:00", "1:05", "1:02:03", "1d 1:01:01", "0:00", "0:00"]
-        );
+        assert_eq!(got, ["0:00", "1:05", "1:02:03", "1d 1:01:01", "0:00", "0:00"]);
         clock(f64::INFINITY);
     }
 }

@@ -51,14 +51,10 @@ impl Report<'_> {
         let title = escape(self.title);
         h += "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n";
         h += "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n";
-        h += "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n";
-        h += &format!(
-            "<title>{title} · training report</title>\n<style>\n{STYLE}</style></head><body><main>\n"
-        );
-        h += &format!(
-            "<h1>{title}</h1>\n<p class=\"sub\">{}</p>\n",
-            escape(&self.subtitle())
-        );
+        h +=
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n";
+        h += &format!("<title>{title} · training report</title>\n<style>\n{STYLE}</style></head><body><main>\n");
+        h += &format!("<h1>{title}</h1>\n<p class=\"sub\">{}</p>\n", escape(&self.subtitle()));
         if let Some(ended) = &self.facts.ended {
             h += &format!("<p class=\"note\">{}</p>\n", escape(ended));
         }
@@ -72,67 +68,35 @@ impl Report<'_> {
         }
         h += "</table></div>\n";
         if !self.next.is_empty() {
-            h += &format!(
-                "<h2>Next</h2>\n<pre>{}</pre>\n",
-                escape(&self.next.join("\n"))
-            );
+            h += &format!("<h2>Next</h2>\n<pre>{}</pre>\n", escape(&self.next.join("\n")));
         }
         if !self.recipe.trim().is_empty() {
-            h += &format!(
-                "<h2>Recipe, as resolved</h2>\n<pre>{}</pre>\n",
-                escape(self.recipe.trim_end())
-            );
+            h += &format!("<h2>Recipe, as resolved</h2>\n<pre>{}</pre>\n", escape(self.recipe.trim_end()));
         }
-        h += &format!(
-            "<footer>Written by peft-train {}.</footer>\n",
-            env!("CARGO_PKG_VERSION")
-        );
+        h += &format!("<footer>Written by peft-train {}.</footer>\n", env!("CARGO_PKG_VERSION"));
         h += "</main></body></html>\n";
         Ok(h)
     }
 
     fn subtitle(&self) -> String {
         let f = self.facts;
-        let base = if f.base_model.is_empty() {
-            String::new()
-        } else {
-            format!("on {}", f.base_model)
-        };
+        let base = if f.base_model.is_empty() { String::new() } else { format!("on {}", f.base_model) };
         let steps = format!("{} steps", count(f.steps));
-        let parts = [
-            format!("{} {base}", f.method),
-            steps,
-            f.device.clone(),
-            f.dtype.clone(),
-        ];
-        parts
-            .iter()
-            .map(|s| s.trim())
-            .filter(|s| !s.is_empty())
-            .collect::<Vec<_>>()
-            .join(" · ")
+        let parts = [format!("{} {base}", f.method), steps, f.device.clone(), f.dtype.clone()];
+        parts.iter().map(|s| s.trim()).filter(|s| !s.is_empty()).collect::<Vec<_>>().join(" · ")
     }
 
     fn tiles(&self, h: &mut String) {
         let f = self.facts;
         let mut tiles: Vec<(String, String)> = Vec::new();
         if let (Some(first), Some(loss)) = (self.steps.first(), f.final_loss) {
-            tiles.push((
-                number(loss),
-                format!("final loss, from {}", number(first.loss)),
-            ));
+            tiles.push((number(loss), format!("final loss, from {}", number(first.loss))));
         }
         if let Some(b) = f.best {
             let metric = f.best_metric.as_deref().unwrap_or("eval_loss");
-            tiles.push((
-                number(b.value),
-                format!("best {metric}, step {}", count(b.step)),
-            ));
+            tiles.push((number(b.value), format!("best {metric}, step {}", count(b.step))));
         }
-        tiles.push((
-            compact(f.trainable_parameters),
-            "trainable parameters".into(),
-        ));
+        tiles.push((compact(f.trainable_parameters), "trainable parameters".into()));
         tiles.push((duration(f.seconds), "training time".into()));
         if let Some(v) = f.tokens_per_second() {
             tiles.push((count(v.round() as u64), "tokens per second".into()));
@@ -142,69 +106,36 @@ impl Report<'_> {
         }
         *h += "<div class=\"tiles\">\n";
         for (value, label) in tiles {
-            *h += &format!(
-                "<div class=\"card tile\"><b>{}</b><span>{}</span></div>\n",
-                escape(&value),
-                escape(&label)
-            );
+            *h += &format!("<div class=\"card tile\"><b>{}</b><span>{}</span></div>\n", escape(&value), escape(&label));
         }
         *h += "</div>\n";
     }
 
     fn charts(&self, h: &mut String) -> Result<()> {
-        let of = |f: fn(&StepRow) -> f64| {
-            self.steps
-                .iter()
-                .map(|r| (r.step as f64, f(r)))
-                .collect::<Vec<_>>()
-        };
-        let eval_loss: Vec<_> = self
-            .evals
-            .iter()
-            .map(|r| (r.step as f64, r.eval_loss))
-            .collect();
+        let of = |f: fn(&StepRow) -> f64| self.steps.iter().map(|r| (r.step as f64, f(r))).collect::<Vec<_>>();
+        let eval_loss: Vec<_> = self.evals.iter().map(|r| (r.step as f64, r.eval_loss)).collect();
         let mut loss = with_smoothed(of(|r| r.loss));
         if !eval_loss.is_empty() {
-            loss.push((
-                "eval_loss",
-                Curve {
-                    look: Look::Mark,
-                    points: eval_loss,
-                },
-            ));
+            loss.push(("eval_loss", Curve { look: Look::Mark, points: eval_loss }));
         }
         let speed = of(|r| r.tokens_per_second().unwrap_or(f64::NAN));
-        let rate = vec![(
-            "",
-            Curve {
-                look: Look::Line,
-                points: of(|r| r.learning_rate),
-            },
-        )];
+        let rate = vec![("", Curve { look: Look::Line, points: of(|r| r.learning_rate) })];
         let cards = [
             ("Loss", loss),
             ("Learning rate", rate),
-            (
-                "Gradient norm, before clipping",
-                with_smoothed(of(|r| r.grad_norm)),
-            ),
+            ("Gradient norm, before clipping", with_smoothed(of(|r| r.grad_norm))),
             ("Tokens per second", with_smoothed(speed)),
         ];
         *h += "<div class=\"charts\">\n";
         for (title, curves) in cards {
             *h += &format!("<section class=\"card\"><h3>{title}");
-            for (name, c) in curves
-                .iter()
-                .filter(|(n, _)| !n.is_empty() && curves.len() > 1)
-            {
+            for (name, c) in curves.iter().filter(|(n, _)| !n.is_empty() && curves.len() > 1) {
                 let variable = match c.look {
                     Look::Line => "line",
                     Look::Soft => "line-soft",
                     Look::Mark => "mark",
                 };
-                *h += &format!(
-                    "<span class=\"key\"><i style=\"background:var(--{variable})\"></i>{name}</span>"
-                );
+                *h += &format!("<span class=\"key\"><i style=\"background:var(--{variable})\"></i>{name}</span>");
             }
             *h += "</h3>\n";
             let curves: Vec<Curve> = curves.into_iter().map(|(_, c)| c).collect();
@@ -260,11 +191,7 @@ impl Report<'_> {
             let mark = if is_best { " · best" } else { "" };
             *h += &format!("<tr><td{class}>{}{mark}</td>", count(row.step));
             for k in &keys {
-                let value = row
-                    .values()
-                    .find(|(n, _)| n == k)
-                    .map(|(_, v)| number(v))
-                    .unwrap_or_default();
+                let value = row.values().find(|(n, _)| n == k).map(|(_, v)| number(v)).unwrap_or_default();
                 *h += &format!("<td{class}>{}</td>", escape(&value));
             }
             *h += "</tr>\n";
@@ -276,31 +203,10 @@ impl Report<'_> {
 /// Raw values behind their running mean, or the values alone where there are few.
 fn with_smoothed(points: Vec<(f64, f64)>) -> Vec<(&'static str, Curve)> {
     if points.len() < 12 {
-        return vec![(
-            "each step",
-            Curve {
-                look: Look::Line,
-                points,
-            },
-        )];
+        return vec![("each step", Curve { look: Look::Line, points })];
     }
     let smoothed = smooth(&points, (points.len() / 20).clamp(5, 100));
-    vec![
-        (
-            "each step",
-            Curve {
-                look: Look::Soft,
-                points,
-            },
-        ),
-        (
-            "smoothed",
-            Curve {
-                look: Look::Line,
-                points: smoothed,
-            },
-        ),
-    ]
+    vec![("each step", Curve { look: Look::Soft, points }), ("smoothed", Curve { look: Look::Line, points: smoothed })]
 }
 
 /// `4.88 M` and the like.

@@ -11,10 +11,7 @@ fn rows(n: u64) -> Vec<StepRow> {
             StepRow {
                 step,
                 loss: 0.9 + 2.4 * (-4.0 * t).exp() + noise(step),
-                learning_rate: 2e-4
-                    * (t * 20.0).min(1.0)
-                    * (1.0 + (t * std::f64::consts::PI).cos())
-                    / 2.0,
+                learning_rate: 2e-4 * (t * 20.0).min(1.0) * (1.0 + (t * std::f64::consts::PI).cos()) / 2.0,
                 grad_norm: 0.6 + 2.0 * (-9.0 * t).exp() + noise(step + 50).abs(),
                 tokens: 4096,
                 seconds: 9.0 + noise(step + 9),
@@ -25,19 +22,10 @@ fn rows(n: u64) -> Vec<StepRow> {
 }
 
 fn evals(n: u64) -> Vec<EvalRow> {
-    let metrics = |s: u64| {
-        BTreeMap::from([(
-            "eval_accuracy".to_owned(),
-            0.796 + 0.1 * s as f64 / n as f64,
-        )])
-    };
+    let metrics = |s: u64| BTreeMap::from([("eval_accuracy".to_owned(), 0.796 + 0.1 * s as f64 / n as f64)]);
     (1..=6)
         .map(|i| i * n / 6)
-        .map(|s| EvalRow {
-            step: s,
-            eval_loss: 0.95 + 2.0 * (-5.0 * s as f64 / n as f64).exp(),
-            metrics: metrics(s),
-        })
+        .map(|s| EvalRow { step: s, eval_loss: 0.95 + 2.0 * (-5.0 * s as f64 / n as f64).exp(), metrics: metrics(s) })
         .collect()
 }
 
@@ -55,10 +43,7 @@ fn facts() -> RunFacts {
         tokens: 1_228_800,
         final_loss: Some(0.912),
         best_metric: Some("eval_loss".into()),
-        best: Some(Best {
-            step: 300,
-            value: 0.9635,
-        }),
+        best: Some(Best { step: 300, value: 0.9635 }),
         seconds: 2713.4,
         peak_memory: Some(1_130_000_000),
         device: "cpu".into(),
@@ -76,12 +61,8 @@ fn a_whole_page() {
         before: " The film is a great film for the audience. The film is a great".into(),
         after: " positive".into(),
     }];
-    let next = [
-        "peft-cli eval --model HuggingFaceTB/SmolLM2-135M --adapter out --data test.jsonl"
-            .to_owned(),
-    ];
-    let recipe =
-        "[model]\npath = \"HuggingFaceTB/SmolLM2-135M\"\n\n[method]\ntype = \"lora\"\nr = 16\n";
+    let next = ["peft-cli eval --model HuggingFaceTB/SmolLM2-135M --adapter out --data test.jsonl".to_owned()];
+    let recipe = "[model]\npath = \"HuggingFaceTB/SmolLM2-135M\"\n\n[method]\ntype = \"lora\"\nr = 16\n";
     let report = Report {
         title: "movies-lora",
         facts: &facts,
@@ -93,25 +74,12 @@ fn a_whole_page() {
     };
     let html = report.to_html().unwrap();
     assert_eq!(html.matches("<svg ").count(), 4);
-    assert_eq!(
-        html.matches("<svg ").count(),
-        html.matches("</svg>").count()
-    );
-    for text in [
-        "4,884,480 of 139,399,488 (3.5 %)",
-        "300 · best",
-        "45:13",
-        "With the adapter",
-        "r = 16",
-    ] {
+    assert_eq!(html.matches("<svg ").count(), html.matches("</svg>").count());
+    for text in ["4,884,480 of 139,399,488 (3.5 %)", "300 · best", "45:13", "With the adapter", "r = 16"] {
         assert!(html.contains(text), "{text}");
     }
     // Nothing is fetched; the only address is the SVG namespace.
-    assert!(
-        !html
-            .replace("http://www.w3.org/2000/svg", "")
-            .contains("http:")
-    );
+    assert!(!html.replace("http://www.w3.org/2000/svg", "").contains("http:"));
     assert!(!html.contains("https:") && !html.contains("<script") && !html.contains("<link"));
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("report.html");
@@ -125,22 +93,9 @@ fn a_whole_page() {
 #[test]
 fn hostile_text_stays_text() {
     let evil = "</pre><script>alert('x')</script>\"&\u{0}";
-    let facts = RunFacts {
-        base_model: evil.into(),
-        method: evil.into(),
-        ended: Some(evil.into()),
-        ..facts()
-    };
-    let samples = [Sample {
-        prompt: evil.into(),
-        before: evil.into(),
-        after: evil.into(),
-    }];
-    let evals = [EvalRow {
-        step: 1,
-        eval_loss: f64::NAN,
-        metrics: BTreeMap::from([(evil.to_owned(), 1.0)]),
-    }];
+    let facts = RunFacts { base_model: evil.into(), method: evil.into(), ended: Some(evil.into()), ..facts() };
+    let samples = [Sample { prompt: evil.into(), before: evil.into(), after: evil.into() }];
+    let evals = [EvalRow { step: 1, eval_loss: f64::NAN, metrics: BTreeMap::from([(evil.to_owned(), 1.0)]) }];
     let next = [evil.to_owned()];
     let report = Report {
         title: evil,
@@ -159,29 +114,11 @@ fn hostile_text_stays_text() {
 #[test]
 fn an_empty_run_still_has_a_page() {
     let facts = RunFacts::default();
-    let report = Report {
-        title: "",
-        facts: &facts,
-        recipe: "",
-        steps: &[],
-        evals: &[],
-        samples: &[],
-        next: &[],
-    };
+    let report = Report { title: "", facts: &facts, recipe: "", steps: &[], evals: &[], samples: &[], next: &[] };
     let html = report.to_html().unwrap();
     assert_eq!(html.matches("no values").count(), 4);
-    let nan = StepRow {
-        loss: f64::NAN,
-        grad_norm: f64::INFINITY,
-        seconds: 0.0,
-        ..rows(1)[0].clone()
-    };
+    let nan = StepRow { loss: f64::NAN, grad_norm: f64::INFINITY, seconds: 0.0, ..rows(1)[0].clone() };
     let steps = vec![nan; 40];
-    let html = Report {
-        steps: &steps,
-        ..report
-    }
-    .to_html()
-    .unwrap();
+    let html = Report { steps: &steps, ..report }.to_html().unwrap();
     assert_eq!(html.matches("no values").count(), 3);
 }

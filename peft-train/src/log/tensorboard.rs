@@ -106,15 +106,11 @@ impl EventWriter {
     /// The folder or file cannot be made.
     pub fn create(dir: &Path, resume_step: Option<u64>) -> Result<Self> {
         fs::create_dir_all(dir).map_err(io_error(dir))?;
-        let seconds = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |d| d.as_secs());
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
         let (host, pid) = (host_name(), std::process::id());
         let mut n = 0u32;
         let (path, file) = loop {
-            let path = dir.join(format!(
-                "events.out.tfevents.{seconds:010}.{host}.{pid}.{n}"
-            ));
+            let path = dir.join(format!("events.out.tfevents.{seconds:010}.{host}.{pid}.{n}"));
             match OpenOptions::new().write(true).create_new(true).open(&path) {
                 Ok(file) => break (path, file),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists && n < 10_000 => n += 1,
@@ -124,10 +120,7 @@ impl EventWriter {
         let mut writer = Self { path, file };
         writer.write(0, What::FileVersion("brain.Event:2".to_owned()))?;
         if let Some(step) = resume_step {
-            writer.write(
-                step.saturating_add(1),
-                What::SessionLog(SessionLog { status: 1 }),
-            )?;
+            writer.write(step.saturating_add(1), What::SessionLog(SessionLog { status: 1 }))?;
         }
         Ok(writer)
     }
@@ -160,14 +153,10 @@ impl EventWriter {
     pub fn text(&mut self, tag: &str, step: u64, markdown: &str) -> Result<()> {
         let tensor = TensorProto {
             dtype: 7,
-            tensor_shape: Some(TensorShape {
-                dim: vec![Dim { size: 1 }],
-            }),
+            tensor_shape: Some(TensorShape { dim: vec![Dim { size: 1 }] }),
             string_val: vec![markdown.as_bytes().to_vec()],
         };
-        let plugin_data = Some(PluginData {
-            plugin_name: "text".to_owned(),
-        });
+        let plugin_data = Some(PluginData { plugin_name: "text".to_owned() });
         let value = SummaryValue {
             tag: format!("{tag}/text_summary"),
             simple_value: None,
@@ -186,18 +175,10 @@ impl EventWriter {
     }
 
     fn write(&mut self, step: u64, what: What) -> Result<()> {
-        let wall_time = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0.0, |d| d.as_secs_f64());
+        let wall_time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
         let step = i64::try_from(step).unwrap_or(i64::MAX);
-        let event = Event {
-            wall_time,
-            step,
-            what: Some(what),
-        };
-        self.file
-            .write_all(&frame(&event.encode_to_vec()))
-            .map_err(io_error(&self.path))
+        let event = Event { wall_time, step, what: Some(what) };
+        self.file.write_all(&frame(&event.encode_to_vec())).map_err(io_error(&self.path))
     }
 }
 
@@ -214,9 +195,7 @@ fn frame(data: &[u8]) -> Vec<u8> {
 
 /// CRC-32C, rotated and offset so that a CRC over data that holds CRCs stays useful (leveldb's `crc32c::Mask`).
 fn masked_crc(data: &[u8]) -> u32 {
-    crc32c::crc32c(data)
-        .rotate_right(15)
-        .wrapping_add(0xa282_ead8)
+    crc32c::crc32c(data).rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 fn host_name() -> String {
@@ -225,17 +204,8 @@ fn host_name() -> String {
         .or_else(|| std::env::var("HOSTNAME").ok())
         .or_else(|| std::env::var("COMPUTERNAME").ok())
         .unwrap_or_default();
-    let name: String = name
-        .trim()
-        .chars()
-        .filter(|c| c.is_ascii_alphanumeric() || *c == '-')
-        .take(64)
-        .collect();
-    if name.is_empty() {
-        "localhost".to_owned()
-    } else {
-        name
-    }
+    let name: String = name.trim().chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(64).collect();
+    if name.is_empty() { "localhost".to_owned() } else { name }
 }
 
 #[cfg(test)]
@@ -249,14 +219,8 @@ mod tests {
         while at < bytes.len() {
             let len = u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
             let data = &bytes[at + 12..at + 12 + len];
-            assert_eq!(
-                bytes[at + 8..at + 12],
-                masked_crc(&bytes[at..at + 8]).to_le_bytes()
-            );
-            assert_eq!(
-                bytes[at + 12 + len..at + 16 + len],
-                masked_crc(data).to_le_bytes()
-            );
+            assert_eq!(bytes[at + 8..at + 12], masked_crc(&bytes[at..at + 8]).to_le_bytes());
+            assert_eq!(bytes[at + 12 + len..at + 16 + len], masked_crc(data).to_le_bytes());
             out.push(Event::decode(data).unwrap());
             at += 16 + len;
         }
@@ -268,10 +232,7 @@ mod tests {
         // b"hello" framed with tensorboard's own masked_crc32c.
         assert_eq!(
             frame(b"hello"),
-            [
-                5, 0, 0, 0, 0, 0, 0, 0, 0xea, 0xb2, 0x04, 0x3e, b'h', b'e', b'l', b'l', b'o', 0xbb,
-                0x1f, 0x1c, 0x19
-            ]
+            [5, 0, 0, 0, 0, 0, 0, 0, 0xea, 0xb2, 0x04, 0x3e, b'h', b'e', b'l', b'l', b'o', 0xbb, 0x1f, 0x1c, 0x19]
         );
     }
 
@@ -279,27 +240,14 @@ mod tests {
     fn file_starts_with_its_version_and_keeps_all_events() {
         let dir = tempfile::tempdir().unwrap();
         let mut w = EventWriter::create(dir.path(), None).unwrap();
-        w.scalars(1, &[("train/loss", 2.5), ("train/grad_norm", f64::NAN)])
-            .unwrap();
+        w.scalars(1, &[("train/loss", 2.5), ("train/grad_norm", f64::NAN)]).unwrap();
         w.text("recipe", 0, "# T").unwrap();
         let name = w.path().file_name().unwrap().to_str().unwrap();
         assert!(name.starts_with("events.out.tfevents."), "{name}");
         let events = read(w.path());
-        assert_eq!(
-            events[0].what,
-            Some(What::FileVersion("brain.Event:2".into()))
-        );
-        let Some(What::Summary(s)) = &events[1].what else {
-            panic!()
-        };
-        assert_eq!(
-            (
-                events[1].step,
-                s.value[0].tag.as_str(),
-                s.value[0].simple_value
-            ),
-            (1, "train/loss", Some(2.5))
-        );
+        assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
+        let Some(What::Summary(s)) = &events[1].what else { panic!() };
+        assert_eq!((events[1].step, s.value[0].tag.as_str(), s.value[0].simple_value), (1, "train/loss", Some(2.5)));
         assert!(s.value[1].simple_value.unwrap().is_nan());
         assert_eq!(events.len(), 3);
     }
@@ -311,10 +259,7 @@ mod tests {
         let b = EventWriter::create(dir.path(), Some(7)).unwrap();
         assert_ne!(a.path(), b.path());
         let events = read(b.path());
-        assert_eq!(
-            (events[1].step, &events[1].what),
-            (8, &Some(What::SessionLog(SessionLog { status: 1 })))
-        );
+        assert_eq!((events[1].step, &events[1].what), (8, &Some(What::SessionLog(SessionLog { status: 1 }))));
         assert!(EventWriter::create(Path::new("/proc/none"), None).is_err());
     }
 }

@@ -35,11 +35,7 @@ pub struct AdamWConfig {
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self {
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-        }
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8 }
     }
 }
 
@@ -64,30 +60,10 @@ impl AdamW {
     /// A beta outside `[0, 1)` or an epsilon that is negative or not finite.
     pub fn new(config: AdamWConfig) -> Result<Self> {
         let unit = |b: f64| (0.0..1.0).contains(&b);
-        in_range(
-            "beta1",
-            config.beta1,
-            unit(config.beta1),
-            "must be in [0, 1)",
-        )?;
-        in_range(
-            "beta2",
-            config.beta2,
-            unit(config.beta2),
-            "must be in [0, 1)",
-        )?;
-        in_range(
-            "eps",
-            config.eps,
-            config.eps >= 0.0,
-            "must be finite and not negative",
-        )?;
-        Ok(Self {
-            config,
-            slots: BTreeMap::new(),
-            names_checked: false,
-            fused: true,
-        })
+        in_range("beta1", config.beta1, unit(config.beta1), "must be in [0, 1)")?;
+        in_range("beta2", config.beta2, unit(config.beta2), "must be in [0, 1)")?;
+        in_range("eps", config.eps, config.eps >= 0.0, "must be finite and not negative")?;
+        Ok(Self { config, slots: BTreeMap::new(), names_checked: false, fused: true })
     }
 }
 
@@ -129,19 +105,13 @@ impl Optimizer for AdamW {
         for (name, slot) in &self.slots {
             out.push((format!("{name}.{EXP_AVG}"), slot.m.save()?));
             out.push((format!("{name}.{EXP_AVG_SQ}"), slot.v.save()?));
-            out.push((
-                format!("{name}.{STEP}"),
-                Tensor::new(&[slot.step], &Device::Cpu)?,
-            ));
+            out.push((format!("{name}.{STEP}"), Tensor::new(&[slot.step], &Device::Cpu)?));
         }
         Ok(out)
     }
 
     fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let bad = |key: &str, why: &str| OptimError::State {
-            key: key.to_owned(),
-            why: why.to_owned(),
-        };
+        let bad = |key: &str, why: &str| OptimError::State { key: key.to_owned(), why: why.to_owned() };
         let mut slots = BTreeMap::new();
         for (key, t) in state {
             let Some((name, kind)) = key.rsplit_once('.') else {
@@ -169,14 +139,7 @@ impl Optimizer for AdamW {
                 let t = state.get(&key).ok_or_else(|| bad(&key, "is missing"))?;
                 Buffer::load(&key, t)
             };
-            slots.insert(
-                name.to_owned(),
-                Slot {
-                    step,
-                    m: load(EXP_AVG)?,
-                    v: load(EXP_AVG_SQ)?,
-                },
-            );
+            slots.insert(name.to_owned(), Slot { step, m: load(EXP_AVG)?, v: load(EXP_AVG_SQ)? });
         }
         self.slots = slots;
         self.names_checked = false;
@@ -233,17 +196,9 @@ impl Rule {
 
 impl Kernel for Rule {
     fn run<P: Stored>(&self, p: &mut [P], g: &[f32], m: &mut [f32], v: &mut [f32]) {
-        let (decay, w1, b2, w2) = (
-            self.decay as f32,
-            self.one_minus_beta1 as f32,
-            self.beta2 as f32,
-            self.one_minus_beta2 as f32,
-        );
-        let (bias2_sqrt, eps, step) = (
-            self.bias2_sqrt as f32,
-            self.eps as f32,
-            self.step_size as f32,
-        );
+        let (decay, w1, b2, w2) =
+            (self.decay as f32, self.one_minus_beta1 as f32, self.beta2 as f32, self.one_minus_beta2 as f32);
+        let (bias2_sqrt, eps, step) = (self.bias2_sqrt as f32, self.eps as f32, self.step_size as f32);
         for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
             *m += w1 * (g - *m);
             *v = *v * b2 + w2 * g * g;
@@ -263,13 +218,7 @@ impl InplaceOp2 for Fused<'_> {
         "adamw"
     }
 
-    fn cpu_fwd(
-        &self,
-        p: &mut CpuStorage,
-        pl: &Layout,
-        g: &CpuStorage,
-        gl: &Layout,
-    ) -> candle_core::Result<()> {
+    fn cpu_fwd(&self, p: &mut CpuStorage, pl: &Layout, g: &CpuStorage, gl: &Layout) -> candle_core::Result<()> {
         let mut state = self.state.borrow_mut();
         let (m, v) = &mut *state;
         run_cpu(&self.rule, p, pl, g, gl, m, v)

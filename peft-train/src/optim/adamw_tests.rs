@@ -5,22 +5,14 @@ use candle_core::Var;
 
 fn optimizer(case: &serde_json::Value) -> AdamW {
     let get = |k: &str| case[k].as_f64().unwrap();
-    AdamW::new(AdamWConfig {
-        beta1: get("beta1"),
-        beta2: get("beta2"),
-        eps: get("eps"),
-    })
-    .unwrap()
+    AdamW::new(AdamWConfig { beta1: get("beta1"), beta2: get("beta2"), eps: get("eps") }).unwrap()
 }
 
 #[test]
 fn equals_torch() {
     let f = Fixture::load();
     for case in f.json["adamw"].as_array().unwrap() {
-        let (bf16, wd) = (
-            case["dtype"] == "bf16",
-            case["weight_decay"].as_f64().unwrap(),
-        );
+        let (bf16, wd) = (case["dtype"] == "bf16", case["weight_decay"].as_f64().unwrap());
         let dtype = if bf16 { DType::BF16 } else { DType::F32 };
         for fused in [true, false] {
             let mut o = optimizer(case);
@@ -35,18 +27,10 @@ fn equals_torch() {
 #[test]
 fn large_parameters_take_the_parallel_path() {
     let n = (1 << 16) + 4099;
-    let host: Vec<f32> = (0..n)
-        .map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.02)
-        .collect();
-    let g = Tensor::from_slice(&host, (n,), &Device::Cpu)
-        .unwrap()
-        .sin()
-        .unwrap();
+    let host: Vec<f32> = (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.02).collect();
+    let g = Tensor::from_slice(&host, (n,), &Device::Cpu).unwrap().sin().unwrap();
     for dtype in [DType::F32, DType::BF16, DType::F16] {
-        let start = Tensor::from_slice(&host, (n,), &Device::Cpu)
-            .unwrap()
-            .to_dtype(dtype)
-            .unwrap();
+        let start = Tensor::from_slice(&host, (n,), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
         let mut results = Vec::new();
         for fused in [true, false] {
             let mut o = AdamW::new(AdamWConfig::default()).unwrap();
@@ -55,8 +39,7 @@ fn large_parameters_take_the_parallel_path() {
             p.weight_decay = 0.1;
             p.lr_scale = 16.0;
             for _ in 0..3 {
-                o.step(std::slice::from_ref(&p), &[Some(g.clone())], 1e-3)
-                    .unwrap();
+                o.step(std::slice::from_ref(&p), &[Some(g.clone())], 1e-3).unwrap();
             }
             results.push(p.var.as_detached_tensor());
         }
@@ -85,9 +68,7 @@ fn state_survives_bit_for_bit() {
     let map: HashMap<String, Tensor> = first.state().unwrap().into_iter().collect();
     candle_core::safetensors::save(&map, &path).unwrap();
     let mut second = optimizer(case);
-    second
-        .load_state(&candle_core::safetensors::load(&path, &Device::Cpu).unwrap())
-        .unwrap();
+    second.load_state(&candle_core::safetensors::load(&path, &Device::Cpu).unwrap()).unwrap();
     for t in 9..20 {
         second.step(&broken, &f.grads(t), 1e-2).unwrap();
     }
@@ -121,58 +102,22 @@ fn hostile_state_is_refused_and_changes_nothing() {
     for (bad, says) in [
         (with("p0.step", None), "no step count"),
         (with("p0.exp_avg", None), "is missing"),
-        (
-            with("p0.step", Some(Tensor::new(&[-1i64], cpu).unwrap())),
-            "single i64",
-        ),
-        (
-            with("p0.step", Some(Tensor::new(&[1i64, 2], cpu).unwrap())),
-            "single i64",
-        ),
-        (
-            with("p0.step", Some(Tensor::new(&[1f32], cpu).unwrap())),
-            "single i64",
-        ),
-        (
-            with(
-                "p0.exp_avg",
-                Some(Tensor::new(&[1f64, 1.0, 1.0], cpu).unwrap()),
-            ),
-            "not F32",
-        ),
-        (
-            with(
-                "p0.momentum_buffer",
-                Some(Tensor::new(&[1f32], cpu).unwrap()),
-            ),
-            "not a key",
-        ),
-        (
-            with("junk", Some(Tensor::new(&[1f32], cpu).unwrap())),
-            "not a key",
-        ),
+        (with("p0.step", Some(Tensor::new(&[-1i64], cpu).unwrap())), "single i64"),
+        (with("p0.step", Some(Tensor::new(&[1i64, 2], cpu).unwrap())), "single i64"),
+        (with("p0.step", Some(Tensor::new(&[1f32], cpu).unwrap())), "single i64"),
+        (with("p0.exp_avg", Some(Tensor::new(&[1f64, 1.0, 1.0], cpu).unwrap())), "not F32"),
+        (with("p0.momentum_buffer", Some(Tensor::new(&[1f32], cpu).unwrap())), "not a key"),
+        (with("junk", Some(Tensor::new(&[1f32], cpu).unwrap())), "not a key"),
     ] {
         let e = o.load_state(&bad).unwrap_err().to_string();
         assert!(e.contains(says), "{e}");
         assert_eq!(o.slots.len(), 4);
     }
     // Shape and name only show against the parameters.
-    o.load_state(&with(
-        "p0.exp_avg",
-        Some(Tensor::zeros((2,), DType::F32, cpu).unwrap()),
-    ))
-    .unwrap();
-    assert!(
-        o.step(&params, &f.grads(0), 1e-2)
-            .unwrap_err()
-            .to_string()
-            .contains("exp_avg")
-    );
+    o.load_state(&with("p0.exp_avg", Some(Tensor::zeros((2,), DType::F32, cpu).unwrap()))).unwrap();
+    assert!(o.step(&params, &f.grads(0), 1e-2).unwrap_err().to_string().contains("exp_avg"));
     o.load_state(&good).unwrap();
-    let e = o
-        .step(&params[1..], &f.grads(0)[1..], 1e-2)
-        .unwrap_err()
-        .to_string();
+    let e = o.step(&params[1..], &f.grads(0)[1..], 1e-2).unwrap_err().to_string();
     assert!(e.contains("`p0`"), "{e}");
     o.load_state(&good).unwrap();
     o.step(&params, &f.grads(0), 1e-2).unwrap();
@@ -188,37 +133,19 @@ fn bad_lists_are_refused_before_anything_moves() {
     assert!(o.step(&params, &f.grads(0), f64::NAN).is_err());
     let mut g = f.grads(0);
     g.swap(0, 3);
-    assert!(matches!(
-        o.step(&params, &g, 1e-2),
-        Err(OptimError::Shape { .. })
-    ));
+    assert!(matches!(o.step(&params, &g, 1e-2), Err(OptimError::Shape { .. })));
     let mut twice = f.params(DType::F32, 0.0);
     twice[1].name = "p0".into();
-    assert!(matches!(
-        o.step(&twice, &f.grads(0), 1e-2),
-        Err(OptimError::Duplicate(_))
-    ));
+    assert!(matches!(o.step(&twice, &f.grads(0), 1e-2), Err(OptimError::Duplicate(_))));
     let ids = OptParam::new("ids", Var::zeros(2, DType::U32, &Device::Cpu).unwrap());
-    assert!(matches!(
-        o.step(&[ids], &[None], 1e-2),
-        Err(OptimError::DType { .. })
-    ));
+    assert!(matches!(o.step(&[ids], &[None], 1e-2), Err(OptimError::DType { .. })));
     for (p, b) in params.iter().zip(&before) {
         assert_eq!(max_diff(&p.var, b), 0.0);
     }
     for config in [
-        AdamWConfig {
-            beta1: 1.0,
-            ..Default::default()
-        },
-        AdamWConfig {
-            beta2: f64::NAN,
-            ..Default::default()
-        },
-        AdamWConfig {
-            eps: -1.0,
-            ..Default::default()
-        },
+        AdamWConfig { beta1: 1.0, ..Default::default() },
+        AdamWConfig { beta2: f64::NAN, ..Default::default() },
+        AdamWConfig { eps: -1.0, ..Default::default() },
     ] {
         assert!(AdamW::new(config).is_err());
     }

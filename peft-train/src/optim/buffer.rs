@@ -26,37 +26,23 @@ enum Data {
 
 impl Buffer {
     pub(super) fn zeros(shape: &Shape) -> Self {
-        Self {
-            shape: shape.clone(),
-            data: Data::Host(vec![0.0; shape.elem_count()]),
-        }
+        Self { shape: shape.clone(), data: Data::Host(vec![0.0; shape.elem_count()]) }
     }
 
     /// From a saved f32 tensor.
     pub(super) fn load(key: &str, t: &Tensor) -> Result<Self> {
         if t.dtype() != DType::F32 {
-            return Err(OptimError::State {
-                key: key.to_owned(),
-                why: format!("is {:?}, not F32", t.dtype()),
-            });
+            return Err(OptimError::State { key: key.to_owned(), why: format!("is {:?}, not F32", t.dtype()) });
         }
         let host = t.flatten_all()?.to_vec1::<f32>()?;
-        Ok(Self {
-            shape: t.shape().clone(),
-            data: Data::Host(host),
-        })
+        Ok(Self { shape: t.shape().clone(), data: Data::Host(host) })
     }
 
     pub(super) fn check(&self, name: &str, what: &'static str, want: &Shape) -> Result<()> {
         if &self.shape == want {
             return Ok(());
         }
-        Err(OptimError::Shape {
-            name: name.to_owned(),
-            what,
-            got: self.shape.clone(),
-            want: want.clone(),
-        })
+        Err(OptimError::Shape { name: name.to_owned(), what, got: self.shape.clone(), want: want.clone() })
     }
 
     pub(super) fn save(&self) -> Result<Tensor> {
@@ -73,9 +59,7 @@ impl Buffer {
         }
         match &mut self.data {
             Data::Host(v) => Ok(v),
-            Data::Device(_) => {
-                Err(candle_core::Error::msg("optimizer state is not on the host").into())
-            }
+            Data::Device(_) => Err(candle_core::Error::msg("optimizer state is not on the host").into()),
         }
     }
 
@@ -149,24 +133,18 @@ pub(super) fn run_cpu(
     s2: &mut [f32],
 ) -> candle_core::Result<()> {
     let CpuStorage::F32(g) = g else {
-        return Err(candle_core::Error::msg(
-            "optimizer kernel takes an f32 gradient",
-        ));
+        return Err(candle_core::Error::msg("optimizer kernel takes an f32 gradient"));
     };
     let g = contiguous(g_layout).and_then(|(a, b)| g.get(a..b));
     let range = contiguous(p_layout);
     let (Some(g), Some((a, b))) = (g, range) else {
-        return Err(candle_core::Error::msg(
-            "optimizer kernel takes contiguous tensors",
-        ));
+        return Err(candle_core::Error::msg("optimizer kernel takes contiguous tensors"));
     };
     match p {
         CpuStorage::F32(p) => run_slices(kernel, p.get_mut(a..b), g, s1, s2),
         CpuStorage::BF16(p) => run_slices(kernel, p.get_mut(a..b), g, s1, s2),
         CpuStorage::F16(p) => run_slices(kernel, p.get_mut(a..b), g, s1, s2),
-        _ => Err(candle_core::Error::msg(
-            "optimizer kernel takes f32, bf16 or f16 parameters",
-        )),
+        _ => Err(candle_core::Error::msg("optimizer kernel takes f32, bf16 or f16 parameters")),
     }
 }
 
@@ -184,9 +162,7 @@ fn run_slices<P: Stored>(
     let fits = |s: &[f32]| s.is_empty() || s.len() == g.len();
     let p = p.filter(|p| p.len() == g.len() && fits(s1) && fits(s2));
     let Some(p) = p else {
-        return Err(candle_core::Error::msg(
-            "optimizer kernel: parameter, gradient and state differ in length",
-        ));
+        return Err(candle_core::Error::msg("optimizer kernel: parameter, gradient and state differ in length"));
     };
     if p.len() < PARALLEL_FROM {
         kernel.run(p, g, s1, s2);

@@ -44,11 +44,7 @@ pub fn grad_norm(grads: &[Option<Tensor>]) -> Result<f64> {
     }
     if !on_device.is_empty() {
         // One transfer for all of them.
-        total += Tensor::stack(&on_device, 0)?
-            .to_vec1::<f32>()?
-            .into_iter()
-            .map(f64::from)
-            .sum::<f64>();
+        total += Tensor::stack(&on_device, 0)?.to_vec1::<f32>()?.into_iter().map(f64::from).sum::<f64>();
     }
     Ok(total.sqrt())
 }
@@ -62,11 +58,7 @@ pub fn grad_norm(grads: &[Option<Tensor>]) -> Result<f64> {
 pub fn clip_grad_norm(grads: &mut [Option<Tensor>], max_norm: f64) -> Result<GradNorm> {
     if max_norm.is_nan() || max_norm < 0.0 {
         let why = "must be 0 (off) or positive";
-        return Err(OptimError::Hyper {
-            name: "max_grad_norm",
-            value: max_norm,
-            why,
-        });
+        return Err(OptimError::Hyper { name: "max_grad_norm", value: max_norm, why });
     }
     let norm = grad_norm(grads)?;
     let mut coef = 1.0;
@@ -89,9 +81,7 @@ fn sum_of_squares(g: &Tensor) -> Result<f64> {
         _ => None,
     };
     let Some(values) = values else {
-        return Err(
-            candle_core::Error::msg("gradient norm: expected a contiguous f32 gradient").into(),
-        );
+        return Err(candle_core::Error::msg("gradient norm: expected a contiguous f32 gradient").into());
     };
     if values.len() <= CHUNK {
         return Ok(chunk_sum(values));
@@ -109,11 +99,7 @@ fn chunk_sum(values: &[f32]) -> f64 {
             *lane += f64::from(x) * f64::from(x);
         }
     }
-    let tail: f64 = chunks
-        .remainder()
-        .iter()
-        .map(|&x| f64::from(x) * f64::from(x))
-        .sum();
+    let tail: f64 = chunks.remainder().iter().map(|&x| f64::from(x) * f64::from(x)).sum();
     lanes.iter().sum::<f64>() + tail
 }
 
@@ -161,9 +147,7 @@ mod tests {
             assert_eq!(g[1].as_ref().unwrap().to_vec1::<f32>().unwrap(), [5.0]);
         }
         // Squares beyond f32 are no overflow.
-        assert!(
-            (grad_norm(&[t(&[1e30, 1e30])]).unwrap() / (2f64.sqrt() * 1e30) - 1.0).abs() < 1e-6
-        );
+        assert!((grad_norm(&[t(&[1e30, 1e30])]).unwrap() / (2f64.sqrt() * 1e30) - 1.0).abs() < 1e-6);
     }
 
     #[test]
@@ -173,21 +157,11 @@ mod tests {
         let want: f64 = v.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
         let got = grad_norm(&[t(&v)]).unwrap();
         assert!((got / want - 1.0).abs() < 1e-12);
-        let m = Tensor::arange(0f32, 12.0, &Device::Cpu)
-            .unwrap()
-            .reshape((3, 4))
-            .unwrap();
+        let m = Tensor::arange(0f32, 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
         let part = m.t().unwrap().narrow(0, 1, 2).unwrap();
-        let want = [1f64, 2.0, 5.0, 6.0, 9.0, 10.0]
-            .iter()
-            .map(|x| x * x)
-            .sum::<f64>()
-            .sqrt();
+        let want = [1f64, 2.0, 5.0, 6.0, 9.0, 10.0].iter().map(|x| x * x).sum::<f64>().sqrt();
         assert_eq!(grad_norm(&[Some(part)]).unwrap(), want);
         assert_eq!(grad_norm(&[]).unwrap(), 0.0);
-        assert_eq!(
-            grad_norm(&[Some(Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap())]).unwrap(),
-            0.0
-        );
+        assert_eq!(grad_norm(&[Some(Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap())]).unwrap(), 0.0);
     }
 }

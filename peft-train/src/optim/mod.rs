@@ -20,6 +20,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use candle_core::{DType, Shape, Tensor, Var};
+use peft_core::suggest::did_you_mean;
 use serde::{Deserialize, Serialize};
 
 /// What can go wrong in an optimiser.
@@ -27,9 +28,7 @@ use serde::{Deserialize, Serialize};
 #[non_exhaustive]
 pub enum OptimError {
     /// The gradient list does not line up with the parameter list.
-    #[error(
-        "{params} parameters but {grads} gradients; pass one entry a parameter, `None` where there is none"
-    )]
+    #[error("{params} parameters but {grads} gradients; pass one entry a parameter, `None` where there is none")]
     Count {
         /// Number of parameters passed.
         params: usize,
@@ -60,9 +59,7 @@ pub enum OptimError {
         dtype: DType,
     },
     /// A saved state tensor cannot be used.
-    #[error(
-        "optimizer state `{key}`: {why}; the checkpoint was written by another optimizer or is damaged"
-    )]
+    #[error("optimizer state `{key}`: {why}; the checkpoint was written by another optimizer or is damaged")]
     State {
         /// Key in the saved state.
         key: String,
@@ -80,12 +77,12 @@ pub enum OptimError {
         why: &'static str,
     },
     /// No optimiser of that name.
-    #[error("unknown optimizer `{name}`{}; known: {known}", hint.as_ref().map(|h| format!("; did you mean `{h}`?")).unwrap_or_default())]
+    #[error("unknown optimizer `{name}`{hint}; known: {known}")]
     Unknown {
         /// Name given.
         name: String,
-        /// Nearest known name.
-        hint: Option<String>,
+        /// Nearest known names as a phrase, or nothing.
+        hint: String,
         /// All names.
         known: String,
     },
@@ -113,12 +110,7 @@ pub struct OptParam {
 impl OptParam {
     /// A parameter with neutral learning-rate scale and no weight decay.
     pub fn new(name: impl Into<String>, var: Var) -> Self {
-        Self {
-            name: name.into(),
-            var,
-            lr_scale: 1.0,
-            weight_decay: 0.0,
-        }
+        Self { name: name.into(), var, lr_scale: 1.0, weight_decay: 0.0 }
     }
 }
 
@@ -159,11 +151,7 @@ pub enum OptimizerKind {
 }
 
 impl OptimizerKind {
-    const NAMES: [(&'static str, Self); 3] = [
-        ("adamw", Self::AdamW),
-        ("adamw_torch", Self::AdamW),
-        ("sgd", Self::Sgd),
-    ];
+    const NAMES: [(&'static str, Self); 3] = [("adamw", Self::AdamW), ("adamw_torch", Self::AdamW), ("sgd", Self::Sgd)];
 }
 
 impl FromStr for OptimizerKind {
@@ -174,13 +162,9 @@ impl FromStr for OptimizerKind {
         if let Some((_, kind)) = Self::NAMES.iter().find(|(n, _)| *n == key) {
             return Ok(*kind);
         }
-        let hint = crate::schedule::nearest(&key, Self::NAMES.iter().map(|(n, _)| *n));
-        let known = Self::NAMES.map(|(n, _)| n).join(", ");
-        Err(OptimError::Unknown {
-            name: s.to_owned(),
-            hint,
-            known,
-        })
+        let names = Self::NAMES.map(|(n, _)| n);
+        let (hint, known) = (did_you_mean(&key, names), names.join(", "));
+        Err(OptimError::Unknown { name: s.to_owned(), hint, known })
     }
 }
 
@@ -193,20 +177,76 @@ impl fmt::Display for OptimizerKind {
     }
 }
 
+/// Settings that only some optimisers have, under torch's names; `None` is torch's default.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerOptions {
+    /// AdamW: decay of the first moment, 0.9 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta1: Option<f64>,
+    /// AdamW: decay of the second moment, 0.999 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta2: Option<f64>,
+    /// AdamW: added to the denominator, 1e-8 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eps: Option<f64>,
+    /// SGD: momentum, 0 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub momentum: Option<f64>,
+    /// SGD: damping of the gradient that enters the momentum, 0 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dampening: Option<f64>,
+    /// SGD: Nesterov's momentum, off by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nesterov: Option<bool>,
+}
+
+/// Makes the optimiser that a recipe names.
+///
+/// # Errors
+/// A setting out of range, or one that belongs to another optimiser.
+pub fn build(kind: OptimizerKind, options: &OptimizerOptions) -> Result<Box<dyn Optimizer>> {
+    use OptimizerKind as K;
+    let o = options;
+    let settings = [
+        ("beta1", o.beta1, K::AdamW),
+        ("beta2", o.beta2, K::AdamW),
+        ("eps", o.eps, K::AdamW),
+        ("momentum", o.momentum, K::Sgd),
+        ("dampening", o.dampening, K::Sgd),
+        ("nesterov", o.nesterov.map(|b| f64::from(u8::from(b))), K::Sgd),
+    ];
+    if let Some((name, Some(value), owner)) = settings.into_iter().find(|(_, v, k)| v.is_some() && *k != kind) {
+        let why = match owner {
+            K::AdamW => "is a setting of adamw; remove it or change the optimizer",
+            K::Sgd => "is a setting of sgd; remove it or change the optimizer",
+        };
+        return Err(OptimError::Hyper { name, value, why });
+    }
+    Ok(match kind {
+        K::AdamW => {
+            let d = AdamWConfig::default();
+            Box::new(AdamW::new(AdamWConfig {
+                beta1: o.beta1.unwrap_or(d.beta1),
+                beta2: o.beta2.unwrap_or(d.beta2),
+                eps: o.eps.unwrap_or(d.eps),
+            })?)
+        }
+        K::Sgd => Box::new(Sgd::new(SgdConfig {
+            momentum: o.momentum.unwrap_or(0.0),
+            dampening: o.dampening.unwrap_or(0.0),
+            nesterov: o.nesterov.unwrap_or(false),
+        })?),
+    })
+}
+
 /// Checks what every optimiser checks before it touches a parameter.
 fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result<()> {
     if params.len() != grads.len() {
-        return Err(OptimError::Count {
-            params: params.len(),
-            grads: grads.len(),
-        });
+        return Err(OptimError::Count { params: params.len(), grads: grads.len() });
     }
     if !lr.is_finite() || lr < 0.0 {
-        return Err(OptimError::Hyper {
-            name: "learning_rate",
-            value: lr,
-            why: "must be finite and not negative",
-        });
+        return Err(OptimError::Hyper { name: "learning_rate", value: lr, why: "must be finite and not negative" });
     }
     let mut seen = HashSet::with_capacity(params.len());
     for (p, g) in params.iter().zip(grads) {
@@ -214,10 +254,7 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
             return Err(OptimError::Duplicate(p.name.clone()));
         }
         if !matches!(p.var.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            return Err(OptimError::DType {
-                name: p.name.clone(),
-                dtype: p.var.dtype(),
-            });
+            return Err(OptimError::DType { name: p.name.clone(), dtype: p.var.dtype() });
         }
         if let Some(g) = g
             && g.shape() != p.var.shape()
@@ -229,18 +266,8 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
                 want: p.var.shape().clone(),
             });
         }
-        in_range(
-            "weight_decay",
-            p.weight_decay,
-            p.weight_decay >= 0.0,
-            "must be finite and not negative",
-        )?;
-        in_range(
-            "lr_scale",
-            p.lr_scale,
-            p.lr_scale >= 0.0,
-            "must be finite and not negative",
-        )?;
+        in_range("weight_decay", p.weight_decay, p.weight_decay >= 0.0, "must be finite and not negative")?;
+        in_range("lr_scale", p.lr_scale, p.lr_scale >= 0.0, "must be finite and not negative")?;
     }
     Ok(())
 }
@@ -249,18 +276,35 @@ fn check_lists(params: &[OptParam], grads: &[Option<Tensor>], lr: f64) -> Result
 fn check_names<'a>(params: &[OptParam], mut state: impl Iterator<Item = &'a String>) -> Result<()> {
     let names: HashSet<&str> = params.iter().map(|p| p.name.as_str()).collect();
     match state.find(|k| !names.contains(k.as_str())) {
-        Some(key) => Err(OptimError::State {
-            key: key.clone(),
-            why: "no trainable parameter has this name".into(),
-        }),
+        Some(key) => Err(OptimError::State { key: key.clone(), why: "no trainable parameter has this name".into() }),
         None => Ok(()),
     }
 }
 
 fn in_range(name: &'static str, value: f64, ok: bool, why: &'static str) -> Result<()> {
-    if ok && value.is_finite() {
-        Ok(())
-    } else {
-        Err(OptimError::Hyper { name, value, why })
+    if ok && value.is_finite() { Ok(()) } else { Err(OptimError::Hyper { name, value, why }) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn names_and_settings() {
+        assert_eq!("AdamW".parse::<OptimizerKind>().unwrap(), OptimizerKind::AdamW);
+        let e = "adamv".parse::<OptimizerKind>().unwrap_err().to_string();
+        assert!(e.contains("did you mean `adamw`"), "{e}");
+        for kind in [OptimizerKind::AdamW, OptimizerKind::Sgd] {
+            let o = build(kind, &OptimizerOptions::default()).unwrap();
+            assert_eq!(o.name(), kind.to_string());
+            assert_eq!(o.name().parse::<OptimizerKind>().unwrap(), kind);
+            assert!(o.state().unwrap().is_empty());
+        }
+        let momentum = OptimizerOptions { momentum: Some(0.9), ..Default::default() };
+        build(OptimizerKind::Sgd, &momentum).unwrap();
+        let e = build(OptimizerKind::AdamW, &momentum).unwrap_err().to_string();
+        assert_eq!(e, "momentum = 0.9: is a setting of sgd; remove it or change the optimizer");
+        assert!(build(OptimizerKind::AdamW, &OptimizerOptions { beta1: Some(1.5), ..Default::default() }).is_err());
     }
 }

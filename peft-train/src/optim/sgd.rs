@@ -37,33 +37,13 @@ impl Sgd {
     /// # Errors
     /// Negative or non-finite momentum, or Nesterov without plain momentum.
     pub fn new(config: SgdConfig) -> Result<Self> {
-        in_range(
-            "momentum",
-            config.momentum,
-            config.momentum >= 0.0,
-            "must be finite and not negative",
-        )?;
+        in_range("momentum", config.momentum, config.momentum >= 0.0, "must be finite and not negative")?;
         in_range("dampening", config.dampening, true, "must be finite")?;
         if config.nesterov {
-            in_range(
-                "momentum",
-                config.momentum,
-                config.momentum > 0.0,
-                "nesterov needs a momentum above 0",
-            )?;
-            in_range(
-                "dampening",
-                config.dampening,
-                config.dampening == 0.0,
-                "nesterov needs dampening = 0",
-            )?;
+            in_range("momentum", config.momentum, config.momentum > 0.0, "nesterov needs a momentum above 0")?;
+            in_range("dampening", config.dampening, config.dampening == 0.0, "nesterov needs dampening = 0")?;
         }
-        Ok(Self {
-            config,
-            slots: BTreeMap::new(),
-            names_checked: false,
-            fused: true,
-        })
+        Ok(Self { config, slots: BTreeMap::new(), names_checked: false, fused: true })
     }
 }
 
@@ -84,17 +64,9 @@ impl Optimizer for Sgd {
             let g = g.detach().to_dtype(DType::F32)?.contiguous()?;
             let with_momentum = self.config.momentum != 0.0;
             let first = with_momentum && !self.slots.contains_key(&p.name);
-            let rule = Rule {
-                c: self.config,
-                lr: lr * p.lr_scale,
-                weight_decay: p.weight_decay,
-                first,
-            };
-            let buffer = with_momentum.then(|| {
-                self.slots
-                    .entry(p.name.clone())
-                    .or_insert_with(|| Buffer::zeros(p.var.shape()))
-            });
+            let rule = Rule { c: self.config, lr: lr * p.lr_scale, weight_decay: p.weight_decay, first };
+            let buffer =
+                with_momentum.then(|| self.slots.entry(p.name.clone()).or_insert_with(|| Buffer::zeros(p.var.shape())));
             if self.fused && p.var.device().is_cpu() {
                 let mut none = [];
                 let state = RefCell::new(match buffer {
@@ -110,10 +82,7 @@ impl Optimizer for Sgd {
     }
 
     fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        self.slots
-            .iter()
-            .map(|(name, b)| Ok((format!("{name}.{MOMENTUM_BUFFER}"), b.save()?)))
-            .collect()
+        self.slots.iter().map(|(name, b)| Ok((format!("{name}.{MOMENTUM_BUFFER}"), b.save()?))).collect()
     }
 
     fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
@@ -125,10 +94,7 @@ impl Optimizer for Sgd {
                 }
                 _ => {
                     let why = "is not a key that SGD writes with this momentum".to_owned();
-                    return Err(OptimError::State {
-                        key: key.clone(),
-                        why,
-                    });
+                    return Err(OptimError::State { key: key.clone(), why });
                 }
             }
         }
@@ -154,24 +120,13 @@ struct Rule {
 impl Rule {
     fn tensors(&self, p: &OptParam, g: &Tensor, buffer: Option<&mut Buffer>) -> Result<()> {
         let value = p.var.as_detached_tensor().to_dtype(DType::F32)?;
-        let mut g = if self.weight_decay == 0.0 {
-            g.clone()
-        } else {
-            (g + (&value * self.weight_decay)?)?
-        };
+        let mut g = if self.weight_decay == 0.0 { g.clone() } else { (g + (&value * self.weight_decay)?)? };
         if let Some(buffer) = buffer {
             let b = match self.first {
                 true => g.clone(),
-                false => {
-                    ((buffer.tensor(p.var.device())? * self.c.momentum)?
-                        + (&g * (1.0 - self.c.dampening))?)?
-                }
+                false => ((buffer.tensor(p.var.device())? * self.c.momentum)? + (&g * (1.0 - self.c.dampening))?)?,
             };
-            g = if self.c.nesterov {
-                (g + (&b * self.c.momentum)?)?
-            } else {
-                b.clone()
-            };
+            g = if self.c.nesterov { (g + (&b * self.c.momentum)?)? } else { b.clone() };
             buffer.put(b);
         }
         let value = (value - (g * self.lr)?)?;
@@ -182,11 +137,7 @@ impl Rule {
 
 impl Kernel for Rule {
     fn run<P: Stored>(&self, p: &mut [P], g: &[f32], b: &mut [f32], _: &mut [f32]) {
-        let (lr, decay, momentum) = (
-            self.lr as f32,
-            self.weight_decay as f32,
-            self.c.momentum as f32,
-        );
+        let (lr, decay, momentum) = (self.lr as f32, self.weight_decay as f32, self.c.momentum as f32);
         if b.is_empty() {
             for (p, &g) in p.iter_mut().zip(g) {
                 let x = p.load();
@@ -194,20 +145,12 @@ impl Kernel for Rule {
             }
             return;
         }
-        let (keep, take) = if self.first {
-            (0.0, 1.0)
-        } else {
-            (momentum, (1.0 - self.c.dampening) as f32)
-        };
+        let (keep, take) = if self.first { (0.0, 1.0) } else { (momentum, (1.0 - self.c.dampening) as f32) };
         for ((p, &g), b) in p.iter_mut().zip(g).zip(b) {
             let x = p.load();
             let g = g + decay * x;
             *b = *b * keep + take * g;
-            let g = if self.c.nesterov {
-                g + momentum * *b
-            } else {
-                *b
-            };
+            let g = if self.c.nesterov { g + momentum * *b } else { *b };
             *p = P::store(x - lr * g);
         }
     }
@@ -223,13 +166,7 @@ impl InplaceOp2 for Fused<'_> {
         "sgd"
     }
 
-    fn cpu_fwd(
-        &self,
-        p: &mut CpuStorage,
-        pl: &Layout,
-        g: &CpuStorage,
-        gl: &Layout,
-    ) -> candle_core::Result<()> {
+    fn cpu_fwd(&self, p: &mut CpuStorage, pl: &Layout, g: &CpuStorage, gl: &Layout) -> candle_core::Result<()> {
         let mut state = self.state.borrow_mut();
         run_cpu(&self.rule, p, pl, g, gl, &mut state, &mut [])
     }

@@ -5,12 +5,7 @@ use super::*;
 fn optimizer(case: &serde_json::Value) -> Sgd {
     let get = |k: &str| case[k].as_f64().unwrap();
     let nesterov = case["nesterov"].as_bool().unwrap();
-    Sgd::new(SgdConfig {
-        momentum: get("momentum"),
-        dampening: get("dampening"),
-        nesterov,
-    })
-    .unwrap()
+    Sgd::new(SgdConfig { momentum: get("momentum"), dampening: get("dampening"), nesterov }).unwrap()
 }
 
 #[test]
@@ -20,13 +15,7 @@ fn equals_torch() {
         for fused in [true, false] {
             let mut o = optimizer(case);
             o.fused = fused;
-            f.check(
-                case,
-                DType::F32,
-                case["weight_decay"].as_f64().unwrap(),
-                3e-7,
-                &mut o,
-            );
+            f.check(case, DType::F32, case["weight_decay"].as_f64().unwrap(), 3e-7, &mut o);
         }
     }
 }
@@ -43,9 +32,7 @@ fn state_survives_bit_for_bit() {
     for t in 0..9 {
         first.step(&broken, &f.grads(t), 1e-2).unwrap();
     }
-    second
-        .load_state(&first.state().unwrap().into_iter().collect())
-        .unwrap();
+    second.load_state(&first.state().unwrap().into_iter().collect()).unwrap();
     for t in 9..20 {
         second.step(&broken, &f.grads(t), 1e-2).unwrap();
     }
@@ -56,48 +43,16 @@ fn state_survives_bit_for_bit() {
 
 #[test]
 fn bad_settings_and_state() {
-    assert!(
-        Sgd::new(SgdConfig {
-            momentum: -0.1,
-            ..Default::default()
-        })
-        .is_err()
-    );
-    assert!(
-        Sgd::new(SgdConfig {
-            nesterov: true,
-            ..Default::default()
-        })
-        .is_err()
-    );
-    assert!(
-        Sgd::new(SgdConfig {
-            nesterov: true,
-            momentum: 0.9,
-            dampening: 0.1
-        })
-        .is_err()
-    );
+    assert!(Sgd::new(SgdConfig { momentum: -0.1, ..Default::default() }).is_err());
+    assert!(Sgd::new(SgdConfig { nesterov: true, ..Default::default() }).is_err());
+    assert!(Sgd::new(SgdConfig { nesterov: true, momentum: 0.9, dampening: 0.1 }).is_err());
     let t = Tensor::zeros(3, DType::F32, &candle_core::Device::Cpu).unwrap();
     let state = HashMap::from([("p0.momentum_buffer".to_owned(), t)]);
-    assert!(
-        Sgd::new(SgdConfig::default())
-            .unwrap()
-            .load_state(&state)
-            .is_err()
-    );
-    let mut o = Sgd::new(SgdConfig {
-        momentum: 0.9,
-        ..Default::default()
-    })
-    .unwrap();
+    assert!(Sgd::new(SgdConfig::default()).unwrap().load_state(&state).is_err());
+    let mut o = Sgd::new(SgdConfig { momentum: 0.9, ..Default::default() }).unwrap();
     o.load_state(&state).unwrap();
     let f = Fixture::load();
-    o.step(&f.params(DType::F32, 0.0), &f.grads(0), 0.1)
-        .unwrap();
-    let adam = HashMap::from([(
-        "p0.exp_avg".to_owned(),
-        Tensor::new(&[0f32], &candle_core::Device::Cpu).unwrap(),
-    )]);
+    o.step(&f.params(DType::F32, 0.0), &f.grads(0), 0.1).unwrap();
+    let adam = HashMap::from([("p0.exp_avg".to_owned(), Tensor::new(&[0f32], &candle_core::Device::Cpu).unwrap())]);
     assert!(o.load_state(&adam).is_err());
 }
