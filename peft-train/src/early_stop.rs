@@ -108,6 +108,11 @@ impl EarlyStop {
         Self { state, ..Self::new(config) }
     }
 
+    /// What it was told to watch.
+    pub fn config(&self) -> &EarlyStopConfig {
+        &self.config
+    }
+
     /// Takes one evaluation's value. A value that is not finite is never progress and never the best.
     pub fn observe(&mut self, step: u64, value: f64) -> Verdict {
         let s = &mut self.state;
