@@ -46,4 +46,5 @@ pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use cpu::threads;
 pub use weight::{FrozenWeight, WeightStorage};
