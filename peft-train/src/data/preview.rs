@@ -44,8 +44,8 @@ impl RowPreview {
     }
 }
 
-/// `file:line  tokens` and the row with `|` between tokens, what counts in `⟦…⟧`; control characters escaped. Rows of
-/// more than 200 tokens lose their middle, around the first counted token none.
+/// The source and counts on one line, then the tokens with `|` between them and what counts in `⟦…⟧`; control characters
+/// are escaped. Of a row of more than 200 tokens, 200 around the first counted one are shown.
 impl fmt::Display for RowPreview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
