@@ -1,0 +1,183 @@
+//! Slices, GEMM and row-parallel loops: what the CPU kernels are written with.
+
+use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
+use rayon::prelude::*;
+
+/// A contiguous `f32` argument of a CPU kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    /// The elements in row-major order.
+    pub(crate) data: &'a [f32],
+    /// The argument's shape.
+    pub(crate) shape: &'a Shape,
+}
+
+impl<'a> View<'a> {
+    pub(crate) fn new(storage: &'a CpuStorage, layout: &'a Layout) -> Result<Self> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a CPU kernel got a non-contiguous argument of shape {:?}", layout.shape())
+        };
+        let data = storage.as_slice::<f32>()?;
+        match data.get(start..end) {
+            Some(data) => Ok(Self { data, shape: layout.shape() }),
+            None => candle_core::bail!("a layout reaches {end} elements into a storage of {}", data.len()),
+        }
+    }
+
+    /// The length of the last dimension, and how many rows of it there are.
+    pub(crate) fn rows(&self) -> Result<(usize, usize)> {
+        rows(self.shape)
+    }
+}
+
+/// `(number of rows, row length)` of a shape seen as a matrix: all dimensions but the last are rows.
+pub(crate) fn rows(shape: &Shape) -> Result<(usize, usize)> {
+    match shape.dims() {
+        [] => candle_core::bail!("a scalar has no rows"),
+        [.., last] => Ok((shape.elem_count().checked_div(*last).unwrap_or(0), *last)),
+    }
+}
+
+/// Runs `f` on the elements of a contiguous CPU `f32` tensor.
+pub(crate) fn with<R>(t: &Tensor, f: impl FnOnce(View<'_>) -> Result<R>) -> Result<R> {
+    let (storage, layout) = t.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(s) => f(View::new(s, layout)?),
+        _ => candle_core::bail!("a CPU kernel got a tensor on {:?}", t.device().location()),
+    }
+}
+
+/// A CPU tensor that takes over `data`.
+pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(data, shape.into(), &candle_core::Device::Cpu)
+}
+
+/// Elements below which a loop stays on one thread.
+pub(crate) const PARALLEL_ELEMENTS: usize = 16 * 1024;
+
+/// Calls `f(first_row, rows)` on disjoint blocks of whole rows of `out`, in parallel where it pays.
+/// `width` is the row length; `cost` the elements read or written a row, for the decision.
+pub(crate) fn for_row_blocks(out: &mut [f32], width: usize, cost: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    if width == 0 || out.is_empty() {
+        return;
+    }
+    let n = out.len() / width;
+    let threads = threads();
+    if threads == 1 || n * cost < PARALLEL_ELEMENTS {
+        f(0, out);
+        return;
+    }
+    // Four blocks a thread even out what the scheduler or uneven rows take.
+    let block = n.div_ceil(threads * 4).max(1);
+    out.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| f(i * block, rows));
+}
+
+/// Threads that the kernels use: rayon's pool, whose size `RAYON_NUM_THREADS` sets.
+#[must_use]
+pub fn threads() -> usize {
+    rayon::current_num_threads()
+}
+
+/// A read-only matrix in a slice.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    data: &'a [f32],
+    rows: usize,
+    cols: usize,
+    row_stride: usize,
+    col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// A row-major matrix whose rows lie `stride` elements apart.
+    pub(crate) fn strided(data: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        Self { data, rows, cols, row_stride: stride, col_stride: 1 }
+    }
+
+    /// A dense row-major matrix.
+    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+        Self::strided(data, rows, cols, cols)
+    }
+
+    /// The transpose, without a copy.
+    pub(crate) fn t(self) -> Self {
+        Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    fn reach(&self) -> usize {
+        if self.rows == 0 || self.cols == 0 {
+            return 0;
+        }
+        (self.rows - 1) * self.row_stride + (self.cols - 1) * self.col_stride + 1
+    }
+}
+
+/// `dst = keep·dst + scale·(lhs × rhs)`, `dst` row-major with rows `stride` apart; `parallel` spreads it over the pool.
+///
+/// # Errors
+/// When dimensions do not fit or a matrix reaches past its slice.
+pub(crate) fn gemm_into(
+    dst: &mut [f32],
+    stride: usize,
+    keep: f32,
+    lhs: Mat<'_>,
+    rhs: Mat<'_>,
+    scale: f32,
+    parallel: bool,
+) -> Result<()> {
+    let (m, k, n) = (lhs.rows, lhs.cols, rhs.cols);
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let dst_reach = (m - 1) * stride + n;
+    if rhs.rows != k
+        || stride < n
+        || dst.len() < dst_reach
+        || lhs.data.len() < lhs.reach()
+        || rhs.data.len() < rhs.reach()
+    {
+        candle_core::bail!(
+            "gemm: [{m}, {k}] × [{}, {n}] into {} elements does not fit (slices of {} and {})",
+            rhs.rows,
+            dst.len(),
+            lhs.data.len(),
+            rhs.data.len()
+        );
+    }
+    let parallelism =
+        if parallel && threads() > 1 { gemm::Parallelism::Rayon(threads()) } else { gemm::Parallelism::None };
+    #[allow(unsafe_code)]
+    // SAFETY: the checks above keep every (row, column) that gemm touches inside the three slices; dst is exclusively
+    // borrowed, so it overlaps neither source.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.as_mut_ptr(),
+            1,
+            stride as isize,
+            keep != 0.0,
+            lhs.data.as_ptr(),
+            lhs.col_stride as isize,
+            lhs.row_stride as isize,
+            rhs.data.as_ptr(),
+            rhs.col_stride as isize,
+            rhs.row_stride as isize,
+            keep,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+    Ok(())
+}
+
+/// `lhs × rhs` into a new row-major buffer, over the thread pool.
+pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
+    let mut out = vec![0f32; lhs.rows * rhs.cols];
+    gemm_into(&mut out, rhs.cols, 0.0, lhs, rhs, scale, true)?;
+    Ok(out)
+}
