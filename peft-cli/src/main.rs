@@ -6,6 +6,7 @@ use clap::Parser;
 
 mod args;
 mod cmd;
+mod memory;
 mod open;
 mod sample;
 

@@ -11,7 +11,7 @@ use peft_core::{
 };
 
 use crate::decoder::Decoder;
-use crate::gguf::write::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
+use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 use crate::model_files::ModelFiles;
 
 /// Largest shard that is written, in bytes: what transformers uses.

@@ -25,6 +25,8 @@ pub struct TrainerState {
     pub sampler: SamplerState,
     /// Best evaluation and patience.
     pub early_stop: EarlyStopState,
+    /// Passes over the data so far.
+    pub epochs: f64,
     /// Input tokens so far.
     pub tokens: u64,
     /// Seconds of training so far.

@@ -80,7 +80,7 @@ impl Default for DataTable {
             packing: false,
             shuffle: true,
             group_by_length: false,
-            text_eos: true,
+            text_eos: false,
         }
     }
 }

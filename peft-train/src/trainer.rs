@@ -12,7 +12,7 @@ use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::{self, TrainerState};
 use crate::data::{Batch, Dataset, Sampler};
 use crate::driver::{Checkpointing, Measured, evaluate, forward_backward};
-use crate::early_stop::EarlyStop;
+use crate::early_stop::{Best, EarlyStop};
 use crate::grads::Grads;
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
@@ -77,6 +77,8 @@ pub struct Outcome {
     pub state: TrainerState,
     /// The last evaluation.
     pub eval: Option<Measured>,
+    /// The best evaluation.
+    pub best: Option<Best>,
 }
 
 /// Trains `adapter` on `model`.
@@ -152,7 +154,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             eval = self.evaluate(logger, progress)?.0;
         }
         logger.sync().map_err(message)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval })
+        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 
     fn opt_param(&self, p: &Parameter) -> OptParam {
@@ -207,6 +209,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         state.step += 1;
         state.micro_batches = state.micro_batches.wrapping_add(batches.len() as u32);
         state.sampler = self.plan.sampler.state();
+        state.epochs = epochs(&self.plan.sampler);
         state.tokens += tokens as u64;
         state.seconds += seconds;
         state.last_loss = Some(loss);
@@ -217,7 +220,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             grad_norm: norm.norm,
             tokens: tokens as u64,
             seconds,
-            epoch: Some(epochs(&self.plan.sampler)),
+            epoch: Some(state.epochs),
         };
         progress.step(&row);
         logger.step(&row).map_err(message)

@@ -36,7 +36,6 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         template: args.template.clone(),
         max_length: Some(args.max_length),
         vocab_size: Some(model.vocab_size()),
-        text_eos: true,
         ..EncodeOptions::new(format.unwrap_or(Format::Text))
     };
     if args.batch_size == 0 {
@@ -80,8 +79,8 @@ fn choices(
     let options = EncodeOptions { format: Format::Completion, ..options };
     let encoder = Encoder::new(tokenizer, &options)?;
     let (mut right, mut rows, mut nll, mut tokens) = (0usize, 0usize, 0f64, 0usize);
-    for file in peft_train::data::data_files(&args.data)? {
-        let parsed = peft_train::data::read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
+    for file in peft_train::data::source::data_files(&args.data)? {
+        let parsed = peft_train::data::source::read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
         for row in parsed.chunks(args.batch_size) {
             let scored = score_rows(row, &args.choices, &encoder, model, ctx)?;
             for (row, scores) in row.iter().zip(scored) {

@@ -92,7 +92,7 @@ fn converse(session: &Session<'_>, template: &ChatTemplate, messages: &mut Vec<V
 
 impl Session<'_> {
     fn turn(&self, template: &ChatTemplate, messages: &[Value]) -> Result<Answer> {
-        let text = template.render(messages, true)?;
+        let text = template.render(messages, &serde_json::Map::new(), true)?;
         self.answer(self.tokenizer.encode(&text, false)?)
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use peft_models::gguf::write::GgufType;
+use peft_models::gguf::GgufType;
 use peft_models::merge::{MAX_SHARD_BYTES, Merged, write_folder, write_gguf_file};
 use peft_models::source::Placement;
 use peft_train::methods;
