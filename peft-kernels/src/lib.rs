@@ -10,10 +10,14 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 `[tokens, hidden]`, the sequences of a batch one after another without padding.
 */
 
+mod attention;
 mod cpu;
 mod diff_op;
 mod philox;
+mod rotary;
 pub mod testing;
 
+pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use diff_op::seed;
 pub use philox::{Stream, philox4x32};
+pub use rotary::{RotaryLayout, RotaryPlan, rotary};
