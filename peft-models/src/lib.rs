@@ -4,8 +4,10 @@ Base models as segments with adapter sites: configurations, weights, tokenizers,
 
 pub mod config;
 mod decoder;
+pub mod generate;
 pub mod gguf;
 mod kv_cache;
+pub mod merge;
 mod model_files;
 pub mod rope;
 pub mod source;

@@ -12,7 +12,7 @@ use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::{self, TrainerState};
 use crate::data::{Batch, Dataset, Sampler};
 use crate::driver::{Checkpointing, Measured, evaluate, forward_backward};
-use crate::early_stop::EarlyStop;
+use crate::early_stop::{Best, EarlyStop};
 use crate::grads::Grads;
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
@@ -77,6 +77,8 @@ pub struct Outcome {
     pub state: TrainerState,
     /// The last evaluation.
     pub eval: Option<Measured>,
+    /// The best evaluation.
+    pub best: Option<Best>,
 }
 
 /// Trains `adapter` on `model`.
@@ -94,7 +96,13 @@ pub struct Trainer<'a, M: Segmented> {
 impl<'a, M: Segmented> Trainer<'a, M> {
     /// A run at its beginning.
     #[must_use]
-    pub fn new(model: &'a M, adapter: Arc<Adapter>, optimizer: Box<dyn Optimizer>, early_stop: EarlyStop, plan: Plan) -> Self {
+    pub fn new(
+        model: &'a M,
+        adapter: Arc<Adapter>,
+        optimizer: Box<dyn Optimizer>,
+        early_stop: EarlyStop,
+        plan: Plan,
+    ) -> Self {
         let set = AdapterSet::one("default", adapter.clone());
         let state = TrainerState { fingerprint: plan.fingerprint.clone(), ..TrainerState::default() };
         Self { model, adapter, set, optimizer, early_stop, plan, state }
@@ -152,7 +160,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             eval = self.evaluate(logger, progress)?.0;
         }
         logger.sync().map_err(message)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval })
+        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 
     fn opt_param(&self, p: &Parameter) -> OptParam {
@@ -170,8 +178,9 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         progress: &mut Progress,
     ) -> Result<()> {
         let started = Instant::now();
-        let batches: Vec<Batch> =
-            (0..self.plan.accumulation).map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch())).collect();
+        let batches: Vec<Batch> = (0..self.plan.accumulation)
+            .map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch()))
+            .collect();
         let counted: usize = batches.iter().map(|b| b.targets().ids.len()).sum();
         if counted == 0 {
             return Err(Error::msg("a batch has no counted token"));
@@ -207,6 +216,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         state.step += 1;
         state.micro_batches = state.micro_batches.wrapping_add(batches.len() as u32);
         state.sampler = self.plan.sampler.state();
+        state.epochs = epochs(&self.plan.sampler);
         state.tokens += tokens as u64;
         state.seconds += seconds;
         state.last_loss = Some(loss);
@@ -217,7 +227,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             grad_norm: norm.norm,
             tokens: tokens as u64,
             seconds,
-            epoch: Some(epochs(&self.plan.sampler)),
+            epoch: Some(state.epochs),
         };
         progress.step(&row);
         logger.step(&row).map_err(message)
@@ -264,7 +274,8 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
         let Some(data) = &self.plan.eval else { return Ok((None, false)) };
         let route = Route::Uniform(0);
-        let measured = evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
+        let measured =
+            evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
         let counted = measured.counted as f64;
         let row = EvalRow {
             step: self.state.step,

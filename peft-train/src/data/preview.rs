@@ -15,17 +15,10 @@ pub struct RowPreview {
 }
 
 /// The first `rows` rows of a data set. `decode` gives the text of one token.
-pub fn preview(
-    dataset: &Dataset,
-    rows: usize,
-    decode: &dyn Fn(&[u32]) -> String,
-) -> Vec<RowPreview> {
+pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String) -> Vec<RowPreview> {
     (0..dataset.len().min(rows))
         .map(|row| RowPreview {
-            source: dataset
-                .source(row)
-                .map(|s| s.to_string())
-                .unwrap_or_default(),
+            source: dataset.source(row).map(|s| s.to_string()).unwrap_or_default(),
             tokens: dataset
                 .input_ids(row)
                 .iter()
@@ -44,26 +37,15 @@ impl RowPreview {
     }
 }
 
-/// `file:line  tokens` and the row with `|` between tokens, what counts in `⟦…⟧`; control characters escaped. Rows of
-/// more than 200 tokens lose their middle, around the first counted token none.
+/// The source and counts on one line, then the tokens with `|` between them and what counts in `⟦…⟧`; control characters
+/// are escaped. Of a row of more than 200 tokens, 200 around the first counted one are shown.
 impl fmt::Display for RowPreview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
-        writeln!(
-            f,
-            "{}  {} tokens, {} counted in ⟦ ⟧",
-            self.source,
-            self.tokens.len(),
-            self.counted()
-        )?;
+        writeln!(f, "{}  {} tokens, {} counted in ⟦ ⟧", self.source, self.tokens.len(), self.counted())?;
         let first = self.tokens.iter().position(|(_, _, c)| *c).unwrap_or(0);
-        let from = if self.tokens.len() <= SHOWN {
-            0
-        } else {
-            first
-                .saturating_sub(SHOWN / 2)
-                .min(self.tokens.len() - SHOWN)
-        };
+        let from =
+            if self.tokens.len() <= SHOWN { 0 } else { first.saturating_sub(SHOWN / 2).min(self.tokens.len() - SHOWN) };
         let shown = self.tokens.get(from..).unwrap_or_default();
         f.write_str("  ")?;
         if from > 0 {
