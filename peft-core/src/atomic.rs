@@ -195,6 +195,11 @@ struct FolderLock(#[allow(dead_code)] Option<File>);
 
 impl FolderLock {
     fn new(parent: &Path, name: &str) -> Self {
+        // A temporary folder is locked by the one who fills it, as a sign of life, and nobody else writes there: to
+        // wait for its lock would be to wait for ourselves.
+        if parent.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(TEMP)) {
+            return Self(None);
+        }
         let Ok(folder) = File::open(parent) else { return Self(None) };
         // Without locks (some network file systems) nobody can tell the living from the dead: clean nothing.
         if folder.lock().is_err() {
@@ -453,5 +458,19 @@ mod tests {
         write_file(dir.path().join("state"), b"end").unwrap();
         replace_dir(dir.path().join("ck"), |_| Ok::<_, Error>(())).unwrap();
         assert_eq!(entries(dir.path()), ["ck", "state"]);
+    }
+
+    #[test]
+    fn files_are_written_atomically_inside_a_folder_that_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("out");
+        for round in ["one", "two"] {
+            replace_dir(&target, |tmp| -> Result<()> {
+                write_file(tmp.join("a"), round.as_bytes())?;
+                write_file(tmp.join("a"), round.as_bytes())
+            })
+            .unwrap();
+            assert_eq!(fs::read_to_string(target.join("a")).unwrap(), round);
+        }
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::cpu::{PARALLEL_ELEMENTS, View, threads};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
-use crate::philox::{Stream, philox4x32};
+use crate::philox::Stream;
 use crate::simd;
 
 /// Zeroes each element of `x` with probability `p` and multiplies the others by `1 / (1 − p)`.
@@ -101,6 +101,8 @@ impl Mask {
 }
 
 /// The words of elements `4·block..4·block + 64`.
+// The index is a lane of all four words at once.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn words(stream: &Stream, block: u64) -> [u32; GROUP] {
     const N: usize = GROUP / 4;
@@ -122,7 +124,8 @@ fn words(stream: &Stream, block: u64) -> [u32; GROUP] {
     out
 }
 
-/// [`philox4x32`] on many counters at once; `c[word][lane]`.
+/// `philox4x32` on many counters at once; `c[word][lane]`.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn philox_lanes<const N: usize>(c: &mut [[u32; N]; 4], mut key: [u32; 2]) {
     for _ in 0..10 {
@@ -168,6 +171,7 @@ impl DiffOp for Mask {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+    use crate::philox::philox4x32;
     use crate::test_support::{Check, SHAPES};
     use crate::testing::randn;
 

@@ -34,6 +34,7 @@ pub mod weight;
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
 pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use bias::{add_bias, scale_columns};
+pub use cpu::threads;
 pub use cross_entropy::{
     CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,
 };
@@ -46,5 +47,4 @@ pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
-pub use cpu::threads;
 pub use weight::{FrozenWeight, WeightStorage};

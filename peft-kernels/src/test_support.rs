@@ -24,11 +24,9 @@ fn upstream(y: &Tensor, rounding: DType) -> Result<Tensor> {
 }
 
 /// Runs `f` on `threads` threads.
+#[allow(clippy::unwrap_used)]
 pub(crate) fn on_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-    match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
-        Ok(pool) => pool.install(f),
-        Err(e) => panic!("{e}"),
-    }
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
 }
 
 pub(crate) struct Check {

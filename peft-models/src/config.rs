@@ -313,15 +313,5 @@ impl DecoderConfig {
     }
 }
 
-/// "; did you mean `x`?" for the known name nearest to `wanted`, or nothing where none is near.
-pub(crate) fn did_you_mean<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    known
-        .into_iter()
-        .map(|name| (strsim::jaro_winkler(wanted, name), name))
-        .filter(|(likeness, _)| *likeness > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map_or_else(String::new, |(_, name)| format!("; did you mean `{name}`?"))
-}
-
 #[cfg(test)]
 mod tests;

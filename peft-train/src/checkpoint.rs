@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use peft_core::{Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors};
+use peft_core::{
+    Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::data::SamplerState;
@@ -47,7 +49,13 @@ pub fn folder(output: &Path) -> PathBuf {
 ///
 /// # Errors
 /// When the disk refuses; older checkpoints are untouched then.
-pub fn save(output: &Path, state: &TrainerState, adapter: &Adapter, optimizer: &dyn Optimizer, keep: usize) -> Result<PathBuf> {
+pub fn save(
+    output: &Path,
+    state: &TrainerState,
+    adapter: &Adapter,
+    optimizer: &dyn Optimizer,
+    keep: usize,
+) -> Result<PathBuf> {
     let dir = folder(output);
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
@@ -89,7 +97,11 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
         let path = entry.map_err(|e| Error::io(&dir, e))?.path();
-        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse().ok());
+        let step = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.strip_prefix("step-"))
+            .and_then(|n| n.parse().ok());
         if let Some(step) = step
             && path.join(STATE).is_file()
         {

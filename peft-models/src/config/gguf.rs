@@ -1,8 +1,9 @@
 //! Configuration from the metadata of a GGUF file, and the metadata from a configuration.
 
+use peft_core::suggest::did_you_mean;
 use serde_json::Map;
 
-use super::{ConfigError, DecoderConfig, FAMILIES, RopeConfig, did_you_mean};
+use super::{ConfigError, DecoderConfig, FAMILIES, RopeConfig};
 use crate::{
     gguf::{Gguf, GgufError, Value},
     rope::{LongRope, RopeScaling, Yarn, inverse_frequencies},
@@ -39,7 +40,7 @@ impl DecoderConfig {
         let architecture = gguf.architecture()?;
         let family = FAMILIES.iter().find(|family| family.gguf_architecture == architecture).ok_or_else(|| {
             let known: Vec<&str> = FAMILIES.iter().map(|family| family.gguf_architecture).collect();
-            let hint = did_you_mean(architecture, known.iter().copied());
+            let hint = did_you_mean(architecture, &known);
             invalid(
                 "general.architecture",
                 format!("`{architecture}` is not supported (known: {}){hint}", known.join(", ")),

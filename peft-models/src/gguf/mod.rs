@@ -18,6 +18,7 @@ use candle_core::{
     quantized::{GgmlDType, QStorage, QTensor},
 };
 use memmap2::Mmap;
+use peft_core::suggest::did_you_mean;
 
 mod names;
 mod read;
@@ -32,7 +33,7 @@ pub use write::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 
 pub(crate) use write::write_atomically;
 
-use crate::config::{FAMILIES, did_you_mean};
+use crate::config::FAMILIES;
 
 /// Why a GGUF file could not be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -271,7 +272,7 @@ impl Gguf {
     fn find(&self, hf_name: &str) -> Result<&TensorInfo, GgufError> {
         self.hf_tensor(hf_name).ok_or_else(|| {
             let names = self.hf_tensor_names();
-            let hint = did_you_mean(hf_name, names.iter().map(String::as_str));
+            let hint = did_you_mean(hf_name, &names);
             GgufError::Tensor {
                 path: self.path.clone(),
                 name: hf_name.into(),

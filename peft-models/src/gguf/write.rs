@@ -103,8 +103,8 @@ pub struct GgufTensorSpec {
 }
 
 const ALIGNMENT: u64 = 32;
-/// Rows are converted in pieces of about this many elements.
-const PIECE: usize = 1 << 22;
+/// Rows are converted in pieces of about this many elements. Small in tests, so that they have several.
+const PIECE: usize = if cfg!(test) { 1 << 16 } else { 1 << 22 };
 
 /// A tensor on its way into the file.
 struct Planned<'a> {
@@ -421,7 +421,9 @@ fn convert(values: &Tensor, start: usize, length: usize, block_type: GgmlDType) 
         GgmlDType::F32 => flat.iter().flat_map(|value| value.to_le_bytes()).collect(),
         GgmlDType::F16 => flat.iter().flat_map(|value| half::f16::from_f32(*value).to_le_bytes()).collect(),
         GgmlDType::BF16 => flat.iter().flat_map(|value| half::bf16::from_f32(*value).to_le_bytes()).collect(),
-        _ => QTensor::quantize(&piece.contiguous().map_err(text)?, block_type)
+        // From a tensor of its own: candle quantises the whole storage of a view, wherever the view begins.
+        _ => Tensor::from_vec(flat, piece.dims(), &Device::Cpu)
+            .and_then(|piece| QTensor::quantize(&piece, block_type))
             .and_then(|blocks| blocks.data().map(std::borrow::Cow::into_owned))
             .map_err(text)?,
     })
