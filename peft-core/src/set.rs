@@ -107,6 +107,9 @@ impl SiteAdapter {
     }
 }
 
+/// Config and named tensors of an adapter as other programs read it.
+pub type Exported = (Map<String, Value>, Vec<(String, Tensor)>);
+
 /// One adapter: a method's modules at the sites of one base model, and the config that made them.
 #[derive(Debug)]
 pub struct Adapter {
@@ -192,7 +195,7 @@ impl Adapter {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn exported(&self) -> Result<(Map<String, Value>, Vec<(String, Tensor)>)> {
+    pub fn exported(&self) -> Result<Exported> {
         let mut config = self.config.clone();
         config.extend(self.export_keys.iter().map(|(k, v)| (k.clone(), v.clone())));
         let mut tensors = Vec::new();

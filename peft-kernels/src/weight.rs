@@ -135,8 +135,8 @@ impl FrozenWeight {
         }
         let mut out = vec![0f32; ids.len() * self.in_features];
         if self.in_features > 0 {
-            let rows = out.chunks_mut(self.in_features).zip(ids);
-            rows.map(|(row, &id)| self.widen(id as usize, row)).collect::<Result<()>>()?;
+            let mut rows = out.chunks_mut(self.in_features).zip(ids);
+            rows.try_for_each(|(row, &id)| self.widen(id as usize, row))?;
         }
         cpu::tensor(out, (ids.len(), self.in_features))
     }
