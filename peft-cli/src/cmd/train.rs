@@ -99,7 +99,7 @@ impl Run {
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
         let spec =
-            |v: &toml::Value| -> Result<DataSpec> { Ok(v.clone().try_into().context("data.train and data.eval")?) };
+            |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
         let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
         let (train, format) = Dataset::load(&train, format, text, &options)?;
         let eval = match &recipe.data.eval {
