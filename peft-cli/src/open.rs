@@ -57,12 +57,16 @@ fn parse_device(name: &str) -> Result<Device> {
         "auto" if cfg!(feature = "metal") => Ok(Device::new_metal(0).unwrap_or(Device::Cpu)),
         "auto" => Ok(Device::Cpu),
         "cuda" if !cfg!(feature = "cuda") => {
-            bail!("this binary was built without CUDA; build it with --features cuda (docs/gpu.md), or use --device cpu")
+            bail!(
+                "this binary was built without CUDA; build it with --features cuda (docs/gpu.md), or use --device cpu"
+            )
         }
         "metal" if !cfg!(feature = "metal") => {
             bail!("this binary was built without Metal; build it with --features metal, or use --device cpu")
         }
-        "cuda" => Device::new_cuda(index).with_context(|| format!("cannot use {name}; `peft-cli doctor` shows what is there")),
+        "cuda" => {
+            Device::new_cuda(index).with_context(|| format!("cannot use {name}; `peft-cli doctor` shows what is there"))
+        }
         "metal" => Device::new_metal(index).with_context(|| format!("cannot use {name}")),
         other => bail!("`{other}` is not a device; use auto, cpu, cuda:0 or metal"),
     }

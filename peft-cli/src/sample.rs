@@ -20,11 +20,10 @@ pub(crate) fn continuations(
     max_new_tokens: usize,
 ) -> Result<Vec<String>> {
     let slot = adapters.adapter(0).map(|_| 0);
-    let requests = prompts
-        .iter()
-        .map(|p| Ok(Request { prompt: tokenizer.encode(p, true)?, slot }))
-        .collect::<Result<Vec<_>>>()?;
-    let options = GenerateOptions { max_new_tokens, stop: tokenizer.eos_token_ids().to_vec(), ..GenerateOptions::default() };
+    let requests =
+        prompts.iter().map(|p| Ok(Request { prompt: tokenizer.encode(p, true)?, slot })).collect::<Result<Vec<_>>>()?;
+    let options =
+        GenerateOptions { max_new_tokens, stop: tokenizer.eos_token_ids().to_vec(), ..GenerateOptions::default() };
     let written = generate(model, adapters, &requests, &options, |_, _| true)?;
     written.iter().map(|ids| Ok(tokenizer.decode(ids, true)?)).collect()
 }

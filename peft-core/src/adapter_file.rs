@@ -270,6 +270,37 @@ mod tests {
         assert!(error.contains("twice"), "{error}");
     }
 
+    /// `tests/fixtures/make_hf_lora.py` made the folder with HF PEFT: DoRA, a rank pattern, a bf16 head saved whole.
+    #[test]
+    fn a_folder_of_peft_is_written_back_byte_for_byte() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/hf_lora");
+        let adapter = AdapterFolder::open(&dir).unwrap();
+        let layer = "base_model.model.model.layers.0";
+        let mut expected = vec![ExpectedTensor::required("base_model.model.lm_head.weight", [16, 8])];
+        for (name, outputs, inputs, rank) in [
+            ("self_attn.q_proj", 8, 8, 4),
+            ("self_attn.k_proj", 4, 8, 2),
+            ("self_attn.v_proj", 4, 8, 2),
+            ("self_attn.o_proj", 8, 8, 2),
+            ("mlp.gate_proj", 12, 8, 2),
+            ("mlp.up_proj", 12, 8, 1),
+            ("mlp.down_proj", 8, 12, 2),
+        ] {
+            expected.push(ExpectedTensor::required(format!("{layer}.{name}.lora_A.weight"), [rank, inputs]));
+            expected.push(ExpectedTensor::required(format!("{layer}.{name}.lora_B.weight"), [outputs, rank]));
+            expected.push(ExpectedTensor::required(format!("{layer}.{name}.lora_magnitude_vector"), [outputs]));
+        }
+        let tensors = adapter.load(&expected, &Device::Cpu).unwrap();
+        assert_eq!(tensors.len(), 22);
+        assert_eq!(tensors["base_model.model.lm_head.weight"].dtype(), DType::BF16);
+        let copy = tempfile::tempdir().unwrap();
+        write_adapter(copy.path(), adapter.config(), tensors.iter().map(|(n, t)| (n.as_str(), t))).unwrap();
+        for file in ["adapter_config.json", ADAPTER_WEIGHTS] {
+            let read = |dir: &Path| std::fs::read(dir.join(file)).unwrap();
+            assert!(read(&dir) == read(copy.path()), "{file} differs from PEFT's");
+        }
+    }
+
     #[test]
     fn folders_that_are_not_complete_are_explained() {
         let dir = tempfile::tempdir().unwrap();

@@ -25,7 +25,7 @@ pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm};
 pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
-pub use set::{Adapter, AdapterSet, SiteAdapter, SiteModule};
+pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable};
 
 pub use peft_kernels as kernels;
@@ -42,6 +42,9 @@ mod python_regex;
 pub mod safetensors_file;
 pub mod select;
 pub mod select_defaults;
+mod select_missed;
+mod select_modules;
+mod select_saved;
 pub mod select_spec;
 pub mod shard_writer;
 mod st_header;

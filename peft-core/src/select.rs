@@ -5,12 +5,14 @@
 //! nearest module names ([`Unmatched::Error`]). PEFT ignores such patterns, so for configs that PEFT wrote there
 //! is [`Unmatched::Report`].
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
 use crate::python_regex::PythonRegex;
+use crate::select_missed::Missed;
+use crate::select_modules::Modules;
+pub use crate::select_saved::{minimal_target_modules, saved_target_modules};
 use crate::select_spec::{TargetModules, TargetSpec};
-use crate::suggest::{did_you_mean, nearest};
 
 /// What a module is, as far as adapters care.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -137,7 +139,7 @@ pub struct Selection {
 }
 
 /// One entry of `target_modules` or `exclude_modules`, compiled.
-enum Matcher {
+pub(crate) enum Matcher {
     /// The whole name, or its end after a dot.
     Name(String),
     Regex(PythonRegex),
@@ -230,58 +232,6 @@ impl LayerFilter {
             }
         }
         Ok(None)
-    }
-}
-
-/// All modules: the candidates, then the containers that their paths imply.
-struct Modules<'a> {
-    candidates: &'a [Candidate<'a>],
-    containers: Vec<&'a str>,
-}
-
-impl<'a> Modules<'a> {
-    fn new(candidates: &'a [Candidate<'a>]) -> Self {
-        let known: BTreeSet<&str> = candidates.iter().map(|candidate| candidate.path).collect();
-        let mut containers = BTreeSet::new();
-        for candidate in candidates {
-            for (dot, _) in candidate.path.match_indices('.') {
-                if let Some(prefix) = candidate.path.get(..dot).filter(|prefix| !known.contains(prefix)) {
-                    containers.insert(prefix);
-                }
-            }
-        }
-        Self { candidates, containers: containers.into_iter().collect() }
-    }
-
-    fn paths(&self) -> impl Iterator<Item = &'a str> + '_ {
-        self.candidates.iter().map(|candidate| candidate.path).chain(self.containers.iter().copied())
-    }
-
-    /// What `all-linear` stands for: every linear layer but the language-model head or, where there is none, the
-    /// classification head of a sequence classifier.
-    fn all_linear(&self, task_type: Option<&str>) -> BTreeSet<String> {
-        let has_head = self.candidates.iter().any(|candidate| candidate.is_output_head);
-        let class_head = if !has_head && task_type == Some("SEQ_CLS") {
-            ["score", "classifier"].into_iter().find(|name| self.paths().any(|path| path == *name))
-        } else {
-            None
-        };
-        self.candidates
-            .iter()
-            .filter(|c| c.kind == ModuleKind::Linear && !c.is_output_head && Some(c.path) != class_head)
-            .map(|c| c.path.to_owned())
-            .collect()
-    }
-
-    /// Short names for suggestions: the last and the last two segments of every candidate.
-    fn short_names(&self) -> BTreeSet<&'a str> {
-        let mut names = BTreeSet::new();
-        for candidate in self.candidates {
-            let mut dots = candidate.path.rmatch_indices('.').map(|(dot, _)| dot + 1);
-            names.extend(dots.next().map_or(Some(candidate.path), |start| candidate.path.get(start..)));
-            names.extend(dots.next().and_then(|start| candidate.path.get(start..)));
-        }
-        names
     }
 }
 
@@ -531,170 +481,6 @@ fn nothing_selected(spec: &TargetSpec, missed: &[UnmatchedPattern]) -> Error {
             .to_owned(),
     };
     Error::config("target_modules", message)
-}
-
-/// Collects what to say about patterns without a hit.
-struct Missed<'a> {
-    modules: &'a Modules<'a>,
-    list: Vec<UnmatchedPattern>,
-}
-
-impl Missed<'_> {
-    fn push(&mut self, key: &'static str, pattern: &str, advice: String) {
-        self.list.push(UnmatchedPattern { key, pattern: pattern.to_owned(), advice });
-    }
-
-    fn name(&mut self, key: &'static str, name: &str, what: &str) {
-        let mut near = did_you_mean(name, self.modules.short_names());
-        if near.is_empty() {
-            near = did_you_mean(name, &self.modules.containers);
-        }
-        self.push(key, name, format!("{what}{near}"));
-    }
-
-    fn regex(&mut self, key: &'static str, pattern: &str) {
-        let ends = |path: &str| path == pattern || path.strip_suffix(pattern).is_some_and(|rest| rest.ends_with('.'));
-        let advice = if self.modules.paths().any(ends) {
-            format!(
-                "matches no module: a string is a regular expression over the whole name; for all modules called \
-                 `{pattern}` give a list: [\"{pattern}\"]"
-            )
-        } else {
-            match self.modules.candidates.iter().find(|candidate| candidate.kind == ModuleKind::Linear) {
-                Some(example) => format!("matches no module; it has to match a whole name such as `{}`", example.path),
-                None => "matches no module".to_owned(),
-            }
-        };
-        self.push(key, pattern, advice);
-    }
-
-    fn target(&mut self, pattern: &str, matcher: &Matcher) {
-        match matcher {
-            Matcher::Name(_) => self.name("target_modules", pattern, "matches no module"),
-            Matcher::Regex(_) => self.regex("target_modules", pattern),
-            Matcher::Set(_) => self.push("target_modules", pattern, "finds no linear layer in this model".to_owned()),
-        }
-    }
-
-    fn exclude(&mut self, pattern: &str, matcher: &Matcher, hit_container: bool) {
-        match matcher {
-            Matcher::Name(name) if hit_container => self.push(
-                "exclude_modules",
-                pattern,
-                format!(
-                    "names a group of modules and keeps out nothing: only modules of exactly that name are meant; for all \
-                     inside it use the pattern \"(.*\\.)?{}\\..*\"",
-                    name.replace('.', "\\.")
-                ),
-            ),
-            Matcher::Regex(_) if !hit_container => self.regex("exclude_modules", pattern),
-            _ => self.name("exclude_modules", pattern, "keeps out no module"),
-        }
-    }
-
-    fn layer(&mut self, index: i64, seen: &BTreeSet<i64>, patterns: &[String]) {
-        let advice = match (seen.first(), seen.last()) {
-            (Some(first), Some(last)) => format!("is no layer with a target; the layers are {first} to {last}"),
-            _ if patterns.is_empty() => {
-                "hits nothing: no layer number was found in the targets' names; set `layers_pattern` to the name of the \
-                 list of layers, for example \"layers\""
-                    .to_owned()
-            }
-            _ => {
-                let lists: BTreeSet<&str> = self
-                    .modules
-                    .containers
-                    .iter()
-                    .filter_map(|path| path.strip_suffix(".0"))
-                    .filter_map(|path| path.rsplit('.').next())
-                    .collect();
-                let near: Vec<String> = lists.iter().map(|name| format!("`{name}`")).collect();
-                format!(
-                    "hits nothing: `layers_pattern` {patterns:?} is in no target's name{}{}",
-                    if near.is_empty() { "" } else { "; lists of layers in this model: " },
-                    near.join(", ")
-                )
-            }
-        };
-        self.push("layers_to_transform", &index.to_string(), advice);
-    }
-
-    fn pattern_key(&mut self, key: &'static str, pattern: &str, sites: &[&str]) {
-        let untargeted = self
-            .modules
-            .paths()
-            .any(|path| path == pattern || path.strip_suffix(pattern).is_some_and(|rest| rest.ends_with('.')));
-        if untargeted {
-            self.push(key, pattern, "matches no module that `target_modules` selects".to_owned());
-            return;
-        }
-        let mut names: BTreeSet<&str> = sites.iter().copied().collect();
-        names.extend(sites.iter().filter_map(|path| path.rsplit('.').next()));
-        let short: BTreeSet<&str> = names.iter().copied().filter(|name| !name.contains('.')).collect();
-        let near = if pattern.contains('.') { nearest(pattern, &names) } else { nearest(pattern, &short) };
-        let near = if near.is_empty() { String::new() } else { did_you_mean(pattern, near) };
-        self.push(key, pattern, format!("matches no adapted module{near}"));
-    }
-}
-
-/// From this many entries on PEFT shortens `target_modules` to minimal suffixes.
-const MIN_TARGETS_TO_SHORTEN: usize = 20;
-
-/// What PEFT writes as `target_modules` into adapter_config.json: `all-linear` becomes the modules' names, and a
-/// list of 20 or more entries is shortened to suffixes that select the same modules (not for `peft_type` IA3).
-/// Names come sorted (PEFT writes them in no particular order).
-pub fn saved_target_modules(spec: &TargetSpec, peft_type: &str, candidates: &[Candidate<'_>]) -> Option<TargetModules> {
-    let modules = Modules::new(candidates);
-    let mut names: Vec<String> = match spec.target_modules.as_ref()? {
-        TargetModules::Regex(pattern) => return Some(TargetModules::Regex(pattern.clone())),
-        TargetModules::AllLinear => modules.all_linear(spec.task_type.as_deref()).into_iter().collect(),
-        TargetModules::Names(names) => names.clone(),
-    };
-    names.sort();
-    names.dedup();
-    if names.len() < MIN_TARGETS_TO_SHORTEN || peft_type == "IA3" {
-        return Some(TargetModules::Names(names));
-    }
-    let matched = |targets: &[String]| -> Vec<bool> {
-        let set: BTreeSet<&str> = targets.iter().map(String::as_str).collect();
-        modules.paths().map(|path| suffixes(path).any(|suffix| set.contains(suffix))).collect()
-    };
-    let before = matched(&names);
-    let others: Vec<&str> = modules.paths().zip(&before).filter(|(_, hit)| !**hit).map(|(path, _)| path).collect();
-    let short = minimal_target_modules(&names, &others);
-    // The shortened list must select the same modules; PEFT trusts its algorithm here.
-    let shorter = short.len() < names.len() && matched(&short) == before;
-    Some(TargetModules::Names(if shorter { short } else { names }))
-}
-
-/// The shortest suffixes that tell `targets` from `others`, sorted (PEFT's `_find_minimal_target_modules`).
-///
-/// Targets are visited in the order of their suffix lists, short suffixes first; a target that an earlier suffix
-/// covers adds nothing. A target that has no suffix of its own is left out, as in PEFT.
-pub fn minimal_target_modules(targets: &[String], others: &[&str]) -> Vec<String> {
-    let taken: std::collections::HashSet<&str> = others.iter().flat_map(|name| suffixes(name)).collect();
-    let mut ordered: Vec<Vec<&str>> = targets.iter().map(|name| suffixes(name).collect()).collect();
-    ordered.sort();
-    let mut required: HashMap<&str, ()> = HashMap::new();
-    for list in &ordered {
-        // Covered means: a required suffix stands after a dot, so the full name itself does not count.
-        let covered = list.iter().take(list.len().saturating_sub(1)).any(|suffix| required.contains_key(suffix));
-        if covered {
-            continue;
-        }
-        if let Some(suffix) = list.iter().find(|suffix| !required.contains_key(**suffix) && !taken.contains(**suffix)) {
-            required.insert(suffix, ());
-        }
-    }
-    let mut names: Vec<String> =
-        if required.is_empty() { targets.to_vec() } else { required.into_keys().map(str::to_owned).collect() };
-    names.sort();
-    names
-}
-
-/// `c`, `b.c`, `a.b.c` for `a.b.c`.
-fn suffixes(path: &str) -> impl Iterator<Item = &str> {
-    path.rmatch_indices('.').map(|(dot, _)| dot + 1).filter_map(|start| path.get(start..)).chain(std::iter::once(path))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 use super::*;
 use serde_json::Value;
+use std::collections::HashMap;
 
 struct Model {
     model_type: String,

@@ -291,7 +291,7 @@ mod tests {
         let mut writer = create(vec![planned("a", &t), planned("b", &t)]).unwrap();
         writer.write("a", &t).unwrap();
         assert!(writer.write("a", &t).unwrap_err().to_string().contains("already"));
-        assert!(writer.write("aa", &t).unwrap_err().to_string().contains("did you mean"));
+        assert!(writer.write("A", &t).unwrap_err().to_string().contains("did you mean"));
         assert!(writer.write("b", &t.narrow(0, 0, 1).unwrap()).unwrap_err().to_string().contains("[1, 2]"));
         assert!(writer.write("b", &t.to_dtype(DType::F16).unwrap()).unwrap_err().to_string().contains("F16"));
         assert!(writer.write_raw("b", &[0; 3]).unwrap_err().to_string().contains("3 bytes"));

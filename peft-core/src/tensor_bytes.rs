@@ -60,7 +60,7 @@ pub(crate) fn read_tensor(
         Error::msg(format!("has the type {from:?}, which cannot be used; convert the file to F32, BF16 or F16"))
     })?;
     let cpu = match (from, to) {
-        _ if from.bitsize() % 8 != 0 => None,
+        _ if !from.bitsize().is_multiple_of(8) => None,
         (Dtype::BF16, DType::BF16) => Some(tensor(decode::<2, _>(bytes, bf16::from_le_bytes, &done), shape)?),
         (Dtype::F16, DType::F16) => Some(tensor(decode::<2, _>(bytes, f16::from_le_bytes, &done), shape)?),
         (Dtype::F64, DType::F64) => Some(tensor(decode::<8, _>(bytes, f64::from_le_bytes, &done), shape)?),

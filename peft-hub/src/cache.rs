@@ -30,15 +30,10 @@ impl Cache {
     pub(crate) fn of(id: &HubId, options: &Options) -> Result<Self> {
         let root = options.cache.clone().ok_or_else(|| HubError::Setting {
             name: "HF_HOME",
-            why: "neither it nor HOME is set, so there is no place for downloads; set one of them"
-                .to_owned(),
+            why: "neither it nor HOME is set, so there is no place for downloads; set one of them".to_owned(),
         })?;
         let repo = Repo::new(id.repo.clone(), RepoType::Model);
-        Ok(Self {
-            folder: root.join(repo.folder_name()),
-            layout: HubCache::new(root.clone()).repo(repo),
-            root,
-        })
+        Ok(Self { folder: root.join(repo.folder_name()), layout: HubCache::new(root.clone()).repo(repo), root })
     }
 
     /// Where the file of that content lies, or will.
@@ -74,9 +69,7 @@ impl Cache {
         let up = "../".repeat(2 + file.matches('/').count());
         let target = PathBuf::from(format!("{up}blobs/{etag}"));
         let blob = self.blob(etag);
-        replace(&self.snapshot(commit).join(file), |temporary| {
-            symlink(&target, &blob, temporary)
-        })
+        replace(&self.snapshot(commit).join(file), |temporary| symlink(&target, &blob, temporary))
     }
 }
 
@@ -105,10 +98,8 @@ fn replace(path: &Path, make: impl Fn(&Path) -> std::io::Result<()>) -> Result<(
     let turn = TURN.fetch_add(1, Ordering::Relaxed);
     let temporary = parent.join(format!(".{name}.{}.{turn}", std::process::id()));
     let _ = fs::remove_file(&temporary); // left by a killed process of the same id
-    make(&temporary)
-        .and_then(|()| fs::rename(&temporary, path))
-        .map_err(|source| {
-            let _ = fs::remove_file(&temporary);
-            HubError::io(path, source)
-        })
+    make(&temporary).and_then(|()| fs::rename(&temporary, path)).map_err(|source| {
+        let _ = fs::remove_file(&temporary);
+        HubError::io(path, source)
+    })
 }

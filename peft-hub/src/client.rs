@@ -9,8 +9,7 @@ use std::time::Duration;
 
 use hf_hub::api::RepoInfo;
 use ureq::http::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName,
-    LOCATION, RANGE,
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, ETAG, HeaderMap, HeaderName, LOCATION, RANGE,
 };
 use ureq::http::{Response, Uri};
 use ureq::{Agent, Body};
@@ -57,24 +56,16 @@ enum Verb {
 impl<'a> Client<'a> {
     pub(crate) fn new(options: &'a Options) -> Result<Self> {
         let endpoint: Option<Uri> = options.endpoint.parse().ok();
-        if !endpoint.is_some_and(|uri| {
-            matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some()
-        }) {
+        if !endpoint.is_some_and(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some()) {
             return Err(HubError::Setting {
                 name: "HF_ENDPOINT",
-                why: format!(
-                    "`{}` is not an address; give one such as https://huggingface.co",
-                    options.endpoint
-                ),
+                why: format!("`{}` is not an address; give one such as https://huggingface.co", options.endpoint),
             });
         }
         if let Some(token) = &options.token
             && !token.bytes().all(|b| b.is_ascii_graphic())
         {
-            return Err(HubError::Setting {
-                name: "HF_TOKEN",
-                why: "holds characters that no token has".to_owned(),
-            });
+            return Err(HubError::Setting { name: "HF_TOKEN", why: "holds characters that no token has".to_owned() });
         }
         let agent = Agent::config_builder()
             .http_status_as_error(false)
@@ -90,12 +81,8 @@ impl<'a> Client<'a> {
 
     /// The files of a repository at a revision, and the commit that this is.
     pub(crate) fn listing(&self, id: &HubId) -> Result<RepoInfo> {
-        let url = format!(
-            "{}/api/models/{}/revision/{}",
-            self.options.endpoint,
-            id.repo,
-            id.revision.replace('/', "%2F")
-        );
+        let url =
+            format!("{}/api/models/{}/revision/{}", self.options.endpoint, id.repo, id.revision.replace('/', "%2F"));
         let mut response = self.follow(Verb::Get, &url, None, |_| false)?;
         self.accept(&response, &url, id, None)?;
         let text = response
@@ -104,18 +91,13 @@ impl<'a> Client<'a> {
             .limit(MAX_LISTING)
             .read_to_string()
             .map_err(|error| connection(&url, &error))?;
-        serde_json::from_str(&text).map_err(|error| HubError::Protocol {
-            url,
-            why: error.to_string(),
-        })
+        serde_json::from_str(&text).map_err(|error| HubError::Protocol { url, why: error.to_string() })
     }
 
     /// A file's content name and size.
     pub(crate) fn metadata(&self, id: &HubId, commit: &str, file: &str) -> Result<Metadata> {
         let url = self.file_url(id, commit, file);
-        let response = self.follow(Verb::Head, &url, None, |headers| {
-            headers.contains_key(LINKED_ETAG)
-        })?;
+        let response = self.follow(Verb::Head, &url, None, |headers| headers.contains_key(LINKED_ETAG))?;
         if !response.status().is_redirection() {
             self.accept(&response, &url, id, Some(file))?;
         }
@@ -124,44 +106,25 @@ impl<'a> Client<'a> {
             .or_else(|| text(headers, &ETAG))
             .map(|etag| etag.trim_start_matches("W/").trim_matches('"').to_owned());
         // It becomes a file name.
-        let Some(etag) = etag.filter(|etag| {
-            etag.len() <= 128 && is_safe_file(etag) && !etag.contains('/') && !etag.starts_with('.')
-        }) else {
-            return Err(HubError::Protocol {
-                url,
-                why: "no usable ETag".to_owned(),
-            });
+        let Some(etag) = etag
+            .filter(|etag| etag.len() <= 128 && is_safe_file(etag) && !etag.contains('/') && !etag.starts_with('.'))
+        else {
+            return Err(HubError::Protocol { url, why: "no usable ETag".to_owned() });
         };
-        let size = text(headers, &LINKED_SIZE).or_else(|| {
-            (!response.status().is_redirection())
-                .then(|| text(headers, &CONTENT_LENGTH))
-                .flatten()
-        });
-        Ok(Metadata {
-            etag,
-            size: size.and_then(|size| size.parse().ok()),
-        })
+        let size = text(headers, &LINKED_SIZE)
+            .or_else(|| (!response.status().is_redirection()).then(|| text(headers, &CONTENT_LENGTH)).flatten());
+        Ok(Metadata { etag, size: size.and_then(|size| size.parse().ok()) })
     }
 
     /// A file's bytes from `start` on. `None` where the server says that no byte lies there.
-    pub(crate) fn bytes(
-        &self,
-        id: &HubId,
-        commit: &str,
-        file: &str,
-        start: u64,
-    ) -> Result<Option<Bytes>> {
+    pub(crate) fn bytes(&self, id: &HubId, commit: &str, file: &str, start: u64) -> Result<Option<Bytes>> {
         let url = self.file_url(id, commit, file);
         let response = self.follow(Verb::Get, &url, Some(start), |_| false)?;
         let start = match response.status().as_u16() {
             206 => {
                 let range = text(response.headers(), &CONTENT_RANGE).unwrap_or_default();
-                let first = range
-                    .trim_start_matches("bytes")
-                    .trim()
-                    .split('-')
-                    .next()
-                    .and_then(|first| first.parse().ok());
+                let first =
+                    range.trim_start_matches("bytes").trim().split('-').next().and_then(|first| first.parse().ok());
                 if first != Some(start) {
                     return Err(HubError::Protocol {
                         url,
@@ -176,24 +139,12 @@ impl<'a> Client<'a> {
                 0
             }
         };
-        let reader = response
-            .into_body()
-            .into_with_config()
-            .limit(u64::MAX)
-            .reader();
-        Ok(Some(Bytes {
-            start,
-            reader: Box::new(reader),
-        }))
+        let reader = response.into_body().into_with_config().limit(u64::MAX).reader();
+        Ok(Some(Bytes { start, reader: Box::new(reader) }))
     }
 
     fn file_url(&self, id: &HubId, commit: &str, file: &str) -> String {
-        format!(
-            "{}/{}/resolve/{commit}/{}",
-            self.options.endpoint,
-            id.repo,
-            encode(file)
-        )
+        format!("{}/{}/resolve/{commit}/{}", self.options.endpoint, id.repo, encode(file))
     }
 
     /// Send a request and follow redirects until `stop` likes a redirect's headers. Statuses of 500 and above and 429 are
@@ -230,20 +181,14 @@ impl<'a> Client<'a> {
             if !response.status().is_redirection() || stop(response.headers()) {
                 return Ok(response);
             }
-            let location =
-                text(response.headers(), &LOCATION).ok_or_else(|| HubError::Protocol {
-                    url: url.clone(),
-                    why: "a redirect without an address".to_owned(),
-                })?;
-            url = absolute(&url, &location).ok_or_else(|| HubError::Protocol {
+            let location = text(response.headers(), &LOCATION).ok_or_else(|| HubError::Protocol {
                 url: url.clone(),
-                why: format!("a redirect to `{location}`"),
+                why: "a redirect without an address".to_owned(),
             })?;
+            url = absolute(&url, &location)
+                .ok_or_else(|| HubError::Protocol { url: url.clone(), why: format!("a redirect to `{location}`") })?;
         }
-        Err(HubError::Protocol {
-            url,
-            why: format!("more than {MAX_REDIRECTS} redirects"),
-        })
+        Err(HubError::Protocol { url, why: format!("more than {MAX_REDIRECTS} redirects") })
     }
 
     fn send(&self, verb: Verb, url: &str, start: Option<u64>) -> Result<Response<Body>> {
@@ -266,13 +211,7 @@ impl<'a> Client<'a> {
     }
 
     /// Turn an unwelcome status into the error that says what to do.
-    fn accept(
-        &self,
-        response: &Response<Body>,
-        url: &str,
-        id: &HubId,
-        file: Option<&str>,
-    ) -> Result<()> {
+    fn accept(&self, response: &Response<Body>, url: &str, id: &HubId, file: Option<&str>) -> Result<()> {
         let status = response.status().as_u16();
         if response.status().is_success() {
             return Ok(());
@@ -304,12 +243,7 @@ impl<'a> Client<'a> {
                             .to_owned()
                     }
                 };
-                HubError::Refused {
-                    repo,
-                    endpoint,
-                    status,
-                    why,
-                }
+                HubError::Refused { repo, endpoint, status, why }
             }
             (404, _, Some(file)) => HubError::MissingFile {
                 repo,
@@ -343,9 +277,7 @@ impl<'a> Client<'a> {
     /// Pause before try number `tries + 1`, and say why there is one.
     pub(crate) fn wait(&self, tries: u32, why: &str) {
         let wait = self.options.retry_wait * (1 << tries.min(6));
-        self.options.tell(Event::Note {
-            message: &format!("{why}; trying again in {:.1} s", wait.as_secs_f64()),
-        });
+        self.options.tell(Event::Note { message: &format!("{why}; trying again in {:.1} s", wait.as_secs_f64()) });
         std::thread::sleep(wait);
     }
 }
@@ -355,10 +287,7 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
 }
 
 fn connection(url: &str, error: &ureq::Error) -> HubError {
-    HubError::Connection {
-        url: url.to_owned(),
-        why: error.to_string(),
-    }
+    HubError::Connection { url: url.to_owned(), why: error.to_string() }
 }
 
 fn same_origin(url: &str, other: &str) -> bool {

@@ -15,13 +15,7 @@ use crate::spec::HubId;
 const BUFFER: usize = 256 << 10;
 
 /// Have `file` of `commit` in the cache; returns its path in the snapshot.
-pub(crate) fn fetch(
-    client: &Client<'_>,
-    cache: &Cache,
-    id: &HubId,
-    commit: &str,
-    file: &str,
-) -> Result<PathBuf> {
+pub(crate) fn fetch(client: &Client<'_>, cache: &Cache, id: &HubId, commit: &str, file: &str) -> Result<PathBuf> {
     let path = cache.snapshot(commit).join(file);
     if path.is_file() {
         return Ok(path);
@@ -31,11 +25,7 @@ pub(crate) fn fetch(
     if !blob.is_file() {
         let folder = blob.parent().unwrap_or(&blob);
         std::fs::create_dir_all(folder).map_err(|source| HubError::io(folder, source))?;
-        let _lock = lock(
-            client,
-            &folder.join(format!("{}.lock", metadata.etag)),
-            file,
-        )?;
+        let _lock = lock(client, &folder.join(format!("{}.lock", metadata.etag)), file)?;
         if !blob.is_file() {
             let mut transfer = Transfer {
                 client,
@@ -60,9 +50,9 @@ fn lock(client: &Client<'_>, path: &Path, file: &str) -> Result<File> {
     match lock.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            client.options.tell(Event::Note {
-                message: &format!("{file}: waiting for another process that is downloading it"),
-            });
+            client
+                .options
+                .tell(Event::Note { message: &format!("{file}: waiting for another process that is downloading it") });
             lock.lock().map_err(io)?;
         }
         // A file system without locks: two processes may then download the same file, each checking what it got.
@@ -121,10 +111,7 @@ impl Transfer<'_> {
                     return Err(HubError::Truncated {
                         file: self.file.to_owned(),
                         have: self.have(),
-                        size: self
-                            .metadata
-                            .size
-                            .map_or("?".to_owned(), |size| size.to_string()),
+                        size: self.metadata.size.map_or("?".to_owned(), |size| size.to_string()),
                         why,
                     });
                 }
@@ -164,15 +151,10 @@ impl Transfer<'_> {
             Err(error) => return Err(error),
         };
         if bytes.start != have {
-            part.set_len(0)
-                .map_err(|source| HubError::io(&self.part, source))?;
+            part.set_len(0).map_err(|source| HubError::io(&self.part, source))?;
             have = 0;
         }
-        self.client.options.tell(Event::Start {
-            file: self.file,
-            size,
-            have,
-        });
+        self.client.options.tell(Event::Start { file: self.file, size, have });
         self.copy(bytes.reader, &mut part, have)
     }
 
@@ -192,18 +174,13 @@ impl Transfer<'_> {
             if size.is_some_and(|size| have > size) {
                 return Ok(Try::Useless("longer than announced"));
             }
-            part.write_all(chunk)
-                .map_err(|source| self.write_error(source, have))?;
-            self.client.options.tell(Event::Advance {
-                file: self.file,
-                bytes: chunk.len() as u64,
-            });
+            part.write_all(chunk).map_err(|source| self.write_error(source, have))?;
+            self.client.options.tell(Event::Advance { file: self.file, bytes: chunk.len() as u64 });
         }
         if size.is_some_and(|size| have < size) {
             return Ok(Try::Broken("the server closed the connection".to_owned()));
         }
-        part.sync_all()
-            .map_err(|source| self.write_error(source, have))?;
+        part.sync_all().map_err(|source| self.write_error(source, have))?;
         Ok(Try::Complete)
     }
 
@@ -212,10 +189,7 @@ impl Transfer<'_> {
             HubError::DiskFull { path, .. } => HubError::DiskFull {
                 path,
                 need: self.metadata.size.map_or(String::new(), |size| {
-                    format!(
-                        " ({} more bytes of {size} needed)",
-                        size.saturating_sub(have)
-                    )
+                    format!(" ({} more bytes of {size} needed)", size.saturating_sub(have))
                 }),
             },
             other => other,
@@ -240,11 +214,7 @@ impl Transfer<'_> {
                 Some(chunk) => hash.update(chunk),
             }
         }
-        let got: String = hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect();
+        let got: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
         Ok((!got.eq_ignore_ascii_case(etag)).then_some("its SHA-256 differs"))
     }
 }

@@ -27,9 +27,7 @@ pub enum HubError {
         why: String,
     },
     /// The hub knows no such repository (or shows it only to others).
-    #[error(
-        "{repo}: no such repository on {endpoint}, and no folder of that name here; a private one needs HF_TOKEN"
-    )]
+    #[error("{repo}: no such repository on {endpoint}, and no folder of that name here; a private one needs HF_TOKEN")]
     NoSuchRepo {
         /// `org/name`.
         repo: String,
@@ -37,9 +35,7 @@ pub enum HubError {
         endpoint: String,
     },
     /// The repository has no such branch, tag or commit.
-    #[error(
-        "{repo} has no revision `{revision}` on {endpoint}; give a branch, a tag or a full commit hash"
-    )]
+    #[error("{repo} has no revision `{revision}` on {endpoint}; give a branch, a tag or a full commit hash")]
     NoSuchRevision {
         /// `org/name`.
         repo: String,
@@ -172,14 +168,10 @@ impl HubError {
     /// An error while reading or writing `path`; a full disk has its own message.
     pub(crate) fn io(path: &Path, source: io::Error) -> Self {
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull {
-                path: path.to_owned(),
-                need: String::new(),
-            },
-            _ => Self::Io {
-                path: path.to_owned(),
-                source,
-            },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                Self::DiskFull { path: path.to_owned(), need: String::new() }
+            }
+            _ => Self::Io { path: path.to_owned(), source },
         }
     }
 

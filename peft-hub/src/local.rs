@@ -7,10 +7,7 @@ use crate::{Kind, Location};
 
 /// Check that a folder or file can be the model or adapter that it was named as, by the names of its files only.
 pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
-    let unsuitable = |why: String| HubError::Unsuitable {
-        path: path.to_owned(),
-        why,
-    };
+    let unsuitable = |why: String| HubError::Unsuitable { path: path.to_owned(), why };
     if !path.is_dir() {
         return match (kind, has_extension(path, "gguf")) {
             (Kind::Model, true) => Ok(Location::Gguf(path.to_owned())),
@@ -18,11 +15,7 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
                 let folder = path.parent().unwrap_or(path);
                 Err(unsuitable(format!(
                     "a file; give the folder that holds it ({})",
-                    if folder.as_os_str().is_empty() {
-                        "."
-                    } else {
-                        folder.to_str().unwrap_or("its parent")
-                    }
+                    if folder.as_os_str().is_empty() { "." } else { folder.to_str().unwrap_or("its parent") }
                 )))
             }
             (Kind::Model, false) => Err(unsuitable(
@@ -30,8 +23,7 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
                     .to_owned(),
             )),
             (Kind::Adapter, _) => Err(unsuitable(
-                "a file; an adapter is a folder with adapter_config.json and adapter_model.safetensors"
-                    .to_owned(),
+                "a file; an adapter is a folder with adapter_config.json and adapter_model.safetensors".to_owned(),
             )),
         };
     }
@@ -49,13 +41,9 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
                     one.display()
                 ))),
                 (None, _) if has("adapter_config.json") => Err(unsuitable(
-                    "an adapter, not a model; give it with --adapter, and its base with --model"
-                        .to_owned(),
+                    "an adapter, not a model; give it with --adapter, and its base with --model".to_owned(),
                 )),
-                (None, _) => Err(unsuitable(format!(
-                    "no config.json, so not a model folder{}",
-                    contents(path)?
-                ))),
+                (None, _) => Err(unsuitable(format!("no config.json, so not a model folder{}", contents(path)?))),
             }
         }
         Kind::Adapter => {
@@ -65,21 +53,15 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
                 Some(folder) => {
                     format!("no adapter_config.json; did you mean {}?", folder.display())
                 }
-                None if has("config.json") => {
-                    "a model, not an adapter; give it with --model".to_owned()
-                }
-                None => format!(
-                    "no adapter_config.json, so not an adapter folder{}",
-                    contents(path)?
-                ),
+                None if has("config.json") => "a model, not an adapter; give it with --model".to_owned(),
+                None => format!("no adapter_config.json, so not an adapter folder{}", contents(path)?),
             }))
         }
     }
 }
 
 fn has_extension(path: &Path, extension: &str) -> bool {
-    path.extension()
-        .is_some_and(|found| found.eq_ignore_ascii_case(extension))
+    path.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
 }
 
 /// The entries of `folder` that `wanted` picks.
@@ -109,11 +91,7 @@ fn contents(folder: &Path) -> Result<String> {
     Ok(format!(
         " (it holds {}{})",
         names.join(", "),
-        if more > 0 {
-            format!(" and {more} more")
-        } else {
-            String::new()
-        }
+        if more > 0 { format!(" and {more} more") } else { String::new() }
     ))
 }
 
@@ -135,25 +113,13 @@ mod tests {
     #[test]
     fn folders_and_gguf_files() {
         let model = folder(&["config.json", "model.safetensors"]);
-        assert_eq!(
-            check(model.path(), Kind::Model).unwrap(),
-            Location::Folder(model.path().to_owned())
-        );
+        assert_eq!(check(model.path(), Kind::Model).unwrap(), Location::Folder(model.path().to_owned()));
         let adapter = folder(&["adapter_config.json"]);
-        assert!(matches!(
-            check(adapter.path(), Kind::Adapter),
-            Ok(Location::Folder(_))
-        ));
+        assert!(matches!(check(adapter.path(), Kind::Adapter), Ok(Location::Folder(_))));
         let gguf = folder(&["m.GGUF"]);
         let file = gguf.path().join("m.GGUF");
-        assert_eq!(
-            check(&file, Kind::Model).unwrap(),
-            Location::Gguf(file.clone())
-        );
-        assert_eq!(
-            check(gguf.path(), Kind::Model).unwrap(),
-            Location::Gguf(file)
-        );
+        assert_eq!(check(&file, Kind::Model).unwrap(), Location::Gguf(file.clone()));
+        assert_eq!(check(gguf.path(), Kind::Model).unwrap(), Location::Gguf(file));
     }
 
     #[test]
@@ -169,24 +135,9 @@ mod tests {
         says(&[], "", Kind::Model, "it is empty");
         says(&["x.txt"], "", Kind::Adapter, "it holds x.txt");
         says(&["a.gguf", "b.gguf"], "", Kind::Model, "2 .gguf files");
-        says(
-            &["default/adapter_config.json"],
-            "",
-            Kind::Adapter,
-            "did you mean",
-        );
-        says(
-            &["model.safetensors"],
-            "model.safetensors",
-            Kind::Model,
-            "give the folder",
-        );
-        says(
-            &["m.gguf"],
-            "m.gguf",
-            Kind::Adapter,
-            "an adapter is a folder",
-        );
+        says(&["default/adapter_config.json"], "", Kind::Adapter, "did you mean");
+        says(&["model.safetensors"], "model.safetensors", Kind::Model, "give the folder");
+        says(&["m.gguf"], "m.gguf", Kind::Adapter, "an adapter is a folder");
         says(&["m.bin"], "m.bin", Kind::Model, "neither a folder");
     }
 }

@@ -88,27 +88,18 @@ impl Options {
         let get = |name: &str| get(name).filter(|value| !value.trim().is_empty());
         let path = |name: &str| get(name).map(PathBuf::from);
         let flag = |name: &str| {
-            get(name).is_some_and(|value| {
-                matches!(
-                    value.trim().to_ascii_uppercase().as_str(),
-                    "1" | "ON" | "YES" | "TRUE"
-                )
-            })
+            get(name)
+                .is_some_and(|value| matches!(value.trim().to_ascii_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
         };
         let home = path("HF_HOME").or_else(|| {
             path("XDG_CACHE_HOME")
-                .or_else(|| {
-                    path("HOME")
-                        .or_else(|| path("USERPROFILE"))
-                        .map(|home| home.join(".cache"))
-                })
+                .or_else(|| path("HOME").or_else(|| path("USERPROFILE")).map(|home| home.join(".cache")))
                 .map(|cache| cache.join("huggingface"))
         });
         let cache = path("HF_HUB_CACHE")
             .or_else(|| path("HUGGINGFACE_HUB_CACHE"))
             .or_else(|| home.as_ref().map(|home| home.join("hub")));
-        let token_file =
-            path("HF_TOKEN_PATH").or_else(|| home.as_ref().map(|home| home.join("token")));
+        let token_file = path("HF_TOKEN_PATH").or_else(|| home.as_ref().map(|home| home.join("token")));
         let token = get("HF_TOKEN")
             .or_else(|| get("HUGGING_FACE_HUB_TOKEN"))
             .or_else(|| token_file.and_then(|file| std::fs::read_to_string(file).ok()))
@@ -149,47 +140,24 @@ mod tests {
     use super::*;
 
     fn from(pairs: &[(&str, &str)]) -> Options {
-        Options::from_variables(|name| {
-            pairs
-                .iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
-        })
+        Options::from_variables(|name| pairs.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
     }
 
     #[test]
     fn cache_follows_the_hubs_order() {
         let cache = |pairs: &[(&str, &str)]| from(pairs).cache.unwrap();
-        assert_eq!(
-            cache(&[("HOME", "/h")]),
-            PathBuf::from("/h/.cache/huggingface/hub")
-        );
-        assert_eq!(
-            cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]),
-            PathBuf::from("/x/huggingface/hub")
-        );
-        assert_eq!(
-            cache(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/f")]),
-            PathBuf::from("/f/hub")
-        );
-        assert_eq!(
-            cache(&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/old")]),
-            PathBuf::from("/old")
-        );
-        assert_eq!(
-            cache(&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/old")]),
-            PathBuf::from("/c")
-        );
+        assert_eq!(cache(&[("HOME", "/h")]), PathBuf::from("/h/.cache/huggingface/hub"));
+        assert_eq!(cache(&[("HOME", "/h"), ("XDG_CACHE_HOME", "/x")]), PathBuf::from("/x/huggingface/hub"));
+        assert_eq!(cache(&[("XDG_CACHE_HOME", "/x"), ("HF_HOME", "/f")]), PathBuf::from("/f/hub"));
+        assert_eq!(cache(&[("HF_HOME", "/f"), ("HUGGINGFACE_HUB_CACHE", "/old")]), PathBuf::from("/old"));
+        assert_eq!(cache(&[("HF_HUB_CACHE", "/c"), ("HUGGINGFACE_HUB_CACHE", "/old")]), PathBuf::from("/c"));
         assert_eq!(from(&[]).cache, None);
     }
 
     #[test]
     fn endpoint_token_and_offline() {
-        let options = from(&[
-            ("HF_ENDPOINT", "http://mirror:8080/"),
-            ("HF_TOKEN", " secret\n"),
-            ("HF_HUB_OFFLINE", "yes"),
-        ]);
+        let options =
+            from(&[("HF_ENDPOINT", "http://mirror:8080/"), ("HF_TOKEN", " secret\n"), ("HF_HUB_OFFLINE", "yes")]);
         assert_eq!(options.endpoint, "http://mirror:8080");
         assert_eq!(options.token.as_deref(), Some("secret"));
         assert!(options.offline);

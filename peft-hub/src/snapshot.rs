@@ -42,8 +42,7 @@ pub(crate) fn find(id: &HubId, kind: Kind, options: &Options) -> Result<Location
     if let (Some(file), Kind::Adapter) = (&id.file, kind) {
         return Err(HubError::Unsuitable {
             path: file.into(),
-            why: "one file of a repository can be a model, not an adapter; give org/name"
-                .to_owned(),
+            why: "one file of a repository can be a model, not an adapter; give org/name".to_owned(),
         });
     }
     let cache = Cache::of(id, options)?;
@@ -70,9 +69,7 @@ pub(crate) fn find(id: &HubId, kind: Kind, options: &Options) -> Result<Location
             let Ok(location) = cached else {
                 return Err(error);
             };
-            options.tell(Event::Note {
-                message: &format!("{error}; using the copy of {} in the cache", id.repo),
-            });
+            options.tell(Event::Note { message: &format!("{error}; using the copy of {} in the cache", id.repo) });
             return Ok(location);
         }
         Err(error) => return Err(error),
@@ -84,11 +81,7 @@ pub(crate) fn find(id: &HubId, kind: Kind, options: &Options) -> Result<Location
         });
     }
     let commit = listing.sha.to_ascii_lowercase();
-    let names: BTreeSet<&str> = listing
-        .siblings
-        .iter()
-        .map(|sibling| sibling.rfilename.as_str())
-        .collect();
+    let names: BTreeSet<&str> = listing.siblings.iter().map(|sibling| sibling.rfilename.as_str()).collect();
     let get = |file: &str| fetch(&client, &cache, id, &commit, file);
     let location = match plan(&names, id, kind)? {
         Plan::Gguf(file) => Location::Gguf(get(file)?),
@@ -113,14 +106,9 @@ pub(crate) fn find(id: &HubId, kind: Kind, options: &Options) -> Result<Location
 fn has_tokenizer(location: &Location) -> bool {
     match location {
         Location::Gguf(_) => true,
-        Location::Folder(folder) => [
-            "tokenizer.json",
-            "tokenizer.model",
-            "spiece.model",
-            "vocab.txt",
-        ]
-        .iter()
-        .any(|file| folder.join(file).is_file()),
+        Location::Folder(folder) => ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt"]
+            .iter()
+            .any(|file| folder.join(file).is_file()),
     }
 }
 
@@ -151,15 +139,8 @@ fn plan<'a>(names: &BTreeSet<&'a str>, id: &HubId, kind: Kind) -> Result<Plan<'a
     };
     if kind == Kind::Adapter {
         return match (has(ADAPTER_CONFIG), has(ADAPTER_WEIGHTS)) {
-            (true, true) => Ok(Plan::Files {
-                small: small(ADAPTER_CONFIG),
-                weights: ADAPTER_WEIGHTS,
-            }),
-            (false, _) if has(CONFIG) => Err(missing_file(
-                id,
-                ADAPTER_CONFIG,
-                "; it is a model, give it with --model",
-            )),
+            (true, true) => Ok(Plan::Files { small: small(ADAPTER_CONFIG), weights: ADAPTER_WEIGHTS }),
+            (false, _) if has(CONFIG) => Err(missing_file(id, ADAPTER_CONFIG, "; it is a model, give it with --model")),
             (false, _) => Err(missing_file(id, ADAPTER_CONFIG, "")),
             (true, false) if has("adapter_model.bin") => Err(missing_file(
                 id,
@@ -172,17 +153,12 @@ fn plan<'a>(names: &BTreeSet<&'a str>, id: &HubId, kind: Kind) -> Result<Plan<'a
     let mut gguf = names.iter().filter(|name| is_gguf(name));
     let weights = [WEIGHTS, INDEX].into_iter().find(|file| has(file));
     match (has(CONFIG), weights, gguf.next(), gguf.next()) {
-        (true, Some(weights), _, _) => Ok(Plan::Files {
-            small: small(CONFIG),
-            weights,
-        }),
+        (true, Some(weights), _, _) => Ok(Plan::Files { small: small(CONFIG), weights }),
         (_, _, Some(only), None) => Ok(Plan::Gguf(only)),
         (_, _, Some(_), Some(_)) => Err(missing_file(id, WEIGHTS, &gguf_hint(names))),
-        (false, ..) if has(ADAPTER_CONFIG) => Err(missing_file(
-            id,
-            CONFIG,
-            "; it is an adapter, give it with --adapter and its base with --model",
-        )),
+        (false, ..) if has(ADAPTER_CONFIG) => {
+            Err(missing_file(id, CONFIG, "; it is an adapter, give it with --adapter and its base with --model"))
+        }
         (false, ..) => Err(missing_file(id, CONFIG, "")),
         (true, None, ..) if names.iter().any(|name| name.ends_with(".bin")) => Err(missing_file(
             id,
@@ -205,11 +181,7 @@ fn gguf_hint(names: &BTreeSet<&str>) -> String {
     }
     let more = files.len() > 5;
     files.truncate(5);
-    format!(
-        "; name one of its GGUF files, as org/name/FILE: {}{}",
-        files.join(", "),
-        if more { ", …" } else { "" }
-    )
+    format!("; name one of its GGUF files, as org/name/FILE: {}{}", files.join(", "), if more { ", …" } else { "" })
 }
 
 fn missing_file(id: &HubId, file: &str, hint: &str) -> HubError {
@@ -232,12 +204,8 @@ fn shards(index: &Path) -> Result<BTreeSet<String>> {
         return Err(bad("too large"));
     }
     let text = std::fs::read_to_string(index).map_err(|source| HubError::io(index, source))?;
-    let json: serde_json::Value =
-        serde_json::from_str(&text).map_err(|error| bad(&error.to_string()))?;
-    let map = json
-        .get("weight_map")
-        .and_then(serde_json::Value::as_object)
-        .ok_or_else(|| bad("no weight_map"))?;
+    let json: serde_json::Value = serde_json::from_str(&text).map_err(|error| bad(&error.to_string()))?;
+    let map = json.get("weight_map").and_then(serde_json::Value::as_object).ok_or_else(|| bad("no weight_map"))?;
     let mut shards = BTreeSet::new();
     for shard in map.values() {
         let shard = shard
@@ -254,9 +222,7 @@ fn shards(index: &Path) -> Result<BTreeSet<String>> {
 
 /// A complete earlier download, or the name of what is missing for one.
 fn cached(cache: &Cache, id: &HubId, kind: Kind) -> std::result::Result<Location, String> {
-    let commit = cache
-        .commit_of(&id.revision)
-        .ok_or_else(|| format!("copy of this {}", kind.noun()))?;
+    let commit = cache.commit_of(&id.revision).ok_or_else(|| format!("copy of this {}", kind.noun()))?;
     let folder = cache.snapshot(&commit);
     let need = |file: &str| match folder.join(file).is_file() {
         true => Ok(folder.join(file)),

@@ -33,10 +33,7 @@ pub(crate) fn parse(spec: &str) -> Result<Spec> {
     }
     match hub_id(spec) {
         Some(id) => Ok(Spec::Hub(id)),
-        None => Err(HubError::NoSuchFolder {
-            spec: spec.to_owned(),
-            hint: hint(path),
-        }),
+        None => Err(HubError::NoSuchFolder { spec: spec.to_owned(), hint: hint(path) }),
     }
 }
 
@@ -53,20 +50,16 @@ fn hub_id(spec: &str) -> Option<HubId> {
         // `folder/model.gguf` is a path that is missing, not a repository.
         None if gguf(name) => None,
         Some(file) if !gguf(file) || !is_safe_file(file) => None,
-        file => Some(HubId {
-            repo: format!("{org}/{name}"),
-            revision: revision.to_owned(),
-            file: file.map(str::to_owned),
-        }),
+        file => {
+            Some(HubId { repo: format!("{org}/{name}"), revision: revision.to_owned(), file: file.map(str::to_owned) })
+        }
     }
 }
 
 /// The hub's rule for names: letters, digits, `-`, `_`, `.`; at most 96; no `--` or `..`; neither end `-` or `.`.
 fn is_id_part(part: &str) -> bool {
     (1..=96).contains(&part.len())
-        && part
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+        && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
         && !part.starts_with(['-', '.'])
         && !part.ends_with(['-', '.'])
         && !part.contains("--")
@@ -76,12 +69,8 @@ fn is_id_part(part: &str) -> bool {
 /// A git revision that is also safe as a path under `refs/`.
 fn is_revision(revision: &str) -> bool {
     (1..=200).contains(&revision.len())
-        && revision
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/' | b'+'))
-        && revision
-            .split('/')
-            .all(|part| !part.is_empty() && !part.starts_with('.'))
+        && revision.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'/' | b'+'))
+        && revision.split('/').all(|part| !part.is_empty() && !part.starts_with('.'))
 }
 
 /// A relative path of plain components, safe to join to a folder of the cache.
@@ -89,9 +78,7 @@ pub(crate) fn is_safe_file(file: &str) -> bool {
     !file.is_empty()
         && file.len() <= 512
         && !file.contains(['\\', '\0', ':'])
-        && file
-            .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..")
+        && file.split('/').all(|part| !part.is_empty() && part != "." && part != "..")
 }
 
 /// The nearest name beside the missing path, or advice on `~`.
@@ -127,24 +114,14 @@ mod tests {
     use super::*;
 
     fn id(repo: &str, revision: &str, file: Option<&str>) -> Spec {
-        Spec::Hub(HubId {
-            repo: repo.to_owned(),
-            revision: revision.to_owned(),
-            file: file.map(str::to_owned),
-        })
+        Spec::Hub(HubId { repo: repo.to_owned(), revision: revision.to_owned(), file: file.map(str::to_owned) })
     }
 
     #[test]
     fn hub_ids() {
         assert_eq!(parse("org/name").unwrap(), id("org/name", "main", None));
-        assert_eq!(
-            parse("Qwen/Qwen2.5-0.5B@refs/pr/3").unwrap(),
-            id("Qwen/Qwen2.5-0.5B", "refs/pr/3", None)
-        );
-        assert_eq!(
-            parse("org/name/sub/m-Q4_K.gguf@v1.0").unwrap(),
-            id("org/name", "v1.0", Some("sub/m-Q4_K.gguf"))
-        );
+        assert_eq!(parse("Qwen/Qwen2.5-0.5B@refs/pr/3").unwrap(), id("Qwen/Qwen2.5-0.5B", "refs/pr/3", None));
+        assert_eq!(parse("org/name/sub/m-Q4_K.gguf@v1.0").unwrap(), id("org/name", "v1.0", Some("sub/m-Q4_K.gguf")));
     }
 
     #[test]
@@ -171,10 +148,7 @@ mod tests {
             "https://huggingface.co/org/name",
         ] {
             let error = parse(spec).unwrap_err().to_string();
-            assert!(
-                error.contains("no such folder, and not a hub id"),
-                "{spec}: {error}"
-            );
+            assert!(error.contains("no such folder, and not a hub id"), "{spec}: {error}");
         }
     }
 
@@ -183,38 +157,18 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let model = folder.path().join("model");
         std::fs::create_dir(&model).unwrap();
-        assert_eq!(
-            parse(model.to_str().unwrap()).unwrap(),
-            Spec::Local(model.clone())
-        );
+        assert_eq!(parse(model.to_str().unwrap()).unwrap(), Spec::Local(model.clone()));
         let typo = folder.path().join("modle");
         let error = parse(typo.to_str().unwrap()).unwrap_err().to_string();
-        assert!(
-            error.ends_with(&format!("; did you mean {}?", model.display())),
-            "{error}"
-        );
+        assert!(error.ends_with(&format!("; did you mean {}?", model.display())), "{error}");
     }
 
     #[test]
     fn files_that_leave_their_folder_are_not_safe() {
-        for file in [
-            "",
-            "/etc/passwd",
-            "../x",
-            "a/../x",
-            "a//b",
-            ".",
-            "a\\b",
-            "c:x",
-            "a\0b",
-        ] {
+        for file in ["", "/etc/passwd", "../x", "a/../x", "a//b", ".", "a\\b", "c:x", "a\0b"] {
             assert!(!is_safe_file(file), "{file:?}");
         }
-        for file in [
-            "config.json",
-            "sub/model-00001-of-00002.safetensors",
-            ".hidden",
-        ] {
+        for file in ["config.json", "sub/model-00001-of-00002.safetensors", ".hidden"] {
             assert!(is_safe_file(file), "{file:?}");
         }
     }

@@ -1,11 +1,5 @@
 //! `resolve` against a hub on loopback: what is downloaded, what is not, and what happens when things go wrong.
-#![allow(
-    missing_docs,
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    unreachable_pub
-)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod common;
 
@@ -46,13 +40,7 @@ impl Desk {
         options.endpoint = format!("http://{}", hub.address);
         options.cache = Some(cache.clone());
         options.retry_wait = Duration::from_millis(1);
-        Self {
-            hub,
-            options,
-            cache,
-            events,
-            _folder: folder,
-        }
+        Self { hub, options, cache, events, _folder: folder }
     }
 
     fn model(&self) -> Result<Location, HubError> {
@@ -60,9 +48,7 @@ impl Desk {
     }
 
     fn error(&self, spec: &str) -> String {
-        resolve(spec, Kind::Model, &self.options)
-            .unwrap_err()
-            .to_string()
+        resolve(spec, Kind::Model, &self.options).unwrap_err().to_string()
     }
 
     fn events(&self) -> Vec<String> {
@@ -75,9 +61,7 @@ impl Desk {
 }
 
 fn weights() -> Vec<u8> {
-    (0..700_001_u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
-        .collect()
+    (0..700_001_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect()
 }
 
 fn model(weights: &[u8]) -> Desk {
@@ -98,32 +82,18 @@ fn a_model_comes_with_what_it_needs_and_no_more() {
     let Location::Folder(folder) = desk.model().unwrap() else {
         panic!("a folder");
     };
-    let mut names: Vec<String> = fs::read_dir(&folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<String> =
+        fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
-    assert_eq!(
-        names,
-        ["config.json", "model.safetensors", "tokenizer.json"]
-    );
+    assert_eq!(names, ["config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(folder.join("model.safetensors")).unwrap(), weights);
     // the layout that huggingface_hub reads
     assert!(folder.ends_with(format!("models--org--name/snapshots/{COMMIT}")));
-    assert_eq!(
-        fs::read_to_string(desk.cache.join("models--org--name/refs/main")).unwrap(),
-        COMMIT
-    );
-    assert_eq!(
-        fs::read(desk.blobs().join(sha256(&weights))).unwrap(),
-        weights
-    );
+    assert_eq!(fs::read_to_string(desk.cache.join("models--org--name/refs/main")).unwrap(), COMMIT);
+    assert_eq!(fs::read(desk.blobs().join(sha256(&weights))).unwrap(), weights);
     #[cfg(unix)]
     assert_eq!(
-        fs::read_link(folder.join("config.json"))
-            .unwrap()
-            .parent()
-            .unwrap(),
+        fs::read_link(folder.join("config.json")).unwrap().parent().unwrap(),
         std::path::Path::new("../../blobs")
     );
     assert!(desk.events().contains(&"done model.safetensors".to_owned()));
@@ -131,10 +101,7 @@ fn a_model_comes_with_what_it_needs_and_no_more() {
     // again: one question about the commit, no file
     desk.hub.take_log();
     desk.model().unwrap();
-    assert_eq!(
-        desk.hub.take_log(),
-        ["GET /api/models/org/name/revision/main"]
-    );
+    assert_eq!(desk.hub.take_log(), ["GET /api/models/org/name/revision/main"]);
     // by its commit: no question at all
     resolve(&format!("{SPEC}@{COMMIT}"), Kind::Model, &desk.options).unwrap();
     assert!(desk.hub.take_log().is_empty());
@@ -160,26 +127,14 @@ fn a_sharded_model_follows_its_index() {
 #[test]
 fn a_hostile_index_is_refused() {
     for (index, text) in [
-        (
-            &b"{\"weight_map\":{\"a\":\"../../../x.safetensors\"}}"[..],
-            "no safetensors file beside it",
-        ),
-        (
-            b"{\"weight_map\":{\"a\":7}}",
-            "no safetensors file beside it",
-        ),
+        (&b"{\"weight_map\":{\"a\":\"../../../x.safetensors\"}}"[..], "no safetensors file beside it"),
+        (b"{\"weight_map\":{\"a\":7}}", "no safetensors file beside it"),
         (b"{\"weight_map\":{}}", "0 shards"),
         (b"{}", "no weight_map"),
         (b"{\"weight_map\":", "EOF"),
-        (
-            b"{\"weight_map\":{\"a\":\"gone.safetensors\"}}",
-            "holds no gone.safetensors",
-        ),
+        (b"{\"weight_map\":{\"a\":\"gone.safetensors\"}}", "holds no gone.safetensors"),
     ] {
-        let desk = Desk::new(&[
-            ("config.json", b"{}"),
-            ("model.safetensors.index.json", index),
-        ]);
+        let desk = Desk::new(&[("config.json", b"{}"), ("model.safetensors.index.json", index)]);
         let error = desk.error(SPEC);
         assert!(error.contains(text), "{error}");
     }
@@ -206,14 +161,8 @@ fn gguf_repositories() {
     assert_eq!(fs::read(file).unwrap(), b"GGUF");
 
     let two = Desk::new(&[("a.gguf", b"a"), ("q/b.gguf", b"b")]);
-    assert!(
-        two.error(SPEC).contains("name one of its GGUF files"),
-        "{}",
-        two.error(SPEC)
-    );
-    let Location::Gguf(file) =
-        resolve("org/name/q/b.gguf@v1.0", Kind::Model, &two.options).unwrap()
-    else {
+    assert!(two.error(SPEC).contains("name one of its GGUF files"), "{}", two.error(SPEC));
+    let Location::Gguf(file) = resolve("org/name/q/b.gguf@v1.0", Kind::Model, &two.options).unwrap() else {
         panic!("a file");
     };
     assert_eq!(fs::read(file).unwrap(), b"b");
@@ -223,13 +172,9 @@ fn gguf_repositories() {
 #[test]
 fn the_token_is_sent_to_the_endpoint_and_its_redirects_are_followed() {
     let mut desk = model(&weights());
-    desk.hub
-        .faults(|faults| faults.token = Some("secret".to_owned()));
+    desk.hub.faults(|faults| faults.token = Some("secret".to_owned()));
     let error = desk.error(SPEC);
-    assert!(
-        error.contains("HTTP 401") && error.contains("set HF_TOKEN"),
-        "{error}"
-    );
+    assert!(error.contains("HTTP 401") && error.contains("set HF_TOKEN"), "{error}");
     desk.options.token = Some("wrong".to_owned());
     assert!(desk.error(SPEC).contains("token in HF_TOKEN is not valid"));
     desk.options.token = Some("secret".to_owned());
@@ -242,13 +187,9 @@ fn the_token_is_sent_to_the_endpoint_and_its_redirects_are_followed() {
 fn a_broken_download_goes_on_where_it_stopped() {
     let weights = weights();
     let desk = model(&weights);
-    desk.hub
-        .faults(|faults| faults.cut_after = vec![300_000, 0, 200_000]);
+    desk.hub.faults(|faults| faults.cut_after = vec![300_000, 0, 200_000]);
     let folder = desk.model().unwrap();
-    assert_eq!(
-        fs::read(folder.path().join("model.safetensors")).unwrap(),
-        weights
-    );
+    assert_eq!(fs::read(folder.path().join("model.safetensors")).unwrap(), weights);
     let log = desk.hub.take_log();
     let ranges: Vec<u64> = log
         .iter()
@@ -267,22 +208,13 @@ fn a_download_broken_too_often_is_resumed_by_the_next_run() {
     let weights = weights();
     let mut desk = model(&weights);
     desk.options.retries = 1;
-    desk.hub
-        .faults(|faults| faults.cut_after = vec![200_000; 2]);
+    desk.hub.faults(|faults| faults.cut_after = vec![200_000; 2]);
     let error = desk.error(SPEC);
-    assert!(
-        error.contains("of 700001 bytes") && error.contains("again"),
-        "{error}"
-    );
+    assert!(error.contains("of 700001 bytes") && error.contains("again"), "{error}");
     desk.hub.take_log();
     desk.model().unwrap();
     let log = desk.hub.take_log();
-    assert_eq!(
-        log.iter()
-            .filter(|line| line.starts_with("GET /cdn/"))
-            .count(),
-        1
-    );
+    assert_eq!(log.iter().filter(|line| line.starts_with("GET /cdn/")).count(), 1);
     assert!(log.iter().any(|line| line.contains("bytes=")), "{log:?}");
 }
 
@@ -295,10 +227,7 @@ fn a_server_without_ranges_sends_all_again() {
         faults.ignore_range = true;
     });
     let folder = desk.model().unwrap();
-    assert_eq!(
-        fs::read(folder.path().join("model.safetensors")).unwrap(),
-        weights
-    );
+    assert_eq!(fs::read(folder.path().join("model.safetensors")).unwrap(), weights);
 }
 
 #[test]
@@ -308,16 +237,9 @@ fn parts_of_an_earlier_run_are_checked() {
     for part in [weights.clone(), vec![0; 800_000], vec![7; 1000]] {
         let desk = model(&weights);
         fs::create_dir_all(desk.blobs()).unwrap();
-        fs::write(
-            desk.blobs().join(format!("{}.part", sha256(&weights))),
-            &part,
-        )
-        .unwrap();
+        fs::write(desk.blobs().join(format!("{}.part", sha256(&weights))), &part).unwrap();
         let folder = desk.model().unwrap();
-        assert_eq!(
-            fs::read(folder.path().join("model.safetensors")).unwrap(),
-            weights
-        );
+        assert_eq!(fs::read(folder.path().join("model.safetensors")).unwrap(), weights);
     }
 }
 
@@ -354,10 +276,7 @@ fn a_body_without_a_length_that_ends_early_is_not_taken_for_the_file() {
 fn what_does_not_exist() {
     let desk = model(b"w");
     let error = desk.error("org/nothing");
-    assert!(
-        error.contains("no such repository") && error.contains("no folder of that name"),
-        "{error}"
-    );
+    assert!(error.contains("no such repository") && error.contains("no folder of that name"), "{error}");
     let error = desk.error("org/name@v9");
     assert!(error.contains("no revision `v9`"), "{error}");
     resolve("org/name@refs/pr/1", Kind::Model, &desk.options).unwrap();
@@ -378,8 +297,7 @@ fn refusals_say_what_to_do() {
         (418, "", "HTTP 418"),
     ] {
         let desk = model(b"w");
-        desk.hub
-            .faults(|faults| faults.status = Some((status, code)));
+        desk.hub.faults(|faults| faults.status = Some((status, code)));
         let error = desk.error(SPEC);
         assert!(error.contains(text), "{status}: {error}");
     }
@@ -422,10 +340,7 @@ fn an_unreachable_hub_falls_back_to_the_cache() {
     assert_eq!(desk.model().unwrap(), online);
     assert!(desk.events()[0].contains("using the copy of org/name in the cache"));
     let error = desk.error("org/other");
-    assert!(
-        error.contains("onnection refused") && error.contains("HF_HUB_OFFLINE=1"),
-        "{error}"
-    );
+    assert!(error.contains("onnection refused") && error.contains("HF_HUB_OFFLINE=1"), "{error}");
 }
 
 #[cfg(target_os = "linux")]
@@ -444,8 +359,7 @@ fn a_full_disk_is_called_one() {
 fn malformed_answers_are_errors() {
     for etag in ["../../escape", "", ".hidden", "a/b"] {
         let desk = model(b"w");
-        desk.hub
-            .faults(|faults| faults.etag = Some(etag.to_owned()));
+        desk.hub.faults(|faults| faults.etag = Some(etag.to_owned()));
         let error = desk.error(SPEC);
         assert!(error.contains("no usable ETag"), "{etag}: {error}");
     }
@@ -467,21 +381,11 @@ fn two_processes_share_one_download() {
     let weights = weights();
     let desk = model(&weights);
     let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| desk.model().unwrap()))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .collect()
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| desk.model().unwrap())).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]));
-    let gets = desk
-        .hub
-        .take_log()
-        .iter()
-        .filter(|line| line.starts_with("GET /cdn/"))
-        .count();
+    let gets = desk.hub.take_log().iter().filter(|line| line.starts_with("GET /cdn/")).count();
     assert_eq!(gets, 1);
 }
 
@@ -489,9 +393,6 @@ fn two_processes_share_one_download() {
 fn a_mistyped_folder_never_reaches_the_hub() {
     let desk = model(b"w");
     let error = desk.error("./modle");
-    assert!(
-        error.starts_with("./modle: no such folder, and not a hub id"),
-        "{error}"
-    );
+    assert!(error.starts_with("./modle: no such folder, and not a hub id"), "{error}");
     assert!(desk.hub.take_log().is_empty());
 }

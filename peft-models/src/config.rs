@@ -17,6 +17,8 @@ use crate::rope::RopeScaling;
 mod gguf;
 mod hf;
 
+pub(crate) use gguf::GgufDescription;
+
 /// Why a model configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -311,16 +313,6 @@ impl DecoderConfig {
         self.rope.scaling.check(rotary_dim).map_err(|(key, reason)| invalid(key, reason))?;
         Ok(self)
     }
-}
-
-/// "; did you mean `x`?" for the known name nearest to `wanted`, or nothing where none is near.
-pub(crate) fn did_you_mean<'a>(wanted: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    known
-        .into_iter()
-        .map(|name| (strsim::jaro_winkler(wanted, name), name))
-        .filter(|(likeness, _)| *likeness > 0.7)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map_or_else(String::new, |(_, name)| format!("; did you mean `{name}`?"))
 }
 
 #[cfg(test)]

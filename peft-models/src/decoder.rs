@@ -142,7 +142,10 @@ impl Decoder {
         let linear = |l: &FrozenLinear| size(l.weight()) + l.bias().map_or(0, Tensor::elem_count);
         let head = if self.tied { 0 } else { linear(&self.head) };
         let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size;
-        size(self.embed.weight()) + head + norms + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
+        size(self.embed.weight())
+            + head
+            + norms
+            + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
     }
 
     /// Prepares a step of cached decoding: sequence `i` has `lengths[i]` new tokens at the end of
@@ -150,7 +153,12 @@ impl Decoder {
     ///
     /// # Errors
     /// When a position is beyond what the rope table can hold.
-    pub fn prepare_cached(&self, positions: &[u32], lengths: &[usize], keys: &[std::ops::Range<usize>]) -> Result<DecoderInput> {
+    pub fn prepare_cached(
+        &self,
+        positions: &[u32],
+        lengths: &[usize],
+        keys: &[std::ops::Range<usize>],
+    ) -> Result<DecoderInput> {
         let mut start = 0;
         let spans = lengths.iter().zip(keys).map(|(n, keys)| {
             start += n;
@@ -308,7 +316,8 @@ impl Segmented for Decoder {
         if !fits {
             return Err(Error::msg("a batch's bounds do not cover its tokens"));
         }
-        let spans = batch.bounds.windows(2).map(|w| SequenceSpan { queries: w[0]..w[1], keys: w[0]..w[1], prefix: 0..0 });
+        let spans =
+            batch.bounds.windows(2).map(|w| SequenceSpan { queries: w[0]..w[1], keys: w[0]..w[1], prefix: 0..0 });
         self.input(batch.positions, spans.collect())
     }
 

@@ -165,16 +165,14 @@ fn choose(logits: &[f32], options: &GenerateOptions, stream: Stream) -> Result<u
     if logits.iter().any(|x| x.is_nan()) {
         return Err(Error::msg("the model's logits are not numbers; check the weights, or use f32"));
     }
-    let best = || logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map_or(0, |(i, _)| i as u32);
+    let best =
+        || logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map_or(0, |(i, _)| i as u32);
     if options.temperature == 0.0 {
         return Ok(best());
     }
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut weights: Vec<(u32, f64)> = logits
-        .iter()
-        .enumerate()
-        .map(|(i, x)| (i as u32, f64::from((x - max) / options.temperature).exp()))
-        .collect();
+    let mut weights: Vec<(u32, f64)> =
+        logits.iter().enumerate().map(|(i, x)| (i as u32, f64::from((x - max) / options.temperature).exp())).collect();
     let total: f64 = weights.iter().map(|w| w.1).sum();
     let mut nucleus = total;
     if options.top_p < 1.0 {
@@ -216,7 +214,8 @@ mod tests {
             (0..200).map(|i| choose(&logits, &nucleus, stream(i)).unwrap()).collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [1, 2]);
         let all = GenerateOptions { temperature: 50.0, ..greedy.clone() };
-        let drawn: std::collections::BTreeSet<u32> = (0..200).map(|i| choose(&logits, &all, stream(i)).unwrap()).collect();
+        let drawn: std::collections::BTreeSet<u32> =
+            (0..200).map(|i| choose(&logits, &all, stream(i)).unwrap()).collect();
         assert_eq!(drawn.len(), 4);
         assert!(choose(&[f32::NAN], &greedy, stream(0)).is_err());
     }

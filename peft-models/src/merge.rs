@@ -185,12 +185,20 @@ fn apply(layer: &FrozenLinear, delta: Delta) -> Result<FrozenLinear> {
 ///
 /// # Errors
 /// When an adapter cannot be merged, `out` holds something else than a model, or the disk refuses.
-pub fn write_folder(files: &ModelFiles, merged: &Merged<'_>, out: &Path, dtype: DType, max_shard_bytes: u64) -> Result<()> {
+pub fn write_folder(
+    files: &ModelFiles,
+    merged: &Merged<'_>,
+    out: &Path,
+    dtype: DType,
+    max_shard_bytes: u64,
+) -> Result<()> {
     refuse_foreign_folder(out)?;
     peft_core::atomic::replace_dir(out, |tmp| -> Result<()> {
         let plan = merged.tensors();
-        let planned =
-            plan.iter().map(|(name, shape)| PlannedTensor { name: name.clone(), shape: shape.clone(), dtype }).collect();
+        let planned = plan
+            .iter()
+            .map(|(name, shape)| PlannedTensor { name: name.clone(), shape: shape.clone(), dtype })
+            .collect();
         let mut writer = ShardWriter::create(tmp, planned, max_shard_bytes)?;
         for (name, _) in &plan {
             writer.write(name, &merged.tensor(name)?.to_dtype(dtype)?)?;
@@ -217,8 +225,11 @@ pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weig
     config.tie_word_embeddings = merged.tied();
     let specs: Vec<GgufTensorSpec> =
         merged.tensors().into_iter().map(|(name, shape)| GgufTensorSpec { name, shape }).collect();
-    let options = GgufWriteOptions { weights, name: files.path().file_stem().map(|n| n.to_string_lossy().into_owned()) };
+    let options =
+        GgufWriteOptions { weights, name: files.path().file_stem().map(|n| n.to_string_lossy().into_owned()) };
     let tokenizer = files.tokenizer()?;
-    write_gguf(out, &config, &tokenizer, &specs, &options, |spec| Ok(merged.tensor(&spec.name)?.to_device(&Device::Cpu)?))
-        .map_err(|e| Error::msg(e.to_string()))
+    write_gguf(out, &config, &tokenizer, &specs, &options, |spec| {
+        merged.tensor(&spec.name)?.to_device(&Device::Cpu)
+    })
+    .map_err(|e| Error::msg(e.to_string()))
 }

@@ -119,7 +119,8 @@ impl ModelFiles {
             }
             Weights::Gguf(gguf) => Decoder::load(config, &GgufSource::new(gguf, placement.clone()), placement),
             Weights::Random => {
-                let std = config.raw.get("initializer_range").and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
+                let std =
+                    config.raw.get("initializer_range").and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
                 let untied_head = !config.tie_word_embeddings;
                 Decoder::load(config, &RandomSource { seed, std, untied_head, placement: placement.clone() }, placement)
             }
@@ -194,7 +195,8 @@ impl ModelFiles {
     pub fn write_companions(&self, dir: &Path, dtype: DType, tied: bool) -> Result<()> {
         let mut config = self.config.to_hf_json();
         config.insert("tie_word_embeddings".into(), tied.into());
-        let key = if config.contains_key("dtype") || !config.contains_key("torch_dtype") { "dtype" } else { "torch_dtype" };
+        let key =
+            if config.contains_key("dtype") || !config.contains_key("torch_dtype") { "dtype" } else { "torch_dtype" };
         let name = match dtype {
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",

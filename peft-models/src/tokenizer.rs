@@ -156,6 +156,15 @@ impl Tokenizer {
     }
 }
 
+/// Parses a `tokenizer.json`; the error is the reason.
+fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, String> {
+    // The library panics on some malformed files: on most of them because it expects JSON to be well-formed.
+    serde_json::from_slice::<serde::de::IgnoredAny>(bytes).map_err(|error| error.to_string())?;
+    std::panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+        .map_err(|_| "the tokenizers library cannot handle it".to_owned())?
+        .map_err(|error| error.to_string())
+}
+
 fn failure(error: tokenizers::Error) -> TokenizerError {
     TokenizerError::Tokenizers { reason: error.to_string() }
 }

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use peft_core::{Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors};
+use peft_core::{
+    Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::data::SamplerState;
@@ -47,12 +49,18 @@ pub fn folder(output: &Path) -> PathBuf {
 ///
 /// # Errors
 /// When the disk refuses; older checkpoints are untouched then.
-pub fn save(output: &Path, state: &TrainerState, adapter: &Adapter, optimizer: &dyn Optimizer, keep: usize) -> Result<PathBuf> {
+pub fn save(
+    output: &Path,
+    state: &TrainerState,
+    adapter: &Adapter,
+    optimizer: &dyn Optimizer,
+    keep: usize,
+) -> Result<PathBuf> {
     let dir = folder(output);
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
-        write_adapter_files(tmp, adapter)?;
+        write_files(tmp, adapter.config.clone(), &adapter.tensors())?;
         let tensors = optimizer.state().map_err(|e| Error::msg(e.to_string()))?;
         let refs = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect::<Vec<_>>();
         write_safetensors(tmp.join(OPTIMIZER), refs, &std::collections::BTreeMap::new())?;
@@ -68,13 +76,17 @@ pub fn save(output: &Path, state: &TrainerState, adapter: &Adapter, optimizer: &
     Ok(target)
 }
 
-/// Writes the adapter as PEFT does.
+/// Writes the adapter as PEFT does, in the form that loads on the original base ([`Adapter::exported`]).
 ///
 /// # Errors
 /// When the disk refuses.
 pub fn write_adapter_files(dir: &Path, adapter: &Adapter) -> Result<()> {
-    let tensors = adapter.tensors();
-    write_adapter(dir, &AdapterConfig::new(adapter.config.clone())?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
+    let (config, tensors) = adapter.exported()?;
+    write_files(dir, config, &tensors)
+}
+
+fn write_files(dir: &Path, config: serde_json::Map<String, serde_json::Value>, tensors: &[(String, Tensor)]) -> Result<()> {
+    write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }
 
 /// The complete checkpoints of an output folder with their steps, oldest first.
@@ -89,7 +101,11 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
         let path = entry.map_err(|e| Error::io(&dir, e))?.path();
-        let step = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_prefix("step-")).and_then(|n| n.parse().ok());
+        let step = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.strip_prefix("step-"))
+            .and_then(|n| n.parse().ok());
         if let Some(step) = step
             && path.join(STATE).is_file()
         {
@@ -119,7 +135,7 @@ pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, finger
     let expected: Vec<_> =
         adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
     let tensors = files.load(&expected, &Device::Cpu)?;
-    for parameter in adapter.parameters() {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

@@ -160,7 +160,9 @@ pub fn forward_backward<M: Segmented>(
         match grads.drain(store, Some(&leaf))? {
             Some(g) => gradient = g,
             None if i == first && lowest > 0 => return Ok(measured),
-            None => return Err(Error::msg(format!("the gradient stops in block {i}: an operation there has no backward"))),
+            None => {
+                return Err(Error::msg(format!("the gradient stops in block {i}: an operation there has no backward")));
+            }
         }
     }
     if lowest == 0 && embedded.track_op() {
@@ -225,8 +227,7 @@ impl<'a> Head<'a> {
             let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
             let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
             let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
-            let d_rows =
-                if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(&rows))? } else { None };
+            let d_rows = if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(&rows))? } else { None };
             return Ok((measured, d_rows));
         }
         let inner = leaf(&normed.detach(), normed.track_op())?;

@@ -82,7 +82,9 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
     };
     let info = method(&name)?;
     match info.name {
-        "full" => Ok(Prepared { adapter: peft_selective::full::build(&keys, base)?, selection: None, method: info.name }),
+        "full" => {
+            Ok(Prepared { adapter: peft_selective::full::build(&keys, base)?, selection: None, method: info.name })
+        }
         _ => {
             let built = LoraConfig::from_recipe(&keys)?.build(base, seed, Unmatched::Error)?;
             Ok(Prepared { adapter: built.adapter, selection: Some(built.selection), method: info.name })
@@ -99,7 +101,10 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     let peft_type = files.config().peft_type();
     let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
         let known: Vec<_> = METHODS.iter().map(|m| m.peft_type).collect();
-        let message = format!("adapter_config.json says peft_type {peft_type}, which is not supported; known: {}", known.join(", "));
+        let message = format!(
+            "adapter_config.json says peft_type {peft_type}, which is not supported; known: {}",
+            known.join(", ")
+        );
         return Err(Error::file(folder, message));
     };
     let (adapter, selection) = match info.name {
@@ -117,7 +122,8 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         .tensors()
         .iter()
         .map(|(key, t)| match constants.contains(key) {
-            // PEFT decides from the targets whether to save a base table; either is fine.
+            // PEFT decides from the targets whether to save a base table, and only our checkpoints hold PiSSA's start;
+            // either is fine, since both can be had from the base.
             true => ExpectedTensor::optional(key.clone(), t.dims().to_vec()),
             false => ExpectedTensor::required(key.clone(), t.dims().to_vec()),
         })
@@ -126,7 +132,7 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     for (key, value) in &tensors {
         peft_core::check_finite(key, value)?;
     }
-    for parameter in adapter.parameters() {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

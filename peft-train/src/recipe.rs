@@ -231,9 +231,11 @@ impl Recipe {
         let mut table = match file {
             None => Table::new(),
             Some(path) => {
-                let text = std::fs::read_to_string(path).map_err(|e| RecipeError(format!("{}: {e}", path.display())))?;
-                let mut table: Table =
-                    text.parse().map_err(|e: toml::de::Error| RecipeError(format!("{}: {}", path.display(), e.to_string().trim_end())))?;
+                let text =
+                    std::fs::read_to_string(path).map_err(|e| RecipeError(format!("{}: {e}", path.display())))?;
+                let mut table: Table = text.parse().map_err(|e: toml::de::Error| {
+                    RecipeError(format!("{}: {}", path.display(), e.to_string().trim_end()))
+                })?;
                 resolve_paths(&mut table, path.parent().unwrap_or(Path::new("")));
                 table
             }
@@ -351,13 +353,18 @@ fn known_keys() -> std::collections::BTreeMap<String, Vec<String>> {
 }
 
 fn resolve_paths(table: &mut Table, folder: &Path) {
-    for (name, keys) in
-        [("model", &["path"][..]), ("method", &["init_from"]), ("data", &["train", "eval", "chat_template"]), ("output", &["dir"])]
-    {
+    for (name, keys) in [
+        ("model", &["path"][..]),
+        ("method", &["init_from"]),
+        ("data", &["train", "eval", "chat_template"]),
+        ("output", &["dir"]),
+    ] {
         let Some(Value::Table(inner)) = table.get_mut(name) else { continue };
         for key in keys {
             match inner.get_mut(*key) {
-                Some(Value::String(path)) => resolve(path, folder, name == "output" || name == "data" && *key != "chat_template"),
+                Some(Value::String(path)) => {
+                    resolve(path, folder, name == "output" || name == "data" && *key != "chat_template")
+                }
                 Some(Value::Array(parts)) => {
                     for part in parts {
                         if let Some(Value::String(path)) = part.as_table_mut().and_then(|t| t.get_mut("path")) {
@@ -395,7 +402,8 @@ mod tests {
 
     #[test]
     fn overrides_win_and_values_are_toml_or_text() {
-        let r = load("[train]\nbatch_size = 4", &[("train.batch_size", "2"), ("model.path", "a/b"), ("method.r", "3")]).unwrap();
+        let r = load("[train]\nbatch_size = 4", &[("train.batch_size", "2"), ("model.path", "a/b"), ("method.r", "3")])
+            .unwrap();
         assert_eq!((r.train.batch_size, r.model.path.as_deref()), (2, Some("a/b")));
         assert_eq!(r.method["r"], Value::Integer(3));
         assert_eq!(parse_value("[\"q\", \"k\"]").as_array().unwrap().len(), 2);

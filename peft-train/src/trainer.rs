@@ -96,7 +96,13 @@ pub struct Trainer<'a, M: Segmented> {
 impl<'a, M: Segmented> Trainer<'a, M> {
     /// A run at its beginning.
     #[must_use]
-    pub fn new(model: &'a M, adapter: Arc<Adapter>, optimizer: Box<dyn Optimizer>, early_stop: EarlyStop, plan: Plan) -> Self {
+    pub fn new(
+        model: &'a M,
+        adapter: Arc<Adapter>,
+        optimizer: Box<dyn Optimizer>,
+        early_stop: EarlyStop,
+        plan: Plan,
+    ) -> Self {
         let set = AdapterSet::one("default", adapter.clone());
         let state = TrainerState { fingerprint: plan.fingerprint.clone(), ..TrainerState::default() };
         Self { model, adapter, set, optimizer, early_stop, plan, state }
@@ -172,8 +178,9 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         progress: &mut Progress,
     ) -> Result<()> {
         let started = Instant::now();
-        let batches: Vec<Batch> =
-            (0..self.plan.accumulation).map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch())).collect();
+        let batches: Vec<Batch> = (0..self.plan.accumulation)
+            .map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch()))
+            .collect();
         let counted: usize = batches.iter().map(|b| b.targets().ids.len()).sum();
         if counted == 0 {
             return Err(Error::msg("a batch has no counted token"));
@@ -267,7 +274,8 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
         let Some(data) = &self.plan.eval else { return Ok((None, false)) };
         let route = Route::Uniform(0);
-        let measured = evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
+        let measured =
+            evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
         let counted = measured.counted as f64;
         let row = EvalRow {
             step: self.state.step,

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use peft_train::data::{
-    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, Location, MixturePart, Sampler,
-    SamplerOptions, SamplerState, Truncation,
+    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, Location, MixturePart, Sampler, SamplerOptions,
+    SamplerState, Truncation,
 };
 use proptest::prelude::*;
 
@@ -16,9 +16,7 @@ fn dataset(lengths: &[usize]) -> Dataset {
         .enumerate()
         .map(|(row, &n)| Example {
             input_ids: (0..n as u32).map(|t| row as u32 * 1000 + t).collect(),
-            labels: (0..n as i32)
-                .map(|t| if t % 3 == 1 { t } else { -100 })
-                .collect(),
+            labels: (0..n as i32).map(|t| if t % 3 == 1 { t } else { -100 }).collect(),
             source: Location::line(&file, row as u64 + 1),
             truncation: Truncation::default(),
         })
@@ -27,11 +25,7 @@ fn dataset(lengths: &[usize]) -> Dataset {
 }
 
 fn options(batch_size: usize, shuffle: bool) -> SamplerOptions {
-    SamplerOptions {
-        batch_size,
-        shuffle,
-        ..Default::default()
-    }
+    SamplerOptions { batch_size, shuffle, ..Default::default() }
 }
 
 fn epoch(sampler: &mut Sampler) -> Vec<Vec<usize>> {
@@ -97,29 +91,11 @@ fn packing_fills_a_token_budget() {
     assert_eq!(epoch(&mut s), [vec![0, 1], vec![2, 3], vec![4], vec![5, 6]]);
     o.packing = Some(9);
     let e = Sampler::new(&d, o.clone()).unwrap_err().to_string();
-    assert!(
-        e.contains("t.jsonl:5: the row has 10 tokens, a packed batch 9"),
-        "{e}"
-    );
+    assert!(e.contains("t.jsonl:5: the row has 10 tokens, a packed batch 9"), "{e}");
     o.group_by_length = true;
-    assert!(
-        Sampler::new(&d, o)
-            .unwrap_err()
-            .to_string()
-            .contains("choose one")
-    );
-    assert!(
-        Sampler::new(&d, options(0, true))
-            .unwrap_err()
-            .to_string()
-            .contains("batch_size")
-    );
-    assert!(
-        Sampler::new(&dataset(&[]), options(1, true))
-            .unwrap_err()
-            .to_string()
-            .contains("no rows")
-    );
+    assert!(Sampler::new(&d, o).unwrap_err().to_string().contains("choose one"));
+    assert!(Sampler::new(&d, options(0, true)).unwrap_err().to_string().contains("batch_size"));
+    assert!(Sampler::new(&dataset(&[]), options(1, true)).unwrap_err().to_string().contains("no rows"));
 }
 
 #[test]
@@ -127,10 +103,7 @@ fn batches_by_length_hold_like_rows() {
     let lengths: Vec<usize> = (0..400).map(|i| 2 + (i * 37) % 200).collect();
     let d = dataset(&lengths);
     let spread = |group_by_length| {
-        let o = SamplerOptions {
-            group_by_length,
-            ..options(8, true)
-        };
+        let o = SamplerOptions { group_by_length, ..options(8, true) };
         epoch(&mut Sampler::new(&d, o).unwrap())
             .iter()
             .map(|b| {
@@ -139,16 +112,8 @@ fn batches_by_length_hold_like_rows() {
             })
             .sum::<usize>()
     };
-    assert!(
-        spread(true) * 10 < spread(false),
-        "{} {}",
-        spread(true),
-        spread(false)
-    );
-    let o = SamplerOptions {
-        group_by_length: true,
-        ..options(8, false)
-    };
+    assert!(spread(true) * 10 < spread(false), "{} {}", spread(true), spread(false));
+    let o = SamplerOptions { group_by_length: true, ..options(8, false) };
     let first = Sampler::new(&d, o).unwrap().next_batch();
     assert!(first.iter().all(|&r| lengths[r] >= 195), "longest first");
 }
@@ -157,14 +122,8 @@ fn batches_by_length_hold_like_rows() {
 fn seek_refuses_what_is_not_there() {
     let mut s = Sampler::new(&dataset(&[2; 7]), options(3, true)).unwrap();
     let before = s.state();
-    let e = s
-        .seek(SamplerState { epoch: 4, batch: 3 })
-        .unwrap_err()
-        .to_string();
-    assert!(
-        e.contains("batch 3 of epoch 4") && e.contains("has 3 batches"),
-        "{e}"
-    );
+    let e = s.seek(SamplerState { epoch: 4, batch: 3 }).unwrap_err().to_string();
+    assert!(e.contains("batch 3 of epoch 4") && e.contains("has 3 batches"), "{e}");
     assert_eq!(s.state(), before);
 }
 
@@ -177,22 +136,10 @@ fn mixtures_draw_by_weight_and_visit_all_rows_equally() {
         path
     };
     let parts = vec![
-        MixturePart {
-            path: file("big.jsonl", 90),
-            weight: Some(1.0),
-        },
-        MixturePart {
-            path: file("small.jsonl", 10),
-            weight: Some(1.0),
-        },
+        MixturePart { path: file("big.jsonl", 90), weight: Some(1.0) },
+        MixturePart { path: file("small.jsonl", 10), weight: Some(1.0) },
     ];
-    let (d, _) = Dataset::load(
-        &DataSpec::Mixture(parts),
-        None,
-        None,
-        &EncodeOptions::new(Format::Tokens),
-    )
-    .unwrap();
+    let (d, _) = Dataset::load(&DataSpec::Mixture(parts), None, None, &EncodeOptions::new(Format::Tokens)).unwrap();
     for shuffle in [true, false] {
         let mut s = Sampler::new(&d, options(7, shuffle)).unwrap();
         let mut seen: BTreeMap<usize, usize> = BTreeMap::new();
@@ -211,15 +158,13 @@ fn mixtures_draw_by_weight_and_visit_all_rows_equally() {
 }
 
 fn any_options() -> impl Strategy<Value = SamplerOptions> {
-    (1usize..9, any::<bool>(), any::<u64>(), 0u8..3).prop_map(
-        |(batch_size, shuffle, seed, kind)| SamplerOptions {
-            batch_size,
-            shuffle,
-            seed,
-            group_by_length: kind == 1,
-            packing: (kind == 2).then_some(batch_size * 20),
-        },
-    )
+    (1usize..9, any::<bool>(), any::<u64>(), 0u8..3).prop_map(|(batch_size, shuffle, seed, kind)| SamplerOptions {
+        batch_size,
+        shuffle,
+        seed,
+        group_by_length: kind == 1,
+        packing: (kind == 2).then_some(batch_size * 20),
+    })
 }
 
 proptest! {

@@ -9,15 +9,12 @@ use serde_json::{Map, Value, json};
 
 fn encode(template: &str, messages: &Value, tools: &Value) -> Result<(Vec<u32>, Vec<i32>), String> {
     let tokenizer = tokenizer(Some(template));
-    let encoder = Encoder::new(Some(&tokenizer), &EncodeOptions::new(Format::Chat))
-        .map_err(|e| e.to_string())?;
+    let encoder = Encoder::new(Some(&tokenizer), &EncodeOptions::new(Format::Chat)).map_err(|e| e.to_string())?;
     let mut fields = Map::new();
     fields.insert("messages".into(), messages.clone());
     fields.insert("tools".into(), tools.clone());
     let at = Location::line(&std::path::Path::new("t.jsonl").into(), 3);
-    let example = encoder
-        .encode(&Row { fields, at })
-        .map_err(|e| e.to_string())?;
+    let example = encoder.encode(&Row { fields, at }).map_err(|e| e.to_string())?;
     Ok((example.input_ids, example.labels))
 }
 
@@ -39,17 +36,9 @@ fn text_tokens_and_masks_equal_transformers() {
         for kind in ["template", "marked"] {
             let source = case[kind].as_str().unwrap();
             let template = ChatTemplate::new(source, Some("<s>"), Some("</s>")).unwrap();
-            assert_eq!(
-                template.render(messages, &extra, false).unwrap(),
-                case["text"],
-                "{name} {kind}"
-            );
+            assert_eq!(template.render(messages, &extra, false).unwrap(), case["text"], "{name} {kind}");
             if kind == "template" {
-                assert_eq!(
-                    template.render(messages, &extra, true).unwrap(),
-                    case["prompt"],
-                    "{name}"
-                );
+                assert_eq!(template.render(messages, &extra, true).unwrap(), case["prompt"], "{name}");
             }
             let (ids, labels) = encode(source, &case["messages"], &case["tools"]).unwrap();
             assert_eq!(ids, expected_ids, "{name} {kind}");
@@ -57,12 +46,7 @@ fn text_tokens_and_masks_equal_transformers() {
             if counted != mask {
                 wrong.push(format!("{name} {kind}: {counted:?}, expected {mask:?}"));
             }
-            assert!(
-                labels
-                    .iter()
-                    .zip(&ids)
-                    .all(|(&l, &i)| l == -100 || l as u32 == i)
-            );
+            assert!(labels.iter().zip(&ids).all(|(&l, &i)| l == -100 || l as u32 == i));
         }
     }
 }
@@ -91,21 +75,16 @@ fn conversations_are_messages() {
 
 #[test]
 fn a_turn_that_opens_the_conversation_counts() {
-    let d = jsonl(
-        r#"{"messages": [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}"#,
-        |_| {},
-    )
-    .unwrap();
+    let d =
+        jsonl(r#"{"messages": [{"role": "assistant", "content": "Hello"}, {"role": "user", "content": "x"}]}"#, |_| {})
+            .unwrap();
     assert_eq!(parts(&d, 0).1, "Hello<|im_end|>");
 }
 
 #[test]
 fn template_from_a_file_or_text() {
     let folder = data_support::Folder::new();
-    let path = folder.write(
-        "t.jinja",
-        "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
-    );
+    let path = folder.write("t.jinja", "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}");
     let row = r#"{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}"#;
     let from_file = jsonl(row, |o| o.chat_template = Some(path.display().to_string())).unwrap();
     assert_eq!(parts(&from_file, 0), ("x</s>".into(), "y</s>".into()));
@@ -117,64 +96,29 @@ fn template_from_a_file_or_text() {
 
 #[test]
 fn errors_name_line_and_way_out() {
-    let chat = |messages: Value| {
-        jsonl(&format!("\n{}", json!({"messages": messages})), |_| {}).unwrap_err()
-    };
+    let chat = |messages: Value| jsonl(&format!("\n{}", json!({"messages": messages})), |_| {}).unwrap_err();
     for (messages, expected) in [
         (json!([]), "`messages` is empty"),
-        (
-            json!("hi"),
-            "column `messages`: expected a list of {role, content}, found a string",
-        ),
-        (
-            json!([1]),
-            "`messages` message 1: expected {role, content}, found a number",
-        ),
+        (json!("hi"), "column `messages`: expected a list of {role, content}, found a string"),
+        (json!([1]), "`messages` message 1: expected {role, content}, found a number"),
         (json!([{"content": "x"}]), "message 1: `role` is missing"),
-        (
-            json!([{"role": 3, "content": "x"}]),
-            "`role`: expected a string, found a number",
-        ),
+        (json!([{"role": 3, "content": "x"}]), "`role`: expected a string, found a number"),
         (json!([{"role": "user"}]), "message 1: `content` is missing"),
-        (
-            json!([{"role": "user", "content": null}]),
-            "`content`: expected a string, found null",
-        ),
-        (
-            json!([{"role": "user", "content": "x"}]),
-            "no assistant turn",
-        ),
+        (json!([{"role": "user", "content": null}]), "`content`: expected a string, found null"),
+        (json!([{"role": "user", "content": "x"}]), "no assistant turn"),
     ] {
         let e = chat(messages);
         assert!(e.contains("d.jsonl:2: ") && e.contains(expected), "{e}");
     }
-    let e = jsonl(
-        r#"{"conversations": [{"from": "martian", "value": "x"}]}"#,
-        |_| {},
-    )
-    .unwrap_err();
-    assert!(
-        e.contains("d.jsonl:1: ") && e.contains("unknown speaker `martian`"),
-        "{e}"
-    );
+    let e = jsonl(r#"{"conversations": [{"from": "martian", "value": "x"}]}"#, |_| {}).unwrap_err();
+    assert!(e.contains("d.jsonl:1: ") && e.contains("unknown speaker `martian`"), "{e}");
 
     let two = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
     let e = encode("{{ raise_exception('no chat today') }}", &two, &Value::Null).unwrap_err();
-    assert!(
-        e.contains("t.jsonl:3: ") && e.contains("no chat today"),
-        "{e}"
-    );
+    assert!(e.contains("t.jsonl:3: ") && e.contains("no chat today"), "{e}");
     // Nothing of the turn can be found again: each render shows only how many messages there are.
-    let e = encode(
-        "{{ messages | length }} add_generation_prompt",
-        &two,
-        &Value::Null,
-    )
-    .unwrap_err();
-    assert!(
-        e.contains("t.jsonl:3: ") && e.contains("{% generation %}"),
-        "{e}"
-    );
+    let e = encode("{{ messages | length }} add_generation_prompt", &two, &Value::Null).unwrap_err();
+    assert!(e.contains("t.jsonl:3: ") && e.contains("{% generation %}"), "{e}");
     let e = encode("{% generation %}{% endgeneration %}x", &two, &Value::Null).unwrap_err();
     assert!(e.contains("render nothing"), "{e}");
 }
@@ -182,13 +126,8 @@ fn errors_name_line_and_way_out() {
 #[test]
 fn a_tokenizer_without_template_says_what_to_do() {
     let plain = tokenizer(None);
-    let e = Encoder::new(Some(&plain), &EncodeOptions::new(Format::Chat))
-        .unwrap_err()
-        .to_string();
-    assert!(
-        e.contains("no chat template") && e.contains("data.chat_template"),
-        "{e}"
-    );
+    let e = Encoder::new(Some(&plain), &EncodeOptions::new(Format::Chat)).unwrap_err().to_string();
+    assert!(e.contains("no chat template") && e.contains("data.chat_template"), "{e}");
     let mut options = EncodeOptions::new(Format::Chat);
     options.chat_template = Some(CHATML.into());
     assert!(Encoder::new(Some(&plain), &options).is_ok());
@@ -205,16 +144,6 @@ fn long_conversations_lose_context_then_later_turns() {
     assert_eq!(parts(&whole, 0).1, "ab<|im_end|>cd<|im_end|>");
     assert_eq!(parts(&cut, 0).1, "ab<|im_end|>");
     let stats = cut.stats();
-    assert_eq!(
-        (
-            stats.truncated_prompts,
-            stats.truncated_targets,
-            stats.lost_targets
-        ),
-        (1, 1, 1)
-    );
-    assert!(
-        stats.to_string().contains("1 later turns cut as a whole"),
-        "{stats}"
-    );
+    assert_eq!((stats.truncated_prompts, stats.truncated_targets, stats.lost_targets), (1, 1, 1));
+    assert!(stats.to_string().contains("1 later turns cut as a whole"), "{stats}");
 }

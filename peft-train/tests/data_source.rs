@@ -16,10 +16,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn rows(path: &Path) -> Result<Vec<Row>, String> {
-    read_rows(path)
-        .map_err(|e| e.to_string())?
-        .collect::<Result<_, _>>()
-        .map_err(|e| e.to_string())
+    read_rows(path).map_err(|e| e.to_string())?.collect::<Result<_, _>>().map_err(|e| e.to_string())
 }
 
 fn values(path: &Path) -> Vec<(String, Value)> {
@@ -29,10 +26,7 @@ fn values(path: &Path) -> Vec<(String, Value)> {
         .into_iter()
         .map(|r| {
             let at = r.at.to_string();
-            (
-                at[at.find(&name).unwrap()..].to_string(),
-                Value::Object(r.fields),
-            )
+            (at[at.find(&name).unwrap()..].to_string(), Value::Object(r.fields))
         })
         .collect()
 }
@@ -51,26 +45,17 @@ fn expect(message: &str, parts: &[&str]) {
 #[test]
 fn jsonl_with_mark_crlf_blank_lines_and_no_last_newline() {
     let f = Folder::new();
-    let path = f.write(
-        "a.jsonl",
-        "\u{feff}{\"text\": \"ä\"}\r\n\r\n{\"text\": \"b\", \"n\": [1, null]}",
-    );
+    let path = f.write("a.jsonl", "\u{feff}{\"text\": \"ä\"}\r\n\r\n{\"text\": \"b\", \"n\": [1, null]}");
     assert_eq!(
         values(&path),
-        [
-            ("a.jsonl:1".into(), json!({"text": "ä"})),
-            ("a.jsonl:3".into(), json!({"text": "b", "n": [1, null]}))
-        ]
+        [("a.jsonl:1".into(), json!({"text": "ä"})), ("a.jsonl:3".into(), json!({"text": "b", "n": [1, null]}))]
     );
 }
 
 #[test]
 fn json_arrays_data_objects_and_lines() {
     let f = Folder::new();
-    let path = f.write(
-        "a.json",
-        "[\n  {\"text\": \"a\\n\"},\n\n  {\n \"text\": \"b\"}, {\"text\": \"c\"}]\n",
-    );
+    let path = f.write("a.json", "[\n  {\"text\": \"a\\n\"},\n\n  {\n \"text\": \"b\"}, {\"text\": \"c\"}]\n");
     assert_eq!(
         values(&path),
         [
@@ -79,10 +64,7 @@ fn json_arrays_data_objects_and_lines() {
             ("a.json:5".into(), json!({"text": "c"}))
         ]
     );
-    let path = f.write(
-        "b.json",
-        "{\"version\": 1,\n \"data\": [{\"text\": \"a\"}]}",
-    );
+    let path = f.write("b.json", "{\"version\": 1,\n \"data\": [{\"text\": \"a\"}]}");
     assert_eq!(values(&path), [("b.json:2".into(), json!({"text": "a"}))]);
     let path = f.write("c.json", "{\"text\": \"a\"}\n{\"text\": \"b\"}\n");
     assert_eq!(values(&path)[1], ("c.json:2".into(), json!({"text": "b"})));
@@ -91,27 +73,18 @@ fn json_arrays_data_objects_and_lines() {
 #[test]
 fn csv_and_text() {
     let f = Folder::new();
-    let path = f.write(
-        "a.csv",
-        "\u{feff}text,label\r\n\"a, \"\"b\"\"\nc\",1\r\nd,\r\n",
-    );
+    let path = f.write("a.csv", "\u{feff}text,label\r\n\"a, \"\"b\"\"\nc\",1\r\nd,\r\n");
     assert_eq!(
         values(&path),
         [
-            (
-                "a.csv:2".into(),
-                json!({"text": "a, \"b\"\nc", "label": "1"})
-            ),
+            ("a.csv:2".into(), json!({"text": "a, \"b\"\nc", "label": "1"})),
             ("a.csv:4".into(), json!({"text": "d", "label": ""}))
         ]
     );
     let path = f.write("a.txt", "one\r\n\n  \n two");
     assert_eq!(
         values(&path),
-        [
-            ("a.txt:1".into(), json!({"text": "one"})),
-            ("a.txt:4".into(), json!({"text": " two"}))
-        ]
+        [("a.txt:1".into(), json!({"text": "one"})), ("a.txt:4".into(), json!({"text": " two"}))]
     );
 }
 
@@ -121,31 +94,18 @@ fn parquet_bytes() -> Vec<u8> {
                   required group input_ids (LIST) { repeated group list { required int32 element; } } }";
     let schema = Arc::new(parquet::schema::parser::parse_message_type(schema).unwrap());
     let mut out = Vec::new();
-    let props = Arc::new(
-        WriterProperties::builder()
-            .set_compression(parquet::basic::Compression::SNAPPY)
-            .build(),
-    );
+    let props = Arc::new(WriterProperties::builder().set_compression(parquet::basic::Compression::SNAPPY).build());
     let mut writer = SerializedFileWriter::new(&mut out, schema, props).unwrap();
     let mut group = writer.next_row_group().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
     let texts = [ByteArray::from("ä"), ByteArray::from("b")];
-    column
-        .typed::<ByteArrayType>()
-        .write_batch(&texts, None, None)
-        .unwrap();
+    column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
     column.close().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
-    column
-        .typed::<Int64Type>()
-        .write_batch(&[7], Some(&[1, 0]), None)
-        .unwrap();
+    column.typed::<Int64Type>().write_batch(&[7], Some(&[1, 0]), None).unwrap();
     column.close().unwrap();
     let mut column = group.next_column().unwrap().unwrap();
-    column
-        .typed::<Int32Type>()
-        .write_batch(&[1, 2, 3], Some(&[1, 1, 1]), Some(&[0, 1, 0]))
-        .unwrap();
+    column.typed::<Int32Type>().write_batch(&[1, 2, 3], Some(&[1, 1, 1]), Some(&[0, 1, 0])).unwrap();
     column.close().unwrap();
     group.close().unwrap();
     writer.close().unwrap();
@@ -159,108 +119,45 @@ fn parquet_columns_keep_their_types() {
     assert_eq!(
         values(&path),
         [
-            (
-                "a.parquet:row 1".into(),
-                json!({"text": "ä", "label": 7, "input_ids": [1, 2]})
-            ),
-            (
-                "a.parquet:row 2".into(),
-                json!({"text": "b", "label": null, "input_ids": [3]})
-            )
+            ("a.parquet:row 1".into(), json!({"text": "ä", "label": 7, "input_ids": [1, 2]})),
+            ("a.parquet:row 2".into(), json!({"text": "b", "label": null, "input_ids": [3]}))
         ]
     );
     let path = f.write("cut.parquet", &parquet_bytes()[..100]);
-    expect(
-        &rows(&path).unwrap_err(),
-        &["cut.parquet", "not a readable Parquet file"],
-    );
+    expect(&rows(&path).unwrap_err(), &["cut.parquet", "not a readable Parquet file"]);
     let path = f.write("empty.parquet", b"");
-    expect(
-        &rows(&path).unwrap_err(),
-        &["empty.parquet", "not a readable Parquet file"],
-    );
+    expect(&rows(&path).unwrap_err(), &["empty.parquet", "not a readable Parquet file"]);
 }
 
 #[test]
 fn faults_name_file_and_line() {
     for (name, content, expected) in [
-        (
-            "a.jsonl",
-            &b"{\"text\": 1}\n{\"text\": }\n"[..],
-            &["a.jsonl:2: malformed JSON", "column 10"][..],
-        ),
-        (
-            "a.jsonl",
-            b"{\"text\": 1} {\"text\": 2}",
-            &["a.jsonl:1: malformed JSON", "trailing characters"],
-        ),
-        (
-            "a.jsonl",
-            b"\n[1]\n",
-            &["a.jsonl:2: expected an object", "found an array"],
-        ),
-        (
-            "a.jsonl",
-            b"{\"a\":1}\n\xff\xfe\n",
-            &["a.jsonl:2: byte 1 of the line is not UTF-8"],
-        ),
-        (
-            "a.jsonl",
-            b"\xff\xfe{\0",
-            &["a.jsonl:1: the file is UTF-16"],
-        ),
+        ("a.jsonl", &b"{\"text\": 1}\n{\"text\": }\n"[..], &["a.jsonl:2: malformed JSON", "column 10"][..]),
+        ("a.jsonl", b"{\"text\": 1} {\"text\": 2}", &["a.jsonl:1: malformed JSON", "trailing characters"]),
+        ("a.jsonl", b"\n[1]\n", &["a.jsonl:2: expected an object", "found an array"]),
+        ("a.jsonl", b"{\"a\":1}\n\xff\xfe\n", &["a.jsonl:2: byte 1 of the line is not UTF-8"]),
+        ("a.jsonl", b"\xff\xfe{\0", &["a.jsonl:1: the file is UTF-16"]),
         ("a.jsonl", b"", &["a.jsonl:1: the file is empty"]),
-        (
-            "a.jsonl",
-            b"\xef\xbb\xbf\r\n \n",
-            &["a.jsonl:1: the file is empty"],
-        ),
+        ("a.jsonl", b"\xef\xbb\xbf\r\n \n", &["a.jsonl:1: the file is empty"]),
         ("a.txt", b"\n\n", &["a.txt:1: the file is empty"]),
-        (
-            "a.txt",
-            b"a\nb\xc3\n",
-            &["a.txt:2: byte 2 of the line is not UTF-8"],
-        ),
+        ("a.txt", b"a\nb\xc3\n", &["a.txt:2: byte 2 of the line is not UTF-8"]),
         ("a.json", b"", &["a.json:1: the file is empty"]),
         ("a.json", b"[]", &["a.json:1: the file is empty"]),
-        (
-            "a.json",
-            b"[\n{\"a\": 1},\n3]",
-            &["a.json:3: expected an object", "found a number"],
-        ),
-        (
-            "a.json",
-            b"[\n{\"a\": 1},\n{]",
-            &["a.json:3: malformed JSON, expected an array of rows"],
-        ),
-        (
-            "a.json",
-            b"{\"rows\": []}",
-            &["a.json:1: expected an array of rows, or an object whose `data`"],
-        ),
+        ("a.json", b"[\n{\"a\": 1},\n3]", &["a.json:3: expected an object", "found a number"]),
+        ("a.json", b"[\n{\"a\": 1},\n{]", &["a.json:3: malformed JSON, expected an array of rows"]),
+        ("a.json", b"{\"rows\": []}", &["a.json:1: expected an array of rows, or an object whose `data`"]),
         ("a.json", b"7", &["a.json:1: ", "expected an array of rows"]),
         ("a.json", b"[\n\"\xff\"]", &["a.json:2: ", "UTF-8"]),
         ("a.csv", b"", &["a.csv:1: the file is empty"]),
         ("a.csv", b"text\n", &["a.csv:1: the file is empty"]),
-        (
-            "a.csv",
-            b"a,b\n1,2\n1\n",
-            &["a.csv:3: the record has 1 fields, the header 2"],
-        ),
+        ("a.csv", b"a,b\n1,2\n1\n", &["a.csv:3: the record has 1 fields, the header 2"]),
         ("a.csv", b"a,b\n1,\xff\n", &["a.csv:2: ", "UTF-8"]),
-        (
-            "a.csv",
-            b"a,a\n1,2\n",
-            &["a.csv:1: the header names column `a` twice"],
-        ),
+        ("a.csv", b"a,a\n1,2\n", &["a.csv:1: the header names column `a` twice"]),
     ] {
         expect(&failure(name, content), expected);
     }
     let deep = format!("{{\"a\": {}1{}}}", "[".repeat(10_000), "]".repeat(10_000));
-    expect(
-        &failure("a.jsonl", deep),
-        &["a.jsonl:1: malformed JSON", "recursion"],
-    );
+    expect(&failure("a.jsonl", deep), &["a.jsonl:1: malformed JSON", "recursion"]);
 }
 
 #[test]
@@ -271,31 +168,18 @@ fn folders_are_read_in_order_of_names() {
     f.write("notes.md", "no data");
     std::fs::create_dir(f.0.path().join("c.txt")).unwrap();
     let files = data_files(f.0.path()).unwrap();
-    assert_eq!(
-        files,
-        [f.0.path().join("a.jsonl"), f.0.path().join("b.txt")]
-    );
+    assert_eq!(files, [f.0.path().join("a.jsonl"), f.0.path().join("b.txt")]);
     let d = load(f.0.path(), &EncodeOptions::new(Format::Text), None).unwrap();
     assert_eq!(d.len(), 2);
     assert!(d.source(1).unwrap().to_string().ends_with("b.txt:1"));
 
     let empty = Folder::new();
+    expect(&data_files(empty.0.path()).unwrap_err().to_string(), &["no data file in this folder", ".jsonl"]);
     expect(
-        &data_files(empty.0.path()).unwrap_err().to_string(),
-        &["no data file in this folder", ".jsonl"],
-    );
-    expect(
-        &data_files(&f.0.path().join("b.text"))
-            .unwrap_err()
-            .to_string(),
+        &data_files(&f.0.path().join("b.text")).unwrap_err().to_string(),
         &["b.text", "no such file", "did you mean `b.txt`?"],
     );
-    expect(
-        &data_files(&f.0.path().join("notes.md"))
-            .unwrap_err()
-            .to_string(),
-        &["`md` is no data file type"],
-    );
+    expect(&data_files(&f.0.path().join("notes.md")).unwrap_err().to_string(), &["`md` is no data file type"]);
 }
 
 #[test]
@@ -306,8 +190,7 @@ fn mixtures() {
     let spec = |json: Value| serde_json::from_value::<DataSpec>(json);
     let t = data_support::tokenizer(None);
     let mixture = spec(json!([{"path": one, "weight": 2}, {"path": two}])).unwrap();
-    let (d, format) =
-        Dataset::load(&mixture, None, Some(&t), &EncodeOptions::new(Format::Text)).unwrap();
+    let (d, format) = Dataset::load(&mixture, None, Some(&t), &EncodeOptions::new(Format::Text)).unwrap();
     assert_eq!((d.len(), format), (3, Format::Text));
     assert_eq!(d.parts(), [0..2, 2..3]);
     assert_eq!(d.weights(), Some(&[2.0, 1.0][..]));
@@ -321,32 +204,16 @@ fn mixtures() {
     assert_eq!(d.weights(), None);
     for (json, expected) in [
         (json!([]), "mixture is empty"),
-        (
-            json!([{"path": one, "weight": 0}]),
-            "weights are numbers above 0",
-        ),
+        (json!([{"path": one, "weight": 0}]), "weights are numbers above 0"),
         (json!([{"path": one, "weight": -1.5}]), "weight -1.5 of"),
     ] {
-        let e = Dataset::load(
-            &spec(json).unwrap(),
-            None,
-            Some(&t),
-            &EncodeOptions::new(Format::Text),
-        )
-        .unwrap_err()
-        .to_string();
+        let e = Dataset::load(&spec(json).unwrap(), None, Some(&t), &EncodeOptions::new(Format::Text))
+            .unwrap_err()
+            .to_string();
         expect(&e, &[expected]);
     }
-    expect(
-        &spec(json!([{"path": one, "wieght": 1}]))
-            .unwrap_err()
-            .to_string(),
-        &["unknown field `wieght`"],
-    );
-    expect(
-        &spec(json!(3)).unwrap_err().to_string(),
-        &["a path, or a list of {path, weight}"],
-    );
+    expect(&spec(json!([{"path": one, "wieght": 1}])).unwrap_err().to_string(), &["unknown field `wieght`"]);
+    expect(&spec(json!(3)).unwrap_err().to_string(), &["a path, or a list of {path, weight}"]);
 }
 
 proptest! {

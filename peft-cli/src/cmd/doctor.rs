@@ -8,7 +8,12 @@ use crate::sample;
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
     let mut features: Vec<&str> = Vec::new();
-    for (on, name) in [(cfg!(feature = "cuda"), "cuda"), (cfg!(feature = "metal"), "metal"), (cfg!(feature = "accelerate"), "accelerate"), (cfg!(feature = "avx512"), "avx512")] {
+    for (on, name) in [
+        (cfg!(feature = "cuda"), "cuda"),
+        (cfg!(feature = "metal"), "metal"),
+        (cfg!(feature = "accelerate"), "accelerate"),
+        (cfg!(feature = "avx512"), "avx512"),
+    ] {
         if on {
             features.push(name);
         }

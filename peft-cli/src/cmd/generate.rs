@@ -66,9 +66,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
 }
 
 fn chat_template(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
-    let source = tokenizer
-        .chat_template()
-        .context("the tokenizer has no chat template; use --prompt without --chat, or a model made for conversations")?;
+    let source = tokenizer.chat_template().context(
+        "the tokenizer has no chat template; use --prompt without --chat, or a model made for conversations",
+    )?;
     let (bos, eos) = (tokenizer.bos_token(), tokenizer.eos_token());
     Ok(ChatTemplate::new(source, bos.as_deref(), eos.as_deref())?)
 }

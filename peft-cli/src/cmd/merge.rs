@@ -17,7 +17,8 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
     let files = open::model(&args.model)?;
     let dtype = open::parse_dtype(&args.dtype)?;
     let stored = files.tensor_dtype("model.embed_tokens.weight")?;
-    let dtype = dtype.unwrap_or(if matches!(stored, DType::F32 | DType::F16 | DType::BF16) { stored } else { DType::F32 });
+    let dtype =
+        dtype.unwrap_or(if matches!(stored, DType::F32 | DType::F16 | DType::BF16) { stored } else { DType::F32 });
     // As stored, so that a merge in f32 starts from what the file says and takes no more memory than the file.
     let model = files.load(&Placement::cpu(None), 0)?;
     let mut adapters = Vec::new();
@@ -41,7 +42,10 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
                 _ => "f16",
             });
             let weights = GgufType::from_name(name).with_context(|| {
-                format!("`{name}` is not a type of GGUF weights; known: {}", GgufType::names().collect::<Vec<_>>().join(", "))
+                format!(
+                    "`{name}` is not a type of GGUF weights; known: {}",
+                    GgufType::names().collect::<Vec<_>>().join(", ")
+                )
             })?;
             write_gguf_file(&files, &merged, &args.output, weights)?;
             name.to_string()

@@ -98,7 +98,8 @@ impl Run {
             ..EncodeOptions::new(format.unwrap_or(Format::Text))
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
-        let spec = |v: &toml::Value| -> Result<DataSpec> { Ok(v.clone().try_into().context("data.train and data.eval")?) };
+        let spec =
+            |v: &toml::Value| -> Result<DataSpec> { Ok(v.clone().try_into().context("data.train and data.eval")?) };
         let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
         let (train, format) = Dataset::load(&train, format, text, &options)?;
         let eval = match &recipe.data.eval {
@@ -201,7 +202,8 @@ impl Run {
         recipe.train.gradient_checkpointing = toml::Value::Boolean(false);
         let text = format!("{}|{}|{}|{}|{}", recipe.to_toml(), stats.rows, stats.tokens, stats.counted_tokens, steps);
         // FNV-1a, 64 bits: told apart from an accident, not from an attack.
-        let hash = text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
+        let hash =
+            text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
         format!("{hash:016x}")
     }
 
@@ -213,7 +215,8 @@ impl Run {
         let share = 100.0 * trainable as f64 / total as f64;
         let peak = memory::estimate(&self.model, adapter, self.longest_batch(), plan.checkpointing);
         let tokenizer = self.tokenizer.as_ref();
-        let decode = |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));
+        let decode =
+            |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));
         let rows: Vec<String> = preview(&self.train, 3, &decode).iter().map(ToString::to_string).collect();
         let hits: Vec<(String, String, usize)> = self
             .prepared
@@ -222,7 +225,8 @@ impl Run {
             .flat_map(|s| &s.hits)
             .map(|h| (h.key.to_string(), h.pattern.clone(), h.hits))
             .collect();
-        let sites: Vec<&str> = adapter.touched().filter_map(|(id, _)| self.model.sites().get(id)).map(|s| s.path.as_str()).collect();
+        let sites: Vec<&str> =
+            adapter.touched().filter_map(|(id, _)| self.model.sites().get(id)).map(|s| s.path.as_str()).collect();
         if as_json {
             let result = json!({
                 "method": self.prepared.method, "sites": sites, "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
@@ -240,7 +244,11 @@ impl Run {
         println!("trainable   {trainable} of {total} parameters ({share:.3} %)");
         println!("data        {} ({})", self.train.stats(), self.format.name());
         println!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
-        println!("memory      about {:.0} MB at the peak, blocks recomputed: {:?}", peak as f64 / 1e6, plan.checkpointing);
+        println!(
+            "memory      about {:.0} MB at the peak, blocks recomputed: {:?}",
+            peak as f64 / 1e6,
+            plan.checkpointing
+        );
         println!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
             println!("{row}");
@@ -250,7 +258,8 @@ impl Run {
 
     fn train(self, args: &TrainArgs) -> Result<()> {
         let output = self.output();
-        std::fs::create_dir_all(&output).with_context(|| format!("cannot make the output folder {}", output.display()))?;
+        std::fs::create_dir_all(&output)
+            .with_context(|| format!("cannot make the output folder {}", output.display()))?;
         let plan = self.plan()?;
         let optimizer = self.optimizer()?;
         let t = &self.recipe.train;
@@ -286,7 +295,15 @@ impl Run {
         drop(trainer);
 
         let facts = facts(&recipe, &model, &adapter, method, &train, &outcome, planned);
-        let finished = Finished { recipe: &recipe, files: &files, model: &model, tokenizer: tokenizer.as_ref(), adapter, before, facts };
+        let finished = Finished {
+            recipe: &recipe,
+            files: &files,
+            model: &model,
+            tokenizer: tokenizer.as_ref(),
+            adapter,
+            before,
+            facts,
+        };
         finished.write(&output)?;
         finished.say(&output, args, &outcome)
     }
@@ -317,7 +334,9 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder) -> Result<Prepared> {
     let mut prepared = match table.remove("init_from") {
         Some(Value::String(from)) => {
             if let Some(key) = table.keys().find(|k| *k != "type") {
-                bail!("`method.{key}` cannot be given with method.init_from: type and keys come from its adapter_config.json");
+                bail!(
+                    "`method.{key}` cannot be given with method.init_from: type and keys come from its adapter_config.json"
+                );
             }
             methods::open(&open::adapter(&from)?, model)?
         }
@@ -334,7 +353,8 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder) -> Result<Prepared> {
 fn clear_old_run(output: &Path) -> Result<Option<u64>> {
     let folder = checkpoint::folder(output);
     if folder.is_dir() {
-        std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove the old run's {}", folder.display()))?;
+        std::fs::remove_dir_all(&folder)
+            .with_context(|| format!("cannot remove the old run's {}", folder.display()))?;
     }
     Ok(None)
 }
@@ -434,7 +454,9 @@ impl Finished<'_> {
         let set = AdapterSet::one("trained", self.adapter.clone());
         let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
         let both = prompts.iter().zip(&self.before).zip(after);
-        Ok(both.map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after }).collect())
+        Ok(both
+            .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
+            .collect())
     }
 
     fn next(&self, output: &Path) -> Vec<String> {
@@ -448,7 +470,10 @@ impl Finished<'_> {
             next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
         }
         let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
-        next.push(format!("peft-cli generate --model {model} --adapter {out} --prompt $'{}'", prompt.replace('\'', "\\'")));
+        next.push(format!(
+            "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
+            prompt.replace('\'', "\\'")
+        ));
         next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
         next
     }

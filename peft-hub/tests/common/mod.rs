@@ -56,10 +56,7 @@ impl Hub {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let state = Arc::new(Mutex::new(State {
-            files: files
-                .iter()
-                .map(|(name, body)| ((*name).to_owned(), body.to_vec()))
-                .collect(),
+            files: files.iter().map(|(name, body)| ((*name).to_owned(), body.to_vec())).collect(),
             ..State::default()
         }));
         let stop = Arc::new(AtomicBool::new(false));
@@ -75,12 +72,7 @@ impl Hub {
                 }
             }
         });
-        Self {
-            state,
-            address,
-            stop,
-            thread: Some(thread),
-        }
+        Self { state, address, stop, thread: Some(thread) }
     }
 
     pub fn faults(&self, change: impl FnOnce(&mut Faults)) {
@@ -103,10 +95,7 @@ impl Drop for Hub {
 }
 
 pub fn sha256(body: &[u8]) -> String {
-    Sha256::digest(body)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(body).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn serve(stream: TcpStream, state: &Mutex<State>) -> std::io::Result<()> {
@@ -182,28 +171,15 @@ fn answer(
     }
     let not_found = |code: &str| {
         let mut out = Vec::new();
-        head(
-            &mut out,
-            404,
-            &[
-                ("X-Error-Code", code.to_owned()),
-                ("Content-Length", "0".to_owned()),
-            ],
-        );
+        head(&mut out, 404, &[("X-Error-Code", code.to_owned()), ("Content-Length", "0".to_owned())]);
         out
     };
     if let Some(rest) = path.strip_prefix("/api/models/org/") {
         let body = match rest {
             "name/revision/main" | "name/revision/v1.0" | "name/revision/refs%2Fpr%2F1" => {
-                let siblings: Vec<String> = state
-                    .files
-                    .keys()
-                    .map(|name| format!("{{\"rfilename\":{name:?}}}"))
-                    .collect();
-                format!(
-                    "{{\"sha\":\"{COMMIT}\",\"siblings\":[{}]}}",
-                    siblings.join(",")
-                )
+                let siblings: Vec<String> =
+                    state.files.keys().map(|name| format!("{{\"rfilename\":{name:?}}}")).collect();
+                format!("{{\"sha\":\"{COMMIT}\",\"siblings\":[{}]}}", siblings.join(","))
             }
             "renamed/revision/main" => {
                 head(
@@ -225,15 +201,9 @@ fn answer(
         out.extend_from_slice(body.as_bytes());
         return stream.write_all(&out);
     }
-    let prefixes = [
-        format!("/org/name/resolve/{COMMIT}/"),
-        format!("/org/renamed/resolve/{COMMIT}/"),
-        "/cdn/".to_owned(),
-    ];
-    let Some(name) = prefixes
-        .iter()
-        .find_map(|prefix| path.strip_prefix(prefix.as_str()))
-    else {
+    let prefixes =
+        [format!("/org/name/resolve/{COMMIT}/"), format!("/org/renamed/resolve/{COMMIT}/"), "/cdn/".to_owned()];
+    let Some(name) = prefixes.iter().find_map(|prefix| path.strip_prefix(prefix.as_str())) else {
         return stream.write_all(&not_found("EntryNotFound"));
     };
     let Some(body) = state.files.get(name) else {
@@ -265,11 +235,9 @@ fn answer(
         body[whole / 2] ^= 1;
     }
     let start: usize = match &range {
-        Some(range) if !faults.ignore_range => range
-            .trim_start_matches("bytes=")
-            .trim_end_matches('-')
-            .parse()
-            .unwrap(),
+        Some(range) if !faults.ignore_range => {
+            range.trim_start_matches("bytes=").trim_end_matches('-').parse().unwrap()
+        }
         _ => 0,
     };
     if start > 0 && start >= whole {
@@ -282,10 +250,7 @@ fn answer(
         headers.push(("Content-Length", rest.len().to_string()));
     }
     let status = if range.is_some() && !faults.ignore_range {
-        headers.push((
-            "Content-Range",
-            format!("bytes {start}-{}/{whole}", whole - 1),
-        ));
+        headers.push(("Content-Range", format!("bytes {start}-{}/{whole}", whole - 1)));
         206
     } else {
         200

@@ -77,7 +77,7 @@ fn sequences<'a>(
     k: &'a Tensor,
     v: &'a Tensor,
 ) -> impl Iterator<Item = Result<Sequence<'a>>> {
-    let busy = |s: &&SequenceSpan| !s.queries.is_empty() && !(s.keys.is_empty() && s.prefix.is_empty());
+    let busy = |s: &&SequenceSpan| !s.queries.is_empty() && s.keys.len() + s.prefix.len() > 0;
     plan.sequences.iter().filter(busy).map(move |span| {
         let (nq, n) = (span.queries.len(), span.prefix.len() + span.keys.len());
         let keys = |t: &Tensor| -> Result<Tensor> {

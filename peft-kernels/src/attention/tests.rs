@@ -22,7 +22,7 @@ fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
                 let p = i as i64 + s.keys.len() as i64 - s.queries.len() as i64;
                 let seen = |j: &usize| {
                     let j = (*j - s.keys.start) as i64;
-                    let w = plan.window.map(|w| w as i64);
+                    let w = plan.window.map(|w| i64::try_from(w).unwrap_or(i64::MAX / 2));
                     match plan.causal {
                         true => j <= p && w.is_none_or(|w| j > p - w),
                         false => w.is_none_or(|w| (j - p).abs() <= w),

@@ -6,9 +6,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use peft_core::suggest::did_you_mean;
 use serde_json::{Map, Value, json};
 
-use super::{ACTIVATIONS, Activation, ConfigError, DecoderConfig, FAMILIES, Family, RopeConfig, did_you_mean};
+use super::{ACTIVATIONS, Activation, ConfigError, DecoderConfig, FAMILIES, Family, RopeConfig};
 use crate::rope::{LongRope, RopeScaling, Yarn};
 
 /// A `config.json` is a few kilobytes; anything larger than this is not one.
@@ -265,7 +266,7 @@ fn family(keys: &Keys<'_>) -> Result<&'static Family, ConfigError> {
             format!(
                 "`{model_type}` is not supported (known: {}){}",
                 known.join(", "),
-                did_you_mean(model_type, known.iter().copied())
+                did_you_mean(model_type, &known)
             ),
         )
     })
@@ -277,11 +278,7 @@ fn activation(keys: &Keys<'_>) -> Result<Option<Activation>, ConfigError> {
         let known: Vec<&str> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
         keys.invalid(
             "hidden_act",
-            format!(
-                "`{name}` is not supported (known: {}){}",
-                known.join(", "),
-                did_you_mean(name, known.iter().copied())
-            ),
+            format!("`{name}` is not supported (known: {}){}", known.join(", "), did_you_mean(name, &known)),
         )
     })
 }
@@ -372,7 +369,7 @@ fn rope(keys: &Keys<'_>, family: &Family, max_position_embeddings: usize) -> Res
                 format!(
                     "`{other}` is not supported (known: {}){}",
                     ROPE_TYPES.join(", "),
-                    did_you_mean(other, ROPE_TYPES.iter().copied())
+                    did_you_mean(other, ROPE_TYPES)
                 ),
             ));
         }

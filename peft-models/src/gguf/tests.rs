@@ -514,3 +514,46 @@ fn smollm2_is_what_transformers_makes_of_it() {
     assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_id()), (Some(1), Some(2)));
     assert!(tokenizer.chat_template().unwrap().contains("<|im_start|>"));
 }
+
+/// Where PEFT_GGUF_KEEP names a folder, what was written stays there, to be loaded by other programs.
+#[test]
+#[ignore = "needs PEFT_GGUF, as above"]
+fn smollm2_can_be_written_again() {
+    let gguf = Gguf::open(std::env::var("PEFT_GGUF").expect("PEFT_GGUF names the file")).unwrap();
+    let config = DecoderConfig::from_gguf(&gguf).unwrap();
+    let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+    let temporary = tempfile::tempdir().unwrap();
+    let folder = std::env::var_os("PEFT_GGUF_KEEP").map_or_else(|| temporary.path().to_path_buf(), PathBuf::from);
+    let specs: Vec<GgufTensorSpec> = gguf
+        .hf_tensor_names()
+        .into_iter()
+        .map(|name| GgufTensorSpec { shape: gguf.hf_tensor(&name).unwrap().shape.clone(), name })
+        .collect();
+    for (weights, tolerance) in [(GgufType::Q8_0, 0.02), (GgufType::Q4K, 0.2)] {
+        let path = folder.join(format!("{weights:?}.gguf"));
+        let options = GgufWriteOptions { weights, name: None };
+        write_gguf(&path, &config, &tokenizer, &specs, &options, |spec| {
+            gguf.dense(&spec.name, &Device::Cpu).map_err(candle_core::Error::wrap)
+        })
+        .unwrap();
+        let again = Gguf::open(&path).unwrap();
+        assert_eq!(format!("{:?}", DecoderConfig::from_gguf(&again).unwrap()), format!("{config:?}"));
+        for name in [
+            "model.layers.3.self_attn.q_proj.weight",
+            "model.layers.3.mlp.down_proj.weight",
+            "model.embed_tokens.weight",
+        ] {
+            let (a, b) = (gguf.dense(name, &Device::Cpu).unwrap(), again.dense(name, &Device::Cpu).unwrap());
+            let norm = |x: Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+            let error = norm((&a - b).unwrap()) / norm(a);
+            assert!(error < tolerance, "{weights:?} {name}: {error}");
+        }
+        let read = Tokenizer::from_gguf(&again).unwrap();
+        for case in expected("smollm2.json")["ids"].as_array().unwrap() {
+            let text = case[0].as_str().unwrap();
+            assert_eq!(read.encode(text, true).unwrap(), tokenizer.encode(text, true).unwrap(), "{text:?}");
+        }
+    }
+    tokenizer.save(&folder).unwrap();
+    std::fs::write(folder.join("config.json"), serde_json::to_vec_pretty(&config.to_hf_json()).unwrap()).unwrap();
+}

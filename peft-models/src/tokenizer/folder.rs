@@ -45,8 +45,7 @@ impl Tokenizer {
             };
             return Err(invalid(&path, format!("not found{hint}")));
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| invalid(&path, format!("not a tokenizer: {error}")))?;
+        let mut inner = super::parse(&bytes).map_err(|error| invalid(&path, format!("not a tokenizer: {error}")))?;
         drop(bytes);
         inner.with_truncation(None).map_err(|error| invalid(&path, error.to_string()))?;
         inner.with_padding(None);

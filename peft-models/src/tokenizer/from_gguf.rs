@@ -123,8 +123,7 @@ impl Tokenizer {
 
         let bytes = serde_json::to_vec(&json).map_err(|error| wrong(error.to_string()))?;
         drop(json);
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|error| wrong(format!("its tokenizer is not usable: {error}")))?;
+        let inner = super::parse(&bytes).map_err(|error| wrong(format!("its tokenizer is not usable: {error}")))?;
         let chat_template = gguf.text("tokenizer.chat_template")?.map(str::to_owned);
         let mut config = Map::new();
         config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));

@@ -4,9 +4,8 @@
 //! `tokenizer.json` pieces of the models that carry it. An unknown name is refused, because a wrong cut gives plausible
 //! but wrong ids.
 
+use peft_core::suggest::did_you_mean;
 use serde_json::{Value, json};
-
-use crate::config::did_you_mean;
 
 /// How text is cut into words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +112,7 @@ impl PreTokenizer {
             format!(
                 "pre-tokenizer `{name}` is not supported (known: {}){}; a Hugging Face folder of the same model works",
                 known.join(", "),
-                did_you_mean(name, known.iter().copied())
+                did_you_mean(name, &known)
             )
         })
     }

@@ -42,9 +42,7 @@ impl Batch {
         for &row in rows {
             batch.input_ids.extend_from_slice(dataset.input_ids(row));
             batch.labels.extend_from_slice(dataset.labels(row));
-            batch
-                .position_ids
-                .extend((0u32..).take(dataset.row_length(row)));
+            batch.position_ids.extend((0u32..).take(dataset.row_length(row)));
             batch.bounds.push(batch.input_ids.len());
         }
         batch
@@ -70,8 +68,7 @@ impl Batch {
                 if label == IGNORE_INDEX {
                     continue;
                 }
-                if let (Ok(id), Ok(position)) = (u32::try_from(label), u32::try_from(from + t - 1))
-                {
+                if let (Ok(id), Ok(position)) = (u32::try_from(label), u32::try_from(from + t - 1)) {
                     targets.positions.push(position);
                     targets.ids.push(id);
                 }

@@ -33,11 +33,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// Syntax errors, with the template's line.
-    pub fn new(
-        source: &str,
-        bos_token: Option<&str>,
-        eos_token: Option<&str>,
-    ) -> Result<Self, ChatError> {
+    pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self, ChatError> {
         let (source, has_generation_blocks) = rewrite_generation_blocks(source);
         let engine = ChatEngine::new(&source, has_generation_blocks.then_some((OPEN, CLOSE)))
             .map_err(|e| ChatError(format!("chat template: {e}")))?;
@@ -98,9 +94,7 @@ impl ChatTemplate {
         let absent = [("tools", Value::from(())), ("documents", Value::from(()))];
         let given = extra.iter().map(|(k, v)| (k.as_str(), json_value(v)));
         let context = Value::from_pairs(absent.into_iter().chain(given).chain(own));
-        self.engine
-            .render(context)
-            .map_err(|e| ChatError(format!("chat template: {e}")))
+        self.engine.render(context).map_err(|e| ChatError(format!("chat template: {e}")))
     }
 
     /// Text of a whole conversation, and the byte ranges of it that the assistant says, each with its end-of-turn token
@@ -120,9 +114,7 @@ impl ChatTemplate {
         extra: &Map<String, serde_json::Value>,
     ) -> Result<(String, Vec<Range<usize>>), ChatError> {
         if !messages.iter().any(is_assistant) {
-            return Err(ChatError(
-                "the conversation has no assistant turn, so nothing counts".into(),
-            ));
+            return Err(ChatError("the conversation has no assistant turn, so nothing counts".into()));
         }
         let turns = values(messages);
         let full = self.render_values(&turns, extra, false)?;
@@ -134,10 +126,7 @@ impl ChatTemplate {
             if !is_assistant(message) {
                 continue;
             }
-            let content = message
-                .get("content")
-                .and_then(|c| c.as_str())
-                .unwrap_or_default();
+            let content = message.get("content").and_then(|c| c.as_str()).unwrap_or_default();
             let by_prefix = || self.by_prefix(&turns, i, extra, &full, content);
             let by_stand_in = || self.by_stand_in(messages, i, extra, &full);
             // Without a generation prompt, what a turn adds to the text may begin with its header.
@@ -174,8 +163,7 @@ impl ChatTemplate {
         } else {
             // A generation prompt may say more than a finished turn shows (`<think>`): what both share is the header.
             let bare = self.render_values(earlier, extra, false).ok()?;
-            full.starts_with(&bare)
-                .then(|| common_prefix(full, &before))?
+            full.starts_with(&bare).then(|| common_prefix(full, &before))?
         };
         let end = if i + 1 == turns.len() {
             full.len()
@@ -201,10 +189,7 @@ impl ChatTemplate {
     ) -> Option<Range<usize>> {
         let mut swapped = messages.to_vec();
         let message = swapped.get_mut(i)?.as_object_mut()?;
-        message
-            .get("content")?
-            .as_str()
-            .filter(|c| !c.trim().is_empty())?;
+        message.get("content")?.as_str().filter(|c| !c.trim().is_empty())?;
         message.insert("content".into(), STAND_IN.into());
         let turns = values(&swapped);
         let split = |text: &str| -> Option<(String, String)> {
@@ -241,18 +226,11 @@ fn is_assistant(message: &serde_json::Value) -> bool {
 /// Length of the white space behind an end-of-turn token; none if white space is all that ends the turn.
 fn loose_end(tail: &str) -> usize {
     let kept = tail.trim_end();
-    if kept.is_empty() {
-        0
-    } else {
-        tail.len() - kept.len()
-    }
+    if kept.is_empty() { 0 } else { tail.len() - kept.len() }
 }
 
 fn common_prefix(a: &str, b: &str) -> usize {
-    a.char_indices()
-        .zip(b.chars())
-        .find(|((_, x), y)| x != y)
-        .map_or(a.len().min(b.len()), |((at, _), _)| at)
+    a.char_indices().zip(b.chars()).find(|((_, x), y)| x != y).map_or(a.len().min(b.len()), |((at, _), _)| at)
 }
 
 fn split_marks(marked: &str) -> Result<(String, Vec<Range<usize>>), ChatError> {
@@ -273,7 +251,8 @@ fn split_marks(marked: &str) -> Result<(String, Vec<Range<usize>>), ChatError> {
     }
     if ranges.is_empty() {
         return Err(ChatError(
-            "the chat template's `{% generation %}` blocks render nothing for this conversation, so nothing counts".into(),
+            "the chat template's `{% generation %}` blocks render nothing for this conversation, so nothing counts"
+                .into(),
         ));
     }
     Ok((text, ranges))

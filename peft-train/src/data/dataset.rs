@@ -55,18 +55,10 @@ impl std::fmt::Display for DatasetStats {
             self.rows, self.tokens, self.counted_tokens, self.max_length
         )?;
         if self.truncated_prompts > 0 {
-            write!(
-                f,
-                "; {} rows with context cut on the left",
-                self.truncated_prompts
-            )?;
+            write!(f, "; {} rows with context cut on the left", self.truncated_prompts)?;
         }
         if self.truncated_targets > 0 {
-            write!(
-                f,
-                "; {} rows with counted tokens cut",
-                self.truncated_targets
-            )?;
+            write!(f, "; {} rows with counted tokens cut", self.truncated_targets)?;
         }
         if self.lost_targets > 0 {
             write!(f, "; {} later turns cut as a whole", self.lost_targets)?;
@@ -88,18 +80,12 @@ impl Dataset {
         options: &EncodeOptions,
     ) -> Result<(Self, Format), DataError> {
         let (paths, weights) = spec.parts()?;
-        let files: Vec<Vec<_>> = paths
-            .iter()
-            .map(|p| data_files(p))
-            .collect::<Result<_, _>>()?;
+        let files: Vec<Vec<_>> = paths.iter().map(|p| data_files(p)).collect::<Result<_, _>>()?;
         let format = match format {
             Some(format) => format,
             None => first_format(&files, options)?,
         };
-        let options = EncodeOptions {
-            format,
-            ..options.clone()
-        };
+        let options = EncodeOptions { format, ..options.clone() };
         let encoder = Encoder::new(tokenizer, &options)?;
         let mut dataset = Self::new();
         for part in files {
@@ -126,10 +112,7 @@ impl Dataset {
     }
 
     fn new() -> Self {
-        Self {
-            bounds: vec![0],
-            ..Self::default()
-        }
+        Self { bounds: vec![0], ..Self::default() }
     }
 
     /// Collects examples made elsewhere, as one part.
@@ -154,12 +137,7 @@ impl Dataset {
         let stats = &mut self.stats;
         stats.rows += 1;
         stats.tokens += example.input_ids.len();
-        stats.counted_tokens += example
-            .labels
-            .iter()
-            .skip(1)
-            .filter(|l| **l != IGNORE_INDEX)
-            .count();
+        stats.counted_tokens += example.labels.iter().skip(1).filter(|l| **l != IGNORE_INDEX).count();
         stats.max_length = stats.max_length.max(example.input_ids.len());
         stats.truncated_prompts += usize::from(example.truncation.prompt_tokens > 0);
         stats.truncated_targets += usize::from(example.truncation.target_tokens > 0);
@@ -202,11 +180,7 @@ impl Dataset {
     pub fn source(&self, row: usize) -> Option<Location> {
         let &(file, number) = self.sources.get(row)?;
         let (path, is_line) = self.files.get(file as usize)?;
-        Some(Location {
-            file: Arc::clone(path),
-            number,
-            is_line: *is_line,
-        })
+        Some(Location { file: Arc::clone(path), number, is_line: *is_line })
     }
 
     /// The rows of each part of a mixture; one part where there is no mixture.
@@ -225,32 +199,21 @@ impl Dataset {
     }
 }
 
-fn first_format(
-    files: &[Vec<std::path::PathBuf>],
-    options: &EncodeOptions,
-) -> Result<Format, DataError> {
-    let path = files
-        .iter()
-        .flatten()
-        .next()
-        .ok_or_else(|| DataError::Config("no data file".into()))?;
+fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
+    let path = files.iter().flatten().next().ok_or_else(|| DataError::Config("no data file".into()))?;
     match read_rows(path)?.next() {
-        Some(Ok(row)) => Format::detect(
-            row.fields.keys().map(String::as_str),
-            options.template.is_some(),
-        )
-        .map_err(|e| match e {
-            DataError::Config(message) => DataError::row(&row.at, message),
-            other => other,
-        }),
+        Some(Ok(row)) => {
+            Format::detect(row.fields.keys().map(String::as_str), options.template.is_some()).map_err(|e| match e {
+                DataError::Config(message) => DataError::row(&row.at, message),
+                other => other,
+            })
+        }
         Some(Err(e)) => Err(e),
         None => Err(DataError::file(path, "no rows")),
     }
 }
 
-fn next_chunk(
-    rows: &mut impl Iterator<Item = Result<Row, DataError>>,
-) -> (Vec<Row>, Option<DataError>) {
+fn next_chunk(rows: &mut impl Iterator<Item = Result<Row, DataError>>) -> (Vec<Row>, Option<DataError>) {
     let mut chunk = Vec::new();
     for row in rows.take(CHUNK) {
         match row {

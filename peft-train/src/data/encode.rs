@@ -108,10 +108,7 @@ impl<'a> Encoder<'a> {
     ///
     /// # Errors
     /// Settings that do not fit, template syntax errors, a tokenizer without end token where one closes the rows.
-    pub fn new(
-        tokenizer: Option<&'a dyn TextTokenizer>,
-        options: &EncodeOptions,
-    ) -> Result<Self, DataError> {
+    pub fn new(tokenizer: Option<&'a dyn TextTokenizer>, options: &EncodeOptions) -> Result<Self, DataError> {
         let format = options.format;
         let config = |message: String| DataError::Config(message);
         if options.max_length.is_some_and(|m| m < 2) {
@@ -123,21 +120,12 @@ impl<'a> Encoder<'a> {
                  format tokens"
             )));
         }
-        let template = options
-            .template
-            .as_deref()
-            .map(RowTemplate::new)
-            .transpose()?;
+        let template = options.template.as_deref().map(RowTemplate::new).transpose()?;
         let chat = match (format, tokenizer) {
             (Format::Chat, Some(tokenizer)) => {
-                let own = options
-                    .chat_template
-                    .as_deref()
-                    .map(ChatTemplate::source_of)
-                    .transpose();
-                let source = own
-                    .map_err(|e| config(e.to_string()))?
-                    .or_else(|| tokenizer.chat_template().map(str::to_string));
+                let own = options.chat_template.as_deref().map(ChatTemplate::source_of).transpose();
+                let source =
+                    own.map_err(|e| config(e.to_string()))?.or_else(|| tokenizer.chat_template().map(str::to_string));
                 source
                     .map(|s| ChatTemplate::new(&s, tokenizer.bos_token(), tokenizer.eos_token()))
                     .transpose()
@@ -191,10 +179,7 @@ impl<'a> Encoder<'a> {
                 1 => "it has one token, and the first has nothing before it to be predicted from",
                 _ => "all its labels are -100 (that of the first token never counts)",
             };
-            return Err(DataError::row(
-                &row.at,
-                format!("no token of this row counts: {why}"),
-            ));
+            return Err(DataError::row(&row.at, format!("no token of this row counts: {why}")));
         }
         let front = self.kept_in_front(&input_ids);
         let truncation = match self.max_length {
@@ -210,21 +195,12 @@ impl<'a> Encoder<'a> {
                 ),
             ));
         }
-        Ok(Example {
-            input_ids,
-            labels,
-            source: row.at.clone(),
-            truncation,
-        })
+        Ok(Example { input_ids, labels, source: row.at.clone(), truncation })
     }
 
     fn tokenise(&self, rendered: Rendered, row: &Row) -> Result<(Vec<u32>, Vec<i32>), DataError> {
-        let failed = |e: super::tokenizer::TokenizerError| {
-            DataError::row(&row.at, format!("tokenizer: {e}"))
-        };
-        let tokenizer = self
-            .tokenizer
-            .ok_or_else(|| DataError::row(&row.at, "this format needs a tokenizer"))?;
+        let failed = |e: super::tokenizer::TokenizerError| DataError::row(&row.at, format!("tokenizer: {e}"));
+        let tokenizer = self.tokenizer.ok_or_else(|| DataError::row(&row.at, "this format needs a tokenizer"))?;
         let close = |ids: &mut Vec<u32>| {
             if let Some(eos) = tokenizer.eos_id().filter(|eos| ids.last() != Some(eos)) {
                 ids.push(eos);
@@ -254,9 +230,7 @@ impl<'a> Encoder<'a> {
                 let counted = targets
                     .iter()
                     .filter_map(|target| {
-                        let shares = |s: &std::ops::Range<usize>| {
-                            s.start < target.end && s.end > target.start
-                        };
+                        let shares = |s: &std::ops::Range<usize>| s.start < target.end && s.end > target.start;
                         let first = spans.iter().position(shares)?;
                         let last = spans.iter().rposition(shares)?;
                         Some(first..last + 1)
@@ -287,29 +261,18 @@ impl<'a> Encoder<'a> {
 
     /// How many leading tokens truncation leaves: the post-processor's front tokens, where a row begins with them.
     fn kept_in_front(&self, ids: &[u32]) -> usize {
-        if ids.starts_with(&self.front) {
-            self.front.len()
-        } else {
-            0
-        }
+        if ids.starts_with(&self.front) { self.front.len() } else { 0 }
     }
 }
 
 /// The special tokens that the post-processor puts before a sequence.
 fn front_tokens(tokenizer: &dyn TextTokenizer) -> Result<Vec<u32>, DataError> {
-    let probe = |special| {
-        tokenizer
-            .encode("a", special)
-            .map_err(|e| DataError::Config(format!("tokenizer: {e}")))
-    };
+    let probe = |special| tokenizer.encode("a", special).map_err(|e| DataError::Config(format!("tokenizer: {e}")));
     let (bare, framed) = (probe(false)?, probe(true)?);
     if bare.is_empty() {
         return Ok(Vec::new());
     }
-    let start = framed
-        .windows(bare.len())
-        .position(|w| w == bare)
-        .unwrap_or(0);
+    let start = framed.windows(bare.len()).position(|w| w == bare).unwrap_or(0);
     Ok(framed.get(..start).unwrap_or_default().to_vec())
 }
 
@@ -327,10 +290,7 @@ fn truncate(ids: &mut Vec<u32>, labels: &mut Vec<i32>, front: usize, max: usize)
     ids.drain(from..from + cut);
     labels.drain(from..from + cut);
     let lost = labels.get(max..).unwrap_or_default();
-    let last_kept = max
-        .checked_sub(1)
-        .and_then(|i| labels.get(i))
-        .is_some_and(counted);
+    let last_kept = max.checked_sub(1).and_then(|i| labels.get(i)).is_some_and(counted);
     let mut whole_targets = 0;
     let mut inside = last_kept;
     for label in lost {
@@ -339,11 +299,8 @@ fn truncate(ids: &mut Vec<u32>, labels: &mut Vec<i32>, front: usize, max: usize)
         }
         inside = counted(label);
     }
-    let truncation = Truncation {
-        prompt_tokens: cut,
-        target_tokens: lost.iter().filter(|l| counted(l)).count(),
-        whole_targets,
-    };
+    let truncation =
+        Truncation { prompt_tokens: cut, target_tokens: lost.iter().filter(|l| counted(l)).count(), whole_targets };
     ids.truncate(max);
     labels.truncate(max);
     truncation
@@ -368,10 +325,7 @@ mod tests {
         assert_eq!(cut(&row, 1, 4).0, [0, 3, 4, 5]);
         let (ids, labels, t) = cut(&row, 0, 2);
         assert_eq!((ids, labels), (vec![3, 4], vec![-100, 4]));
-        assert_eq!(
-            (t.prompt_tokens, t.target_tokens, t.whole_targets),
-            (3, 1, 0)
-        );
+        assert_eq!((t.prompt_tokens, t.target_tokens, t.whole_targets), (3, 1, 0));
         let (ids, _, t) = cut(&row, 1, 2);
         assert_eq!((ids, t.prompt_tokens), (vec![0, 4], 3));
         // Front tokens that leave no room: the caller sees that nothing counts.
@@ -382,10 +336,7 @@ mod tests {
     fn later_targets_are_reported() {
         let (ids, _, t) = cut(&[-100, 1, -100, 3, -100, 5, 6], 0, 3);
         assert_eq!(ids, [0, 1, 2]);
-        assert_eq!(
-            (t.prompt_tokens, t.target_tokens, t.whole_targets),
-            (0, 3, 2)
-        );
+        assert_eq!((t.prompt_tokens, t.target_tokens, t.whole_targets), (0, 3, 2));
         let (ids, _, t) = cut(&[0, 1, 2, 3], 0, 3);
         assert_eq!(ids, [0, 1, 2]);
         assert_eq!((t.target_tokens, t.whole_targets), (1, 0));

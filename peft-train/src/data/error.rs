@@ -18,20 +18,12 @@ pub struct Location {
 impl Location {
     /// A line of a text file.
     pub fn line(file: &Arc<Path>, number: u64) -> Self {
-        Self {
-            file: Arc::clone(file),
-            number,
-            is_line: true,
-        }
+        Self { file: Arc::clone(file), number, is_line: true }
     }
 
     /// A row of a file without lines (Parquet).
     pub fn row(file: &Arc<Path>, number: u64) -> Self {
-        Self {
-            file: Arc::clone(file),
-            number,
-            is_line: false,
-        }
+        Self { file: Arc::clone(file), number, is_line: false }
     }
 }
 
@@ -87,24 +79,15 @@ pub enum DataError {
 
 impl DataError {
     pub(crate) fn row(at: &Location, message: impl Into<String>) -> Self {
-        Self::Row {
-            at: at.clone(),
-            message: message.into(),
-        }
+        Self::Row { at: at.clone(), message: message.into() }
     }
 
     pub(crate) fn file(path: &Path, message: impl Into<String>) -> Self {
-        Self::File {
-            path: path.to_path_buf(),
-            message: message.into(),
-        }
+        Self::File { path: path.to_path_buf(), message: message.into() }
     }
 
     pub(crate) fn io(path: &Path, source: std::io::Error) -> Self {
-        Self::Io {
-            path: path.to_path_buf(),
-            source,
-        }
+        Self::Io { path: path.to_path_buf(), source }
     }
 }
 

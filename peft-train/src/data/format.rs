@@ -72,10 +72,7 @@ impl Format {
     ///
     /// # Errors
     /// Columns of no format; the message lists what each format reads.
-    pub fn detect<'a>(
-        columns: impl IntoIterator<Item = &'a str>,
-        has_template: bool,
-    ) -> Result<Self, DataError> {
+    pub fn detect<'a>(columns: impl IntoIterator<Item = &'a str>, has_template: bool) -> Result<Self, DataError> {
         let columns: Vec<&str> = columns.into_iter().collect();
         let has = |name: &str| columns.contains(&name);
         Ok(if has("messages") || has("conversations") {
@@ -98,10 +95,7 @@ impl Format {
             Self::Text
         } else {
             let names: Vec<String> = columns.iter().map(|c| format!("`{c}`")).collect();
-            let formats: Vec<String> = Self::ALL
-                .iter()
-                .map(|f| format!("{} ({})", f.name(), f.columns()))
-                .collect();
+            let formats: Vec<String> = Self::ALL.iter().map(|f| format!("{} ({})", f.name(), f.columns())).collect();
             return Err(DataError::Config(format!(
                 "no format fits the columns {}; name them as one of: {}; or write `data.template` over your columns",
                 names.join(", "),
@@ -121,19 +115,14 @@ impl FromStr for Format {
     type Err = DataError;
 
     fn from_str(name: &str) -> Result<Self, DataError> {
-        Self::ALL
-            .into_iter()
-            .find(|f| f.name() == name)
-            .ok_or_else(|| {
-                let names = Self::ALL.map(Self::name);
-                DataError::UnknownFormat {
-                    name: name.to_string(),
-                    hint: nearest(name, names)
-                        .map(|n| format!("; did you mean `{n}`?"))
-                        .unwrap_or_default(),
-                    known: names.join(", "),
-                }
-            })
+        Self::ALL.into_iter().find(|f| f.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name);
+            DataError::UnknownFormat {
+                name: name.to_string(),
+                hint: nearest(name, names).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default(),
+                known: names.join(", "),
+            }
+        })
     }
 }
 
@@ -150,10 +139,7 @@ mod tests {
         let e = "completions".parse::<Format>().unwrap_err().to_string();
         assert!(e.contains("did you mean `completion`?"), "{e}");
         let e = "xyz".parse::<Format>().unwrap_err().to_string();
-        assert!(
-            e.contains("formats are text, completion") && !e.contains("did you"),
-            "{e}"
-        );
+        assert!(e.contains("formats are text, completion") && !e.contains("did you"), "{e}");
     }
 
     #[test]
@@ -174,12 +160,7 @@ mod tests {
         ] {
             assert_eq!(detect(columns, template).unwrap(), expected, "{columns:?}");
         }
-        let e = detect(&["question", "answer"], false)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            e.contains("`question`, `answer`") && e.contains("data.template"),
-            "{e}"
-        );
+        let e = detect(&["question", "answer"], false).unwrap_err().to_string();
+        assert!(e.contains("`question`, `answer`") && e.contains("data.template"), "{e}");
     }
 }

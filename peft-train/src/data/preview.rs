@@ -15,17 +15,10 @@ pub struct RowPreview {
 }
 
 /// The first `rows` rows of a data set. `decode` gives the text of one token.
-pub fn preview(
-    dataset: &Dataset,
-    rows: usize,
-    decode: &dyn Fn(&[u32]) -> String,
-) -> Vec<RowPreview> {
+pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String) -> Vec<RowPreview> {
     (0..dataset.len().min(rows))
         .map(|row| RowPreview {
-            source: dataset
-                .source(row)
-                .map(|s| s.to_string())
-                .unwrap_or_default(),
+            source: dataset.source(row).map(|s| s.to_string()).unwrap_or_default(),
             tokens: dataset
                 .input_ids(row)
                 .iter()
@@ -49,21 +42,10 @@ impl RowPreview {
 impl fmt::Display for RowPreview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
-        writeln!(
-            f,
-            "{}  {} tokens, {} counted in ⟦ ⟧",
-            self.source,
-            self.tokens.len(),
-            self.counted()
-        )?;
+        writeln!(f, "{}  {} tokens, {} counted in ⟦ ⟧", self.source, self.tokens.len(), self.counted())?;
         let first = self.tokens.iter().position(|(_, _, c)| *c).unwrap_or(0);
-        let from = if self.tokens.len() <= SHOWN {
-            0
-        } else {
-            first
-                .saturating_sub(SHOWN / 2)
-                .min(self.tokens.len() - SHOWN)
-        };
+        let from =
+            if self.tokens.len() <= SHOWN { 0 } else { first.saturating_sub(SHOWN / 2).min(self.tokens.len() - SHOWN) };
         let shown = self.tokens.get(from..).unwrap_or_default();
         f.write_str("  ")?;
         if from > 0 {

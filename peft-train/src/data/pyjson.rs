@@ -32,10 +32,7 @@ pub(crate) fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
         level: 0,
         filled: false,
     };
-    json.serialize(&mut serde_json::Serializer::with_formatter(
-        &mut out, formatter,
-    ))
-    .map_err(failed)?;
+    json.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(failed)?;
     String::from_utf8(out).map_err(failed)
 }
 
@@ -106,11 +103,7 @@ impl Formatter for Python<'_> {
     fn begin_object_value<W: ?Sized + Write>(&mut self, w: &mut W) -> io::Result<()> {
         w.write_all(self.key.as_bytes())
     }
-    fn write_string_fragment<W: ?Sized + Write>(
-        &mut self,
-        w: &mut W,
-        fragment: &str,
-    ) -> io::Result<()> {
+    fn write_string_fragment<W: ?Sized + Write>(&mut self, w: &mut W, fragment: &str) -> io::Result<()> {
         if !self.ensure_ascii {
             return w.write_all(fragment.as_bytes());
         }
@@ -128,8 +121,7 @@ impl Formatter for Python<'_> {
     }
     /// Python writes exponents with a sign and at least two digits.
     fn write_f64<W: ?Sized + Write>(&mut self, w: &mut W, value: f64) -> io::Result<()> {
-        let text = serde_json::Number::from_f64(value)
-            .map_or_else(|| "null".to_string(), |n| n.to_string());
+        let text = serde_json::Number::from_f64(value).map_or_else(|| "null".to_string(), |n| n.to_string());
         match text.split_once('e') {
             Some((digits, exponent)) => {
                 let digits = digits.strip_suffix(".0").unwrap_or(digits);

@@ -117,10 +117,7 @@ impl Renderer {
             Format::Tokens => self.tokens(row),
             Format::Seq2seq | Format::Preference => {
                 self.check()?;
-                Err(DataError::row(
-                    &row.at,
-                    format!("format {} is not available here", self.format),
-                ))
+                Err(DataError::row(&row.at, format!("format {} is not available here", self.format)))
             }
         }
     }
@@ -131,10 +128,7 @@ impl Renderer {
             None => row.string("text")?.to_string(),
         };
         if text.is_empty() {
-            return Err(DataError::row(
-                &row.at,
-                "the text is empty, so no token counts",
-            ));
+            return Err(DataError::row(&row.at, "the text is empty, so no token counts"));
         }
         Ok(Rendered::Text(text))
     }
@@ -146,17 +140,12 @@ impl Renderer {
                 completion: row.string("completion")?.to_string(),
             });
         };
-        let target = ["completion", "output", "label"]
-            .into_iter()
-            .find(|c| row.fields.contains_key(*c))
-            .unwrap_or("completion");
+        let target =
+            ["completion", "output", "label"].into_iter().find(|c| row.fields.contains_key(*c)).unwrap_or("completion");
         let value = row.required(target)?;
-        let completion = scalar_text(value)
-            .ok_or_else(|| row.wrong_type(target, "a string, number or boolean", value))?;
-        Ok(Rendered::Prompted {
-            prompt: prompt_of(template, target, row)?,
-            completion,
-        })
+        let completion =
+            scalar_text(value).ok_or_else(|| row.wrong_type(target, "a string, number or boolean", value))?;
+        Ok(Rendered::Prompted { prompt: prompt_of(template, target, row)?, completion })
     }
 
     fn alpaca(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -170,11 +159,8 @@ impl Renderer {
                     Some(Value::String(s)) => s,
                     Some(other) => return Err(row.wrong_type("input", "a string", other)),
                 };
-                let (head, tail) = if input.trim().is_empty() {
-                    (ALPACA, None)
-                } else {
-                    (ALPACA_WITH_INPUT, Some(input))
-                };
+                let (head, tail) =
+                    if input.trim().is_empty() { (ALPACA, None) } else { (ALPACA_WITH_INPUT, Some(input)) };
                 // The instruction goes in last piece first, so that braces in the data stay what they are.
                 let (before, after) = head.split_once("{instruction}").unwrap_or((head, ""));
                 let after = match (tail, after.split_once("{input}")) {
@@ -189,29 +175,21 @@ impl Renderer {
 
     fn classification(&self, row: &Row) -> Result<Rendered, DataError> {
         let Some(template) = &self.template else {
-            return Err(DataError::row(
-                &row.at,
-                "format classification needs `data.template`",
-            ));
+            return Err(DataError::row(&row.at, "format classification needs `data.template`"));
         };
         let label = row.required("label")?;
-        let label = scalar_text(label)
-            .ok_or_else(|| row.wrong_type("label", "a string, number or boolean", label))?;
+        let label = scalar_text(label).ok_or_else(|| row.wrong_type("label", "a string, number or boolean", label))?;
         let word = if self.label_words.is_empty() {
             label
         } else {
             self.label_words.get(&label).cloned().ok_or_else(|| {
-                let known: Vec<String> =
-                    self.label_words.keys().map(|k| format!("`{k}`")).collect();
+                let known: Vec<String> = self.label_words.keys().map(|k| format!("`{k}`")).collect();
                 let hint = nearest(&label, self.label_words.keys().map(String::as_str))
                     .map(|n| format!("; did you mean `{n}`?"))
                     .unwrap_or_default();
                 DataError::row(
                     &row.at,
-                    format!(
-                        "label `{label}` is not in `data.label_words`, which has {}{hint}",
-                        known.join(", ")
-                    ),
+                    format!("label `{label}` is not in `data.label_words`, which has {}{hint}", known.join(", ")),
                 )
             })?
         };
@@ -222,10 +200,7 @@ impl Renderer {
         // Vocabularies hold words with the space in front of them, so a space between the two belongs to the label.
         let bare = prompt.trim_end_matches(' ');
         let space = prompt.get(bare.len()..).unwrap_or_default();
-        Ok(Rendered::Prompted {
-            completion: format!("{space}{word}"),
-            prompt: bare.to_string(),
-        })
+        Ok(Rendered::Prompted { completion: format!("{space}{word}"), prompt: bare.to_string() })
     }
 
     fn chat(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -240,10 +215,7 @@ impl Renderer {
                 // Tables can't hold free-form objects, so data sets keep tools as JSON text.
                 Some(Value::String(json)) => {
                     let value = serde_json::from_str(json).map_err(|e| {
-                        DataError::row(
-                            &row.at,
-                            format!("column `{name}`: expected a list, or JSON text of one: {e}"),
-                        )
+                        DataError::row(&row.at, format!("column `{name}`: expected a list, or JSON text of one: {e}"))
                     })?;
                     extra.insert(name.into(), value);
                 }
@@ -252,9 +224,8 @@ impl Renderer {
                 }
             }
         }
-        let (text, targets) = chat
-            .render_with_targets(&messages, &extra)
-            .map_err(|e| DataError::row(&row.at, e.to_string()))?;
+        let (text, targets) =
+            chat.render_with_targets(&messages, &extra).map_err(|e| DataError::row(&row.at, e.to_string()))?;
         Ok(Rendered::Chat { text, targets })
     }
 
@@ -262,15 +233,10 @@ impl Renderer {
         let limit = self.vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
         let integers = |name: &str| -> Result<Vec<i64>, DataError> {
             let value = row.required(name)?;
-            let list = value
-                .as_array()
-                .ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
+            let list = value.as_array().ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
             list.iter()
                 .enumerate()
-                .map(|(i, v)| {
-                    v.as_i64()
-                        .ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v))
-                })
+                .map(|(i, v)| v.as_i64().ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v)))
                 .collect()
         };
         let in_vocab = |name: &str, i: usize, id: i64| -> Result<i32, DataError> {
@@ -278,10 +244,7 @@ impl Renderer {
                 Ok(small) if id >= 0 && id < limit => Ok(small),
                 _ => Err(DataError::row(
                     &row.at,
-                    format!(
-                        "{name}[{i}] is {id}, outside the vocabulary (0 to {})",
-                        limit - 1
-                    ),
+                    format!("{name}[{i}] is {id}, outside the vocabulary (0 to {})", limit - 1),
                 )),
             }
         };
@@ -309,13 +272,7 @@ impl Renderer {
             Some(_) => integers("labels")?
                 .into_iter()
                 .enumerate()
-                .map(|(i, id)| {
-                    if id == i64::from(IGNORE_INDEX) {
-                        Ok(IGNORE_INDEX)
-                    } else {
-                        in_vocab("labels", i, id)
-                    }
-                })
+                .map(|(i, id)| if id == i64::from(IGNORE_INDEX) { Ok(IGNORE_INDEX) } else { in_vocab("labels", i, id) })
                 .collect::<Result<Vec<i32>, _>>()?,
         };
         if labels.len() != input_ids.len() {
@@ -363,41 +320,26 @@ fn scalar_text(value: &Value) -> Option<String> {
 /// `messages` as they are, or `conversations` (ShareGPT) with its speakers named as roles.
 fn messages(row: &Row) -> Result<Vec<Value>, DataError> {
     let sharegpt = !row.fields.contains_key("messages") && row.fields.contains_key("conversations");
-    let (column, role_key, content_key) = if sharegpt {
-        ("conversations", "from", "value")
-    } else {
-        ("messages", "role", "content")
-    };
+    let (column, role_key, content_key) =
+        if sharegpt { ("conversations", "from", "value") } else { ("messages", "role", "content") };
     let value = row.required(column)?;
-    let list = value.as_array().ok_or_else(|| {
-        row.wrong_type(
-            column,
-            &format!("a list of {{{role_key}, {content_key}}}"),
-            value,
-        )
-    })?;
+    let list = value
+        .as_array()
+        .ok_or_else(|| row.wrong_type(column, &format!("a list of {{{role_key}, {content_key}}}"), value))?;
     if list.is_empty() {
         return Err(DataError::row(&row.at, format!("`{column}` is empty")));
     }
     list.iter()
         .enumerate()
         .map(|(i, message)| {
-            let bad = |what: String| {
-                DataError::row(&row.at, format!("`{column}` message {}: {what}", i + 1))
-            };
-            let object = message.as_object().ok_or_else(|| {
-                bad(format!(
-                    "expected {{{role_key}, {content_key}}}, found {}",
-                    kind_of(message)
-                ))
-            })?;
+            let bad = |what: String| DataError::row(&row.at, format!("`{column}` message {}: {what}", i + 1));
+            let object = message
+                .as_object()
+                .ok_or_else(|| bad(format!("expected {{{role_key}, {content_key}}}, found {}", kind_of(message))))?;
             let speaker = match object.get(role_key) {
                 Some(Value::String(s)) => s.as_str(),
                 Some(other) => {
-                    return Err(bad(format!(
-                        "`{role_key}`: expected a string, found {}",
-                        kind_of(other)
-                    )));
+                    return Err(bad(format!("`{role_key}`: expected a string, found {}", kind_of(other))));
                 }
                 None => return Err(bad(format!("`{role_key}` is missing"))),
             };
@@ -407,10 +349,7 @@ fn messages(row: &Row) -> Result<Vec<Value>, DataError> {
                 None | Some(Value::Null) if calls_tools => {}
                 None => return Err(bad(format!("`{content_key}` is missing"))),
                 Some(other) => {
-                    return Err(bad(format!(
-                        "`{content_key}`: expected a string, found {}",
-                        kind_of(other)
-                    )));
+                    return Err(bad(format!("`{content_key}`: expected a string, found {}", kind_of(other))));
                 }
             }
             if !sharegpt {

@@ -72,10 +72,7 @@ mod tests {
         for _ in 0..30_000 {
             counts[rng.below(3) as usize] += 1;
         }
-        assert!(
-            counts.iter().all(|c| (9_600..10_400).contains(c)),
-            "{counts:?}"
-        );
+        assert!(counts.iter().all(|c| (9_600..10_400).contains(c)), "{counts:?}");
         assert_ne!(Rng::new(&[0, 1]).next_u64(), Rng::new(&[1, 0]).next_u64());
         assert_ne!(Rng::new(&[0]).next_u64(), Rng::new(&[0, 0]).next_u64());
     }

@@ -46,13 +46,7 @@ pub struct SamplerOptions {
 impl Default for SamplerOptions {
     /// Batches of 8 shuffled rows, seed 0.
     fn default() -> Self {
-        Self {
-            batch_size: 8,
-            shuffle: true,
-            seed: 0,
-            group_by_length: false,
-            packing: None,
-        }
+        Self { batch_size: 8, shuffle: true, seed: 0, group_by_length: false, packing: None }
     }
 }
 
@@ -88,8 +82,7 @@ impl Plan {
     }
 
     fn batch(&self, i: usize) -> Option<&[u32]> {
-        self.rows
-            .get(*self.bounds.get(i)?..*self.bounds.get(i + 1)?)
+        self.rows.get(*self.bounds.get(i)?..*self.bounds.get(i + 1)?)
     }
 }
 
@@ -117,19 +110,14 @@ impl Sampler {
         if let Some(budget) = options.packing
             && let Some(row) = (0..dataset.len()).find(|&r| dataset.row_length(r) > budget)
         {
-            let at = dataset
-                .source(row)
-                .map(|s| s.to_string())
-                .unwrap_or_default();
+            let at = dataset.source(row).map(|s| s.to_string()).unwrap_or_default();
             return config(format!(
                 "{at}: the row has {} tokens, a packed batch {budget}; set data.max_length or a larger batch_size",
                 dataset.row_length(row)
             ));
         }
         let mut sampler = Self {
-            lengths: (0..dataset.len())
-                .map(|r| u32::try_from(dataset.row_length(r)).unwrap_or(u32::MAX))
-                .collect(),
+            lengths: (0..dataset.len()).map(|r| u32::try_from(dataset.row_length(r)).unwrap_or(u32::MAX)).collect(),
             parts: shares(dataset.parts(), dataset.weights()),
             options,
             state: SamplerState::default(),
@@ -141,19 +129,10 @@ impl Sampler {
 
     /// Rows of the next batch; moves on, into the next epoch after the last batch.
     pub fn next_batch(&mut self) -> Vec<usize> {
-        let rows = self
-            .plan
-            .batch(self.state.batch)
-            .unwrap_or_default()
-            .iter()
-            .map(|&r| r as usize)
-            .collect();
+        let rows = self.plan.batch(self.state.batch).unwrap_or_default().iter().map(|&r| r as usize).collect();
         self.state.batch += 1;
         if self.state.batch >= self.plan.len() {
-            self.state = SamplerState {
-                epoch: self.state.epoch + 1,
-                batch: 0,
-            };
+            self.state = SamplerState { epoch: self.state.epoch + 1, batch: 0 };
             self.plan = self.plan_epoch(self.state.epoch);
         }
         rows
@@ -225,9 +204,7 @@ impl Sampler {
                 }
                 bounds.push(rows.len());
             }
-            None => bounds.extend(
-                (1..=rows.len().div_ceil(size)).map(|b| b.saturating_mul(size).min(rows.len())),
-            ),
+            None => bounds.extend((1..=rows.len().div_ceil(size)).map(|b| b.saturating_mul(size).min(rows.len()))),
         }
         let plan = Plan { rows, bounds };
         if !(self.options.group_by_length && self.options.shuffle) {
@@ -235,14 +212,9 @@ impl Sampler {
         }
         let mut order: Vec<usize> = (0..plan.len()).collect();
         Rng::new(&[seed, STREAM_BATCHES, epoch]).shuffle(&mut order);
-        let mut shuffled = Plan {
-            rows: Vec::with_capacity(plan.rows.len()),
-            bounds: vec![0],
-        };
+        let mut shuffled = Plan { rows: Vec::with_capacity(plan.rows.len()), bounds: vec![0] };
         for b in order {
-            shuffled
-                .rows
-                .extend_from_slice(plan.batch(b).unwrap_or_default());
+            shuffled.rows.extend_from_slice(plan.batch(b).unwrap_or_default());
             shuffled.bounds.push(shuffled.rows.len());
         }
         shuffled
@@ -288,12 +260,7 @@ fn shares(parts: &[Range<usize>], weights: Option<&[f64]>) -> Vec<(Range<usize>,
     let exact: Vec<f64> = weights.iter().map(|w| w / sum * total as f64).collect();
     let mut counts: Vec<usize> = exact.iter().map(|x| x.floor() as usize).collect();
     let mut order: Vec<usize> = (0..exact.len()).collect();
-    order.sort_by(|&a, &b| {
-        exact[b]
-            .fract()
-            .total_cmp(&exact[a].fract())
-            .then(a.cmp(&b))
-    });
+    order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
     let missing = total.saturating_sub(counts.iter().sum());
     for &i in order.iter().cycle().take(missing) {
         counts[i] += 1;
@@ -308,12 +275,7 @@ mod tests {
     #[test]
     fn shares_follow_weights_and_add_up() {
         let parts = [0..10, 10..13, 13..20];
-        let counts = |w: &[f64]| {
-            shares(&parts, Some(w))
-                .into_iter()
-                .map(|(_, n)| n)
-                .collect::<Vec<_>>()
-        };
+        let counts = |w: &[f64]| shares(&parts, Some(w)).into_iter().map(|(_, n)| n).collect::<Vec<_>>();
         assert_eq!(counts(&[1.0, 1.0, 2.0]), [5, 5, 10]);
         assert_eq!(counts(&[1.0, 1.0, 1.0]), [7, 7, 6]);
         assert_eq!(counts(&[1e-9, 1.0, 1e-9]), [0, 20, 0]);

@@ -64,10 +64,7 @@ impl<'de> Deserialize<'de> for DataSpec {
             fn visit_str<E: serde::de::Error>(self, v: &str) -> Result<DataSpec, E> {
                 Ok(DataSpec::Path(v.into()))
             }
-            fn visit_seq<A: serde::de::SeqAccess<'de>>(
-                self,
-                mut seq: A,
-            ) -> Result<DataSpec, A::Error> {
+            fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut seq: A) -> Result<DataSpec, A::Error> {
                 let mut parts = Vec::new();
                 while let Some(part) = seq.next_element()? {
                     parts.push(part);
@@ -93,14 +90,11 @@ impl DataSpec {
     pub fn parts(&self) -> Result<(Vec<&Path>, Option<Vec<f64>>), DataError> {
         match self {
             Self::Path(path) => Ok((vec![path], None)),
-            Self::Mixture(parts) if parts.is_empty() => Err(DataError::Config(
-                "the data mixture is empty; it takes a list of {path, weight}".into(),
-            )),
+            Self::Mixture(parts) if parts.is_empty() => {
+                Err(DataError::Config("the data mixture is empty; it takes a list of {path, weight}".into()))
+            }
             Self::Mixture(parts) => {
-                if let Some(bad) = parts
-                    .iter()
-                    .find(|p| p.weight.is_some_and(|w| !w.is_finite() || w <= 0.0))
-                {
+                if let Some(bad) = parts.iter().find(|p| p.weight.is_some_and(|w| !w.is_finite() || w <= 0.0)) {
                     return Err(DataError::Config(format!(
                         "weight {} of {} in the data mixture: weights are numbers above 0",
                         bad.weight.unwrap_or_default(),
@@ -120,9 +114,7 @@ impl DataSpec {
 const EXTENSIONS: [&str; 5] = ["jsonl", "json", "csv", "parquet", "txt"];
 
 fn extension(path: &Path) -> String {
-    path.extension()
-        .map(|e| e.to_string_lossy().to_lowercase())
-        .unwrap_or_default()
+    path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default()
 }
 
 /// The data files that a path stands for: itself, or, of a folder, its data files sorted by name (not those of folders in it).
@@ -134,19 +126,13 @@ pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
     let meta = match std::fs::metadata(path) {
         Ok(meta) => meta,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(DataError::file(
-                path,
-                format!("no such file or folder{}", sibling_hint(path)),
-            ));
+            return Err(DataError::file(path, format!("no such file or folder{}", sibling_hint(path))));
         }
         Err(e) => return Err(DataError::io(path, e)),
     };
     if !meta.is_dir() {
         if !EXTENSIONS.contains(&extension(path).as_str()) {
-            return Err(DataError::file(
-                path,
-                format!("`{}` is no data file type; {accepted}", extension(path)),
-            ));
+            return Err(DataError::file(path, format!("`{}` is no data file type; {accepted}", extension(path))));
         }
         return Ok(vec![path.to_path_buf()]);
     }
@@ -158,44 +144,29 @@ pub fn data_files(path: &Path) -> Result<Vec<PathBuf>, DataError> {
         }
     }
     if files.is_empty() {
-        return Err(DataError::file(
-            path,
-            format!("no data file in this folder; {accepted}"),
-        ));
+        return Err(DataError::file(path, format!("no data file in this folder; {accepted}")));
     }
     files.sort();
     Ok(files)
 }
 
 fn sibling_hint(path: &Path) -> String {
-    let name = path
-        .file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default();
+    let name = path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
     let folder = match path.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),
     };
     let siblings: Vec<String> = std::fs::read_dir(folder)
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|e| e.file_name().to_string_lossy().into_owned())
-                .collect()
-        })
+        .map(|entries| entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect())
         .unwrap_or_default();
-    nearest(&name, siblings.iter().map(String::as_str))
-        .map(|n| format!("; did you mean `{n}`?"))
-        .unwrap_or_default()
+    nearest(&name, siblings.iter().map(String::as_str)).map(|n| format!("; did you mean `{n}`?")).unwrap_or_default()
 }
 
 /// Opens one data file and reads its rows in order. The iterator ends after the first error.
 ///
 /// # Errors
 /// See [`data_files`]; the iterator yields malformed rows, and a file without any row, as errors with file and line.
-pub fn read_rows(
-    path: &Path,
-) -> Result<impl Iterator<Item = Result<Row, DataError>> + use<>, DataError> {
+pub fn read_rows(path: &Path) -> Result<impl Iterator<Item = Result<Row, DataError>> + use<>, DataError> {
     let file: Arc<Path> = Arc::from(path);
     let rows: Rows = match extension(path).as_str() {
         "jsonl" => Box::new(json_lines(Lines::open(&file)?)),
@@ -204,10 +175,7 @@ pub fn read_rows(
         "csv" => structured::csv_rows(&file)?,
         "parquet" => structured::parquet_rows(&file)?,
         other => {
-            return Err(DataError::file(
-                path,
-                format!("`{other}` is no data file type"),
-            ));
+            return Err(DataError::file(path, format!("`{other}` is no data file type")));
         }
     };
     let mut rows = rows;
@@ -228,12 +196,7 @@ pub fn read_rows(
             }
             None => {
                 over = true;
-                (!seen).then(|| {
-                    Err(DataError::row(
-                        &Location::line(&file, 1),
-                        "the file is empty: it has no row",
-                    ))
-                })
+                (!seen).then(|| Err(DataError::row(&Location::line(&file, 1), "the file is empty: it has no row")))
             }
         }
     }))
@@ -264,11 +227,7 @@ struct Lines {
 
 impl Lines {
     fn open(file: &Arc<Path>) -> Result<Self, DataError> {
-        Ok(Self {
-            file: Arc::clone(file),
-            reader: open_text(file)?,
-            number: 0,
-        })
+        Ok(Self { file: Arc::clone(file), reader: open_text(file)?, number: 0 })
     }
 }
 
@@ -294,25 +253,20 @@ impl Iterator for Lines {
             Ok(text) => Ok((at, text)),
             Err(e) => {
                 let column = e.utf8_error().valid_up_to() + 1;
-                Err(DataError::row(
-                    &at,
-                    format!("byte {column} of the line is not UTF-8; save the file as UTF-8"),
-                ))
+                Err(DataError::row(&at, format!("byte {column} of the line is not UTF-8; save the file as UTF-8")))
             }
         })
     }
 }
 
 fn text_lines(lines: Lines) -> impl Iterator<Item = Result<Row, DataError>> {
-    lines
-        .filter(|l| !matches!(l, Ok((_, text)) if text.trim().is_empty()))
-        .map(|line| {
-            line.map(|(at, text)| {
-                let mut fields = Map::new();
-                fields.insert("text".into(), Value::String(text));
-                Row { fields, at }
-            })
+    lines.filter(|l| !matches!(l, Ok((_, text)) if text.trim().is_empty())).map(|line| {
+        line.map(|(at, text)| {
+            let mut fields = Map::new();
+            fields.insert("text".into(), Value::String(text));
+            Row { fields, at }
         })
+    })
 }
 
 fn json_lines(lines: Lines) -> impl Iterator<Item = Result<Row, DataError>> {
@@ -326,15 +280,9 @@ fn json_row(text: &str, at: Location) -> Result<Row, DataError> {
         Ok(Value::Object(fields)) => Ok(Row { fields, at }),
         Ok(other) => Err(DataError::row(
             &at,
-            format!(
-                "expected an object such as {{\"text\": \"…\"}}, found {}",
-                kind_of(&other)
-            ),
+            format!("expected an object such as {{\"text\": \"…\"}}, found {}", kind_of(&other)),
         )),
-        Err(e) => Err(DataError::row(
-            &at,
-            format!("malformed JSON, expected one object: {}", json_reason(&e)),
-        )),
+        Err(e) => Err(DataError::row(&at, format!("malformed JSON, expected one object: {}", json_reason(&e)))),
     }
 }
 
@@ -347,19 +295,11 @@ fn json_reason(e: &serde_json::Error) -> String {
 
 fn json_file(file: &Arc<Path>) -> Result<Rows, DataError> {
     let mut bytes = Vec::new();
-    open_text(file)?
-        .read_to_end(&mut bytes)
-        .map_err(|e| DataError::io(file, e))?;
+    open_text(file)?.read_to_end(&mut bytes).map_err(|e| DataError::io(file, e))?;
     let text = String::from_utf8(bytes).map_err(|e| {
-        let before = e
-            .as_bytes()
-            .get(..e.utf8_error().valid_up_to())
-            .unwrap_or_default();
+        let before = e.as_bytes().get(..e.utf8_error().valid_up_to()).unwrap_or_default();
         let line = 1 + before.iter().filter(|b| **b == b'\n').count() as u64;
-        DataError::row(
-            &Location::line(file, line),
-            "the line has bytes that are not UTF-8; save the file as UTF-8",
-        )
+        DataError::row(&Location::line(file, line), "the line has bytes that are not UTF-8; save the file as UTF-8")
     })?;
     if text.trim().is_empty() {
         return Ok(Box::new(std::iter::empty()));
@@ -394,18 +334,12 @@ fn json_file(file: &Arc<Path>) -> Result<Rows, DataError> {
             &Location::line(file, 1),
             "expected an array of rows, or an object whose `data` is one (JSON lines belong in a .jsonl file)",
         )),
-        Err(e)
-            if e.to_string().starts_with("trailing characters")
-                && text.trim_start().starts_with('{') =>
-        {
+        Err(e) if e.to_string().starts_with("trailing characters") && text.trim_start().starts_with('{') => {
             Ok(Box::new(json_lines(Lines::open(file)?)))
         }
         Err(e) => Err(DataError::row(
             &Location::line(file, e.line() as u64),
-            format!(
-                "malformed JSON, expected an array of rows, or an object whose `data` is one: {}",
-                json_reason(&e)
-            ),
+            format!("malformed JSON, expected an array of rows, or an object whose `data` is one: {}", json_reason(&e)),
         )),
     }
 }
@@ -428,17 +362,8 @@ impl Row {
         if self.fields.is_empty() {
             return "no columns".into();
         }
-        let names: Vec<String> = self
-            .fields
-            .keys()
-            .take(12)
-            .map(|k| format!("`{k}`"))
-            .collect();
-        let more = if self.fields.len() > names.len() {
-            ", …"
-        } else {
-            ""
-        };
+        let names: Vec<String> = self.fields.keys().take(12).map(|k| format!("`{k}`")).collect();
+        let more = if self.fields.len() > names.len() { ", …" } else { "" };
         format!("{}{more}", names.join(", "))
     }
 
@@ -448,13 +373,7 @@ impl Row {
             let hint = nearest(name, self.fields.keys().map(String::as_str))
                 .map(|n| format!("; did you mean `{n}`?"))
                 .unwrap_or_default();
-            DataError::row(
-                &self.at,
-                format!(
-                    "column `{name}` is missing, the row has {}{hint}",
-                    self.columns()
-                ),
-            )
+            DataError::row(&self.at, format!("column `{name}` is missing, the row has {}{hint}", self.columns()))
         })
     }
 
@@ -467,12 +386,6 @@ impl Row {
     }
 
     pub(crate) fn wrong_type(&self, name: &str, expected: &str, found: &Value) -> DataError {
-        DataError::row(
-            &self.at,
-            format!(
-                "column `{name}`: expected {expected}, found {}",
-                kind_of(found)
-            ),
-        )
+        DataError::row(&self.at, format!("column `{name}`: expected {expected}, found {}", kind_of(found)))
     }
 }

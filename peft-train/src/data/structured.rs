@@ -30,32 +30,24 @@ pub(crate) fn csv_rows(file: &Arc<Path>) -> Result<Rows, DataError> {
     let mut names: Vec<String> = Vec::with_capacity(header.len());
     for name in &header {
         if names.iter().any(|n| n == name) {
-            return Err(DataError::row(
-                &Location::line(file, 1),
-                format!("the header names column `{name}` twice"),
-            ));
+            return Err(DataError::row(&Location::line(file, 1), format!("the header names column `{name}` twice")));
         }
         names.push(name.to_string());
     }
     let file = Arc::clone(file);
     let mut record = csv::StringRecord::new();
-    Ok(Box::new(std::iter::from_fn(move || {
-        match reader.read_record(&mut record) {
-            Ok(false) => None,
-            Ok(true) => {
-                let line = record.position().map_or(0, csv::Position::line) + extra;
-                let fields = names
-                    .iter()
-                    .zip(record.iter())
-                    .map(|(name, value)| (name.clone(), Value::String(value.to_string())))
-                    .collect();
-                Some(Ok(Row {
-                    fields,
-                    at: Location::line(&file, line),
-                }))
-            }
-            Err(e) => Some(Err(csv_error(&file, &e, extra))),
+    Ok(Box::new(std::iter::from_fn(move || match reader.read_record(&mut record) {
+        Ok(false) => None,
+        Ok(true) => {
+            let line = record.position().map_or(0, csv::Position::line) + extra;
+            let fields = names
+                .iter()
+                .zip(record.iter())
+                .map(|(name, value)| (name.clone(), Value::String(value.to_string())))
+                .collect();
+            Some(Ok(Row { fields, at: Location::line(&file, line) }))
         }
+        Err(e) => Some(Err(csv_error(&file, &e, extra))),
     })))
 }
 
@@ -63,13 +55,10 @@ fn csv_error(file: &Arc<Path>, e: &csv::Error, extra: u64) -> DataError {
     let line = e.position().map_or(1, |p| p.line() + extra);
     let at = Location::line(file, line);
     match e.kind() {
-        csv::ErrorKind::Utf8 { .. } => DataError::row(
-            &at,
-            "the record has bytes that are not UTF-8; save the file as UTF-8",
-        ),
-        csv::ErrorKind::UnequalLengths {
-            expected_len, len, ..
-        } => DataError::row(
+        csv::ErrorKind::Utf8 { .. } => {
+            DataError::row(&at, "the record has bytes that are not UTF-8; save the file as UTF-8")
+        }
+        csv::ErrorKind::UnequalLengths { expected_len, len, .. } => DataError::row(
             &at,
             format!(
                 "the record has {len} fields, the header {expected_len}; put values with a comma or a newline in double quotes"
@@ -91,16 +80,10 @@ pub(crate) fn parquet_rows(file: &Arc<Path>) -> Result<Rows, DataError> {
     let (mut rows, expected) = match opened {
         Ok(Ok(opened)) => opened,
         Ok(Err(e)) => {
-            return Err(DataError::file(
-                file,
-                format!("not a readable Parquet file: {e}"),
-            ));
+            return Err(DataError::file(file, format!("not a readable Parquet file: {e}")));
         }
         Err(_) => {
-            return Err(DataError::file(
-                file,
-                "not a readable Parquet file: it is damaged",
-            ));
+            return Err(DataError::file(file, "not a readable Parquet file: it is damaged"));
         }
     };
     let file = Arc::clone(file);
@@ -111,10 +94,7 @@ pub(crate) fn parquet_rows(file: &Arc<Path>) -> Result<Rows, DataError> {
         match next {
             Ok(None) if i64::try_from(number).is_ok_and(|n| n < expected) => {
                 number = u64::MAX;
-                Some(Err(DataError::row(
-                    &at,
-                    format!("the Parquet file ends here, {expected} rows were promised"),
-                )))
+                Some(Err(DataError::row(&at, format!("the Parquet file ends here, {expected} rows were promised"))))
             }
             Ok(None) => None,
             Ok(Some(Ok(row))) => {
@@ -126,23 +106,14 @@ pub(crate) fn parquet_rows(file: &Arc<Path>) -> Result<Rows, DataError> {
                             fields.insert(name, value);
                         }
                         Err(message) => {
-                            return Some(Err(DataError::row(
-                                &at,
-                                format!("column `{name}`: {message}"),
-                            )));
+                            return Some(Err(DataError::row(&at, format!("column `{name}`: {message}"))));
                         }
                     }
                 }
                 Some(Ok(Row { fields, at }))
             }
-            Ok(Some(Err(e))) => Some(Err(DataError::row(
-                &at,
-                format!("unreadable Parquet row: {e}"),
-            ))),
-            Err(_) => Some(Err(DataError::row(
-                &at,
-                "unreadable Parquet row: the file is damaged",
-            ))),
+            Ok(Some(Err(e))) => Some(Err(DataError::row(&at, format!("unreadable Parquet row: {e}")))),
+            Err(_) => Some(Err(DataError::row(&at, "unreadable Parquet row: the file is damaged"))),
         }
     })))
 }
@@ -175,13 +146,9 @@ fn parquet_value(field: Field) -> Result<Value, String> {
             }
             Value::Object(fields)
         }
-        Field::ListInternal(list) => Value::Array(
-            list.elements()
-                .iter()
-                .cloned()
-                .map(parquet_value)
-                .collect::<Result<_, _>>()?,
-        ),
+        Field::ListInternal(list) => {
+            Value::Array(list.elements().iter().cloned().map(parquet_value).collect::<Result<_, _>>()?)
+        }
         Field::MapInternal(map) => {
             let mut fields = Map::new();
             for (key, value) in map.entries() {

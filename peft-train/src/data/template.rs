@@ -21,14 +21,11 @@ fn engine(source: &str, syntax: SyntaxConfig) -> Result<Environment<'static>, St
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_fuel(Some(FUEL));
     env.add_filter("tojson", super::pyjson::tojson);
-    env.add_template_owned(NAME, source.to_string())
-        .map_err(|e| describe(&e))?;
+    env.add_template_owned(NAME, source.to_string()).map_err(|e| describe(&e))?;
     Ok(env)
 }
 
-fn syntax(
-    set: impl FnOnce(&mut minijinja::syntax::SyntaxConfigBuilder),
-) -> Result<SyntaxConfig, String> {
+fn syntax(set: impl FnOnce(&mut minijinja::syntax::SyntaxConfigBuilder)) -> Result<SyntaxConfig, String> {
     let mut builder = SyntaxConfig::builder();
     set(&mut builder);
     builder.build().map_err(|e| describe(&e))
@@ -69,12 +66,8 @@ impl RowTemplate {
                 })?,
             )?;
             env.set_undefined_behavior(UndefinedBehavior::SemiStrict);
-            let variables = env
-                .get_template(NAME)
-                .map_err(|e| describe(&e))?
-                .undeclared_variables(false)
-                .into_iter()
-                .collect();
+            let variables =
+                env.get_template(NAME).map_err(|e| describe(&e))?.undeclared_variables(false).into_iter().collect();
             Ok(Self { env, variables })
         };
         build().map_err(|e: String| DataError::Config(format!("data.template: {e}")))
@@ -88,27 +81,24 @@ impl RowTemplate {
     pub(crate) fn render(&self, row: &Row) -> Result<String, DataError> {
         let present = row.fields.iter().filter(|(_, v)| !v.is_null());
         let context = Value::from_pairs(present.map(|(k, v)| (k.as_str(), json_value(v))));
-        self.env
-            .get_template(NAME)
-            .and_then(|t| t.render(context))
-            .map_err(|e| {
-                let missing: Vec<String> = self
-                    .variables
-                    .iter()
-                    .filter(|v| row.fields.get(*v).is_none_or(|value| value.is_null()))
-                    .map(|v| format!("`{v}`"))
-                    .collect();
-                let message = if e.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
-                    format!(
-                        "data.template needs column {}, which this row lacks or has as null; the row has {}",
-                        missing.join(", "),
-                        row.columns()
-                    )
-                } else {
-                    format!("data.template: {}", describe(&e))
-                };
-                DataError::row(&row.at, message)
-            })
+        self.env.get_template(NAME).and_then(|t| t.render(context)).map_err(|e| {
+            let missing: Vec<String> = self
+                .variables
+                .iter()
+                .filter(|v| row.fields.get(*v).is_none_or(|value| value.is_null()))
+                .map(|v| format!("`{v}`"))
+                .collect();
+            let message = if e.kind() == ErrorKind::UndefinedError && !missing.is_empty() {
+                format!(
+                    "data.template needs column {}, which this row lacks or has as null; the row has {}",
+                    missing.join(", "),
+                    row.columns()
+                )
+            } else {
+                format!("data.template: {}", describe(&e))
+            };
+            DataError::row(&row.at, message)
+        })
     }
 }
 
@@ -128,36 +118,24 @@ impl ChatEngine {
             })?,
         )?;
         if let Some((open, close)) = generation_mark {
-            env.add_filter(GENERATION_FILTER, move |body: String| {
-                format!("{open}{body}{close}")
-            });
+            env.add_filter(GENERATION_FILTER, move |body: String| format!("{open}{body}{close}"));
         }
-        env.add_function(
-            "raise_exception",
-            |message: String| -> Result<String, Error> {
-                Err(Error::new(ErrorKind::InvalidOperation, message))
-            },
-        );
+        env.add_function("raise_exception", |message: String| -> Result<String, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
         env.add_function("strftime_now", strftime_now);
         Ok(Self { env })
     }
 
     pub(crate) fn render(&self, context: Value) -> Result<String, String> {
-        self.env
-            .get_template(NAME)
-            .and_then(|t| t.render(context))
-            .map_err(|e| describe(&e))
+        self.env.get_template(NAME).and_then(|t| t.render(context)).map_err(|e| describe(&e))
     }
 }
 
 fn strftime_now(format: &str) -> Result<String, Error> {
     let mut out = String::new();
-    write!(out, "{}", chrono::Local::now().format(format)).map_err(|_| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            format!("strftime_now: bad format `{format}`"),
-        )
-    })?;
+    write!(out, "{}", chrono::Local::now().format(format))
+        .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("strftime_now: bad format `{format}`")))?;
     Ok(out)
 }
 
@@ -218,20 +196,13 @@ mod tests {
             render("{{ v | tojson }}", v).unwrap(),
             r#"{"b": [1, 2.5, 1e+20, 1e-07, [], {}], "a": "é\n\"<&>'", "n": null, "t": true}"#
         );
-        assert_eq!(
-            render("{{ v.a | tojson(ensure_ascii=true) }}", v).unwrap(),
-            r#""\u00e9\n\"<&>'""#
-        );
+        assert_eq!(render("{{ v.a | tojson(ensure_ascii=true) }}", v).unwrap(), r#""\u00e9\n\"<&>'""#);
         assert_eq!(
             render("{{ v | tojson(separators=(',', ':'), sort_keys=true) }}", v).unwrap(),
             r#"{"a":"é\n\"<&>'","b":[1,2.5,1e+20,1e-07,[],{}],"n":null,"t":true}"#
         );
         assert_eq!(
-            render(
-                "{{ v | tojson(indent=2) }}",
-                r#"{"v":{"a":[1,{"b":[]}],"c":{}}}"#
-            )
-            .unwrap(),
+            render("{{ v | tojson(indent=2) }}", r#"{"v":{"a":[1,{"b":[]}],"c":{}}}"#).unwrap(),
             "{\n  \"a\": [\n    1,\n    {\n      \"b\": []\n    }\n  ],\n  \"c\": {}\n}"
         );
     }
@@ -243,34 +214,18 @@ mod tests {
             ("{{ s.strip() }}|{{ s|trim }}", "Ab|Ab"),
             ("{{ n }} {{ t }} {{ f }} {{ missing }}", "None True 1.0 "),
             ("{% for m in l[1:] %}{{ m.k }}{% endfor %}", "y"),
-            (
-                "{% for m in l %}{% if loop.first %}{% continue %}{% endif %}{{ m['k'] }}{% break %}{% endfor %}",
-                "y",
-            ),
-            (
-                "{% set ns = namespace(x=1) %}{% for m in l %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}",
-                "3",
-            ),
+            ("{% for m in l %}{% if loop.first %}{% continue %}{% endif %}{{ m['k'] }}{% break %}{% endfor %}", "y"),
+            ("{% set ns = namespace(x=1) %}{% for m in l %}{% set ns.x = ns.x + 1 %}{% endfor %}{{ ns.x }}", "3"),
             ("  {% if true %}\nA\n  {% endif %}\nB\n", "A\nB"),
-            (
-                "{{ 'a' if s is string and l is not string and n is none else 'b' }}",
-                "a",
-            ),
+            ("{{ 'a' if s is string and l is not string and n is none else 'b' }}", "a"),
             ("{{ s.split('b')[0] + s.lower() ~ 1 }}", " A ab 1"),
         ] {
             assert_eq!(render(source, v).unwrap(), expected, "{source}");
         }
         let e = render("a\n{{ raise_exception('no system turns') }}", "{}").unwrap_err();
         assert_eq!(e, "no system turns (line 2 of the template)");
-        assert_eq!(
-            render("{{ strftime_now('%Y') | length }}", "{}").unwrap(),
-            "4"
-        );
-        assert!(
-            render("{{ strftime_now('%!') }}", "{}")
-                .unwrap_err()
-                .contains("bad format")
-        );
+        assert_eq!(render("{{ strftime_now('%Y') | length }}", "{}").unwrap(), "4");
+        assert!(render("{{ strftime_now('%!') }}", "{}").unwrap_err().contains("bad format"));
         let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{{ b }}{% endfor %}{% endfor %}";
         assert!(render(endless, "{}").is_err());
     }

@@ -60,18 +60,14 @@ impl HfTextTokenizer {
         tokenizer.with_truncation(None)?;
         tokenizer.with_padding(None);
         let eos_id = match &eos_token {
-            Some(token) => Some(tokenizer.token_to_id(token).ok_or_else(|| {
-                format!("eos_token `{token}` is not in the tokenizer's vocabulary")
-            })?),
+            Some(token) => Some(
+                tokenizer
+                    .token_to_id(token)
+                    .ok_or_else(|| format!("eos_token `{token}` is not in the tokenizer's vocabulary"))?,
+            ),
             None => None,
         };
-        Ok(Self {
-            tokenizer,
-            eos_id,
-            bos_token,
-            eos_token,
-            chat_template,
-        })
+        Ok(Self { tokenizer, eos_id, bos_token, eos_token, chat_template })
     }
 
     /// The tokenizer inside.
@@ -82,20 +78,12 @@ impl HfTextTokenizer {
 
 impl TextTokenizer for HfTextTokenizer {
     fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
-        Ok(self
-            .tokenizer
-            .encode_fast(text, add_special)?
-            .get_ids()
-            .to_vec())
+        Ok(self.tokenizer.encode_fast(text, add_special)?.get_ids().to_vec())
     }
 
     fn encode_with_spans(&self, text: &str) -> Result<TokenSpans, TokenizerError> {
         let encoding = self.tokenizer.encode(text, false)?;
-        let spans = encoding
-            .get_offsets()
-            .iter()
-            .map(|&(from, to)| from..to)
-            .collect();
+        let spans = encoding.get_offsets().iter().map(|&(from, to)| from..to).collect();
         Ok((encoding.get_ids().to_vec(), spans))
     }
 

@@ -1,17 +1,9 @@
 //! Shared by the data tests: the tiny tokenizer, and files in a temporary folder.
-#![allow(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    dead_code,
-    unreachable_pub
-)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, dead_code, unreachable_pub)]
 
 use std::path::PathBuf;
 
-use peft_train::data::{
-    DataError, DataSpec, Dataset, EncodeOptions, Format, HfTextTokenizer, TextTokenizer,
-};
+use peft_train::data::{DataError, DataSpec, Dataset, EncodeOptions, Format, HfTextTokenizer, TextTokenizer};
 
 /// What `fixtures/make_data_chat.py` wrote.
 pub fn fixture() -> serde_json::Value {
@@ -22,13 +14,7 @@ pub fn fixture() -> serde_json::Value {
 pub fn tokenizer(chat_template: Option<&str>) -> HfTextTokenizer {
     let json = fixture()["tokenizer"].to_string();
     let inner = tokenizers::Tokenizer::from_bytes(json).unwrap();
-    HfTextTokenizer::new(
-        inner,
-        Some("<s>".into()),
-        Some("</s>".into()),
-        chat_template.map(str::to_string),
-    )
-    .unwrap()
+    HfTextTokenizer::new(inner, Some("<s>".into()), Some("</s>".into()), chat_template.map(str::to_string)).unwrap()
 }
 
 /// Template in ChatML's style.
@@ -48,11 +34,7 @@ impl Folder {
     }
 }
 
-pub fn load(
-    path: &std::path::Path,
-    options: &EncodeOptions,
-    format: Option<Format>,
-) -> Result<Dataset, DataError> {
+pub fn load(path: &std::path::Path, options: &EncodeOptions, format: Option<Format>) -> Result<Dataset, DataError> {
     let tokenizer = tokenizer(Some(CHATML));
     Dataset::load(&DataSpec::from(path), format, Some(&tokenizer), options).map(|(d, _)| d)
 }
