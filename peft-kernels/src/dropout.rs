@@ -106,36 +106,38 @@ impl Mask {
 #[inline(always)]
 fn words(stream: &Stream, block: u64) -> [u32; GROUP] {
     const N: usize = GROUP / 4;
-    let mut c = [[0u32; N]; 4];
+    let mut c = [[0u64; N]; 4];
     for i in 0..N {
         let b = block.wrapping_add(i as u64);
-        c[0][i] = b as u32;
-        c[1][i] = (b >> 32) as u32;
+        c[0][i] = b;
+        c[1][i] = b >> 32;
     }
-    c[2] = [stream.step; N];
-    c[3] = [stream.site; N];
+    c[2] = [u64::from(stream.step); N];
+    c[3] = [u64::from(stream.site); N];
     philox_lanes(&mut c, [stream.seed as u32, (stream.seed >> 32) as u32]);
     let mut out = [0u32; GROUP];
     for i in 0..N {
         for j in 0..4 {
-            out[4 * i + j] = c[j][i];
+            out[4 * i + j] = c[j][i] as u32;
         }
     }
     out
 }
 
-/// `philox4x32` on many counters at once; `c[word][lane]`.
+/// `philox4x32` on many counters at once; `c[word][lane]`, in 64 bits of which the upper half is ignored: that is what
+/// the processor's widening multiplication takes, so that no word moves between lanes.
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
-fn philox_lanes<const N: usize>(c: &mut [[u32; N]; 4], mut key: [u32; 2]) {
+fn philox_lanes<const N: usize>(c: &mut [[u64; N]; 4], mut key: [u32; 2]) {
+    const LOW: u64 = 0xffff_ffff;
     for _ in 0..10 {
         for i in 0..N {
-            let p0 = 0xD251_1F53_u64 * u64::from(c[0][i]);
-            let p1 = 0xCD9E_8D57_u64 * u64::from(c[2][i]);
-            c[0][i] = (p1 >> 32) as u32 ^ c[1][i] ^ key[0];
-            c[1][i] = p1 as u32;
-            c[2][i] = (p0 >> 32) as u32 ^ c[3][i] ^ key[1];
-            c[3][i] = p0 as u32;
+            let p0 = 0xD251_1F53 * (c[0][i] & LOW);
+            let p1 = 0xCD9E_8D57 * (c[2][i] & LOW);
+            c[0][i] = (p1 >> 32) ^ c[1][i] ^ u64::from(key[0]);
+            c[1][i] = p1;
+            c[2][i] = (p0 >> 32) ^ c[3][i] ^ u64::from(key[1]);
+            c[3][i] = p0;
         }
         key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
     }
@@ -186,7 +188,7 @@ mod tests {
         }
         let mut c = [[1, 2], [3, 4], [5, 6], [7, 8]];
         philox_lanes(&mut c, [9, 10]);
-        assert_eq!([c[0][1], c[1][1], c[2][1], c[3][1]], philox4x32([2, 4, 6, 8], [9, 10]));
+        assert_eq!(c.map(|word| word[1] as u32), philox4x32([2, 4, 6, 8], [9, 10]));
     }
 
     #[test]
