@@ -433,26 +433,31 @@ mod tests {
             assert!(!bytes.is_empty() && bytes.chunks(8).all(|chunk| chunk == &bytes[..8]), "torn file");
             bytes[..8].to_vec()
         };
-        for round in 0..25u64 {
+        for round in 0..30u64 {
             let mut child = std::process::Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "atomic::tests::child_that_writes_for_ever"])
                 .env(CHILD, dir.path())
                 .stdout(std::process::Stdio::null())
                 .spawn()
                 .unwrap();
-            std::thread::sleep(Duration::from_millis(12 + round * 7 % 40));
+            // Kill at another moment each time, but never before the child has replaced both at least once.
+            let written = |name: &str| fs::metadata(dir.path().join(name)).and_then(|m| m.modified()).ok();
+            let before = (written("ck"), written("state"));
+            let started = std::time::Instant::now();
+            while written("ck") == before.0 || written("state") == before.1 || written("state").is_none() {
+                assert!(started.elapsed() < Duration::from_secs(60), "the child writes nothing");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            std::thread::sleep(Duration::from_micros(round * 1_370 % 23_000));
             child.kill().unwrap();
             child.wait().unwrap();
-            if let Ok(bytes) = fs::read(dir.path().join("state")) {
-                assert_eq!(bytes.len(), 40_000);
-                whole(&bytes);
-            }
+            let bytes = fs::read(dir.path().join("state")).unwrap();
+            assert_eq!(bytes.len(), 40_000);
+            whole(&bytes);
             let folder = dir.path().join("ck");
-            if folder.exists() {
-                assert_eq!(entries(&folder), ["f0", "f1", "f2", "f3"]);
-                let rounds: Vec<_> = (0..4).map(|f| whole(&fs::read(folder.join(format!("f{f}"))).unwrap())).collect();
-                assert!(rounds.iter().all(|r| *r == rounds[0]), "a mixed folder");
-            }
+            assert_eq!(entries(&folder), ["f0", "f1", "f2", "f3"]);
+            let rounds: Vec<_> = (0..4).map(|f| whole(&fs::read(folder.join(format!("f{f}"))).unwrap())).collect();
+            assert!(rounds.iter().all(|r| *r == rounds[0]), "a mixed folder");
             assert!(entries(dir.path()).len() <= 4, "leftovers pile up: {:?}", entries(dir.path()));
         }
         write_file(dir.path().join("state"), b"end").unwrap();

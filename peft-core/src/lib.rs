@@ -25,7 +25,7 @@ pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm};
 pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
-pub use set::{Adapter, AdapterSet, SiteAdapter, SiteModule};
+pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable};
 
 pub use peft_kernels as kernels;

@@ -22,6 +22,21 @@ pub trait PeftModule: Send + Sync + Debug {
     /// The trainable parameters, in the order in which they are stored.
     fn parameters(&self) -> Vec<&Parameter>;
 
+    /// Tensors that belong to the module and are not trained, such as the part of the base weight that PiSSA starts from.
+    /// Checkpoints hold them beside the parameters, so that a run goes on bit by bit.
+    fn frozen(&self) -> Vec<&Parameter> {
+        Vec::new()
+    }
+
+    /// The tensors that other programs are given, by their keys in the adapter file: the parameters, unless a method's
+    /// file form differs from what it trains.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(self.parameters().into_iter().map(|p| (p.name().to_string(), p.value())).collect())
+    }
+
     /// What merging does to the base layer, in `f32`.
     ///
     /// # Errors

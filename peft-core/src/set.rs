@@ -43,6 +43,20 @@ impl SiteModule {
             Self::Norm(m) => m.parameters(),
         }
     }
+
+    fn frozen(&self) -> Vec<&Parameter> {
+        match self {
+            Self::Linear(m) => m.frozen(),
+            Self::Embedding(_) | Self::Norm(_) => Vec::new(),
+        }
+    }
+
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Linear(m) => m.exported(),
+            _ => Ok(self.parameters().into_iter().map(|p| (p.name().to_string(), p.value())).collect()),
+        }
+    }
 }
 
 /// What one adapter does at one site.
@@ -93,6 +107,9 @@ impl SiteAdapter {
     }
 }
 
+/// Config and named tensors of an adapter as other programs read it.
+pub type Exported = (Map<String, Value>, Vec<(String, Tensor)>);
+
 /// One adapter: a method's modules at the sites of one base model, and the config that made them.
 #[derive(Debug)]
 pub struct Adapter {
@@ -100,13 +117,14 @@ pub struct Adapter {
     pub config: Map<String, Value>,
     sites: Vec<Option<SiteAdapter>>,
     constants: Vec<(String, Tensor)>,
+    export_keys: Map<String, Value>,
 }
 
 impl Adapter {
     /// An adapter with nothing in it, for a model with these sites.
     #[must_use]
     pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
-        Self { config, sites: (0..sites.len()).map(|_| None).collect(), constants: Vec::new() }
+        Self { config, sites: (0..sites.len()).map(|_| None).collect(), constants: Vec::new(), export_keys: Map::new() }
     }
 
     /// Puts `adapter` at a site.
@@ -128,6 +146,11 @@ impl Adapter {
     /// adapted embedding.
     pub fn add_constant(&mut self, key: impl Into<String>, value: Tensor) {
         self.constants.push((key.into(), value));
+    }
+
+    /// Sets a key that [`Adapter::exported`] puts in place of the config's own.
+    pub fn set_export_key(&mut self, key: impl Into<String>, value: Value) {
+        self.export_keys.insert(key.into(), value);
     }
 
     /// What this adapter does at a site.
@@ -153,11 +176,37 @@ impl Adapter {
         self.parameters().iter().map(|p| p.elem_count()).sum()
     }
 
-    /// All tensors that the adapter's file holds: parameters and constants.
+    /// The modules' tensors that are not trained and that a checkpoint restores ([`PeftModule::frozen`]).
+    #[must_use]
+    pub fn frozen(&self) -> Vec<&Parameter> {
+        self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen).collect()
+    }
+
+    /// The whole state, as a checkpoint holds it: parameters, frozen tensors and constants.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let parameters = self.parameters().into_iter().map(|p| (p.name().to_string(), p.value()));
+        let parameters = self.parameters().into_iter().chain(self.frozen());
+        let parameters = parameters.map(|p| (p.name().to_string(), p.value()));
         parameters.chain(self.constants.iter().cloned()).collect()
+    }
+
+    /// Config and tensors of the adapter as other programs read it. The same as [`Adapter::config`] and
+    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn exported(&self) -> Result<Exported> {
+        let mut config = self.config.clone();
+        config.extend(self.export_keys.iter().map(|(k, v)| (k.clone(), v.clone())));
+        let mut tensors = Vec::new();
+        for (_, site) in self.touched() {
+            if let Some(module) = &site.module {
+                tensors.extend(module.exported()?);
+            }
+            tensors.extend(site.bias.iter().map(|b| (b.name().to_string(), b.value())));
+        }
+        tensors.extend(self.constants.iter().cloned());
+        Ok((config, tensors))
     }
 
     /// The lowest segment in which this adapter has a parameter: the backward pass stops there.

@@ -1,7 +1,7 @@
 //! A frozen weight matrix: how it is stored, and the two products that training needs of it.
 
 use std::borrow::Cow;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{DType, Device, Result, Tensor};
@@ -24,6 +24,7 @@ pub struct FrozenWeight {
     storage: WeightStorage,
     out_features: usize,
     in_features: usize,
+    square_norms: Arc<OnceLock<Tensor>>,
 }
 
 /// The kinds of storage of a [`FrozenWeight`].
@@ -46,7 +47,7 @@ impl FrozenWeight {
             candle_core::bail!("a frozen weight is f32, f16 or bf16, not {:?}", weight.dtype());
         }
         let storage = WeightStorage::Dense(weight.detach().contiguous()?);
-        Ok(Self { storage, out_features, in_features })
+        Ok(Self { storage, out_features, in_features, square_norms: Arc::default() })
     }
 
     /// A weight `[out, in]` in GGUF blocks, whose rows are whole blocks.
@@ -58,7 +59,7 @@ impl FrozenWeight {
         if !in_features.is_multiple_of(weight.dtype().block_size()) {
             candle_core::bail!("rows of {in_features} elements are not whole {:?} blocks", weight.dtype());
         }
-        Ok(Self { storage: WeightStorage::Gguf(weight), out_features, in_features })
+        Ok(Self { storage: WeightStorage::Gguf(weight), out_features, in_features, square_norms: Arc::default() })
     }
 
     /// Rows of the matrix: the size of the output.
@@ -134,8 +135,8 @@ impl FrozenWeight {
         }
         let mut out = vec![0f32; ids.len() * self.in_features];
         if self.in_features > 0 {
-            let rows = out.chunks_mut(self.in_features).zip(ids);
-            rows.map(|(row, &id)| self.widen(id as usize, row)).collect::<Result<()>>()?;
+            let mut rows = out.chunks_mut(self.in_features).zip(ids);
+            rows.try_for_each(|(row, &id)| self.widen(id as usize, row))?;
         }
         cpu::tensor(out, (ids.len(), self.in_features))
     }
@@ -170,11 +171,19 @@ impl FrozenWeight {
         dy.detach().matmul(&self.to_dense(dy.dtype())?)
     }
 
-    /// `Σ_j W[i, j]²` for every row `i`, as `[out]` in `f32`.
+    /// `Σ_j W[i, j]²` for every row `i`, as `[out]` in `f32`. Computed on first use and kept: the weight never changes.
     ///
     /// # Errors
     /// When the weight cannot be read.
     pub fn row_square_norms(&self) -> Result<Tensor> {
+        if let Some(norms) = self.square_norms.get() {
+            return Ok(norms.clone());
+        }
+        let norms = self.compute_row_square_norms()?.detach();
+        Ok(self.square_norms.get_or_init(|| norms).clone())
+    }
+
+    fn compute_row_square_norms(&self) -> Result<Tensor> {
         if !self.device().is_cpu() {
             return self.to_dense(DType::F32)?.sqr()?.sum(1);
         }
@@ -322,7 +331,11 @@ mod tests {
                     close(&name, &w.matmul(&dy).unwrap(), &dy.matmul(&dense).unwrap(), 1e-4).unwrap();
                 }
                 let norms = dense.sqr().unwrap().sum(1).unwrap();
-                close("norms", &w.row_square_norms().unwrap(), &norms, 1e-5).unwrap();
+                let first = w.row_square_norms().unwrap();
+                close("norms", &first, &norms, 1e-5).unwrap();
+                // Kept, and shared with clones: DoRA asks for them in every forward pass.
+                assert_eq!(w.clone().row_square_norms().unwrap().id(), first.id());
+                close("kept norms", &first, &w.compute_row_square_norms().unwrap(), 0.0).unwrap();
                 let ids = [0, out as u32 - 1, out as u32 / 2];
                 let index = Tensor::new(&ids[..], &Device::Cpu).unwrap();
                 close("rows", &w.rows(&ids).unwrap(), &dense.index_select(&index, 0).unwrap(), 0.0).unwrap();

@@ -62,6 +62,11 @@ impl LoraConfig {
             config.insert("task_type".into(), "CAUSAL_LM".into());
         }
         let mut adapter = Adapter::new(config, &sites);
+        if self.init.subtracts() {
+            for (key, value) in self.doubled() {
+                adapter.set_export_key(key, value);
+            }
+        }
         let builder = Builder { config: self, base, seed };
 
         let mut adapted = HashSet::new();
@@ -138,9 +143,17 @@ impl Builder<'_> {
     fn linear(&self, site: &Site, layer: &FrozenLinear, r: usize, scale: f32) -> Result<LoraLinear> {
         let config = self.config;
         let stream = Stream { seed: self.seed, step: 0, site: site.id.0 };
-        let start = config.init.start(layer, r, stream, self.base.device())?;
+        let start = config.init.start(layer, r, f64::from(scale), stream, self.base.device())?;
+        let subtracted = if config.init.subtracts() {
+            let a = self.parameter(site, "lora_A_initial.weight", &start.a, Role::Plain)?;
+            Some((a, self.parameter(site, "lora_B_initial.weight", &start.b, Role::Plain)?))
+        } else {
+            None
+        };
         let a_role = if config.init.starts_at_zero() { Role::ZeroAtStart } else { Role::Plain };
         let magnitude = if config.use_dora {
+            // What a start puts into A and B beyond zero it takes out of the base, so that the sum is W again.
+            let scale = if subtracted.is_some() { 0.0 } else { scale };
             let norm = dora::weight_norm(layer.weight(), &start.a, &start.b, scale)?;
             Some(self.parameter(site, "lora_magnitude_vector", &norm, Role::NoDecay)?)
         } else {
@@ -157,6 +170,7 @@ impl Builder<'_> {
             b: self.parameter(site, "lora_B.weight", &start.b, Role::LoraB)?,
             b_bias,
             magnitude,
+            subtracted,
             scale,
             dropout: config.lora_dropout,
         })
@@ -164,6 +178,13 @@ impl Builder<'_> {
 
     /// On an embedding PEFT starts A at zero and B from a standard normal.
     fn embedding(&self, site: &Site, layer: &FrozenEmbedding, r: usize, scale: f32) -> Result<LoraEmbedding> {
+        if self.config.init.subtracts() {
+            return Err(Error::config(
+                "init_lora_weights",
+                "starts from the weights of linear layers, and this is an embedding: leave it out of target_modules, or use \
+                 init_lora_weights = true",
+            ));
+        }
         let (vocab, dim) = (layer.weight().out_features(), layer.weight().in_features());
         let stream = Stream { seed: self.seed, step: 0, site: site.id.0 };
         let a = Tensor::zeros((r, vocab), DType::F32, &candle_core::Device::Cpu)?;

@@ -97,7 +97,7 @@ impl LoraConfig {
     /// # Errors
     /// A value of the wrong type or out of range; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        Self::parse(config)
+        Self::parse(config, Init::of_file)
     }
 
     /// Reads the `[method]` table of a recipe: PEFT's keys, where an unknown one is an error with the nearest known.
@@ -112,10 +112,10 @@ impl LoraConfig {
                 return Err(Error::config(key, format!("is not a key of method lora{near}")));
             }
         }
-        Self::parse(config)
+        Self::parse(config, Init::parse)
     }
 
-    fn parse(config: &Map<String, Value>) -> Result<Self> {
+    fn parse(config: &Map<String, Value>, init: fn(Option<&Value>) -> Result<Init>) -> Result<Self> {
         let get = |key: &str| config.get(key).filter(|v| !v.is_null());
         let flag = |key: &str| match get(key) {
             None => Ok(false),
@@ -162,12 +162,16 @@ impl LoraConfig {
             use_rslora: flag("use_rslora")?,
             use_dora: flag("use_dora")?,
             lora_bias: flag("lora_bias")?,
-            init: Init::parse(get("init_lora_weights"))?,
+            init: init(get("init_lora_weights"))?,
             trainable_tokens: get("trainable_token_indices").map(parse_tokens).transpose()?,
             raw: config.clone(),
         };
         if parsed.use_dora && parsed.lora_bias {
             return Err(Error::config("lora_bias", "cannot be combined with use_dora"));
+        }
+        if parsed.lora_bias && !matches!(parsed.init, Init::Default | Init::Random) {
+            // PEFT refuses to load such a config.
+            return Err(Error::config("lora_bias", "goes with init_lora_weights = true or false only"));
         }
         Ok(parsed)
     }
@@ -176,6 +180,28 @@ impl LoraConfig {
     #[must_use]
     pub fn scale(&self, r: usize, alpha: f64) -> f64 {
         if self.use_rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 }
+    }
+
+    /// The keys of a config that change when PiSSA or OLoRA are written as a plain LoRA of twice the rank on the original
+    /// base, as PEFT's `path_initial_model_for_weight_conversion` does. Every alpha grows so that every scale stays: by 2,
+    /// or by √2 with rsLoRA; patterns likewise, which PEFT leaves out for rsLoRA.
+    #[must_use]
+    pub(crate) fn doubled(&self) -> Map<String, Value> {
+        let factor = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        let alpha = |alpha: f64| {
+            let alpha = alpha * factor;
+            // Whole numbers stay whole, as PEFT writes them.
+            if alpha.fract() == 0.0 && alpha.abs() < 1e15 { Value::from(alpha as i64) } else { Value::from(alpha) }
+        };
+        let ranks: Map<_, _> = self.targets.rank_pattern.iter().map(|(k, r)| (k.clone(), Value::from(2 * r))).collect();
+        let alphas: Map<_, _> = self.targets.alpha_pattern.iter().map(|(k, a)| (k.clone(), alpha(*a))).collect();
+        let mut keys = Map::new();
+        keys.insert("init_lora_weights".into(), true.into());
+        keys.insert("r".into(), (2 * self.r).into());
+        keys.insert("lora_alpha".into(), alpha(self.lora_alpha));
+        keys.insert("rank_pattern".into(), ranks.into());
+        keys.insert("alpha_pattern".into(), alphas.into());
+        keys
     }
 
     /// The config as PEFT writes it: its keys and defaults, ours where given. `target_modules` are the names that were
@@ -234,6 +260,38 @@ mod tests {
         assert_eq!(rs.scale(4, 8.0), 4.0);
     }
 
+    /// What PEFT starts from data may be read, since the file holds the result; what changed the base may not.
+    #[test]
+    fn files_of_other_initialisations() {
+        let read = |name: &str| {
+            let Value::Object(map) = json!({ "init_lora_weights": name }) else { unreachable!() };
+            LoraConfig::from_adapter_config(&map)
+        };
+        assert_eq!(read("eva").unwrap().init, Init::Default);
+        assert_eq!(read("pissa_niter_4").unwrap().init, Init::Pissa { iterations: Some(4) });
+        for name in ["corda", "loftq", "lora_ga"] {
+            let e = read(name).unwrap_err().to_string();
+            assert!(e.contains("path_initial_model_for_weight_conversion"), "{e}");
+        }
+    }
+
+    #[test]
+    fn doubling_keeps_every_scale() {
+        for rslora in [false, true] {
+            let c = parse(&format!(
+                r#"{{"r": 6, "lora_alpha": 9, "use_rslora": {rslora}, "rank_pattern": {{"q_proj": 4}},
+                    "alpha_pattern": {{"q_proj": 2.5}}, "init_lora_weights": "pissa"}}"#
+            ))
+            .unwrap();
+            let mut map = c.to_adapter_config(None);
+            map.extend(c.doubled());
+            let d = LoraConfig::from_adapter_config(&map).unwrap();
+            assert_eq!((d.r, d.targets.rank_pattern[0].1, d.init), (12, 8, Init::Default));
+            assert!((d.scale(12, d.lora_alpha) - c.scale(6, 9.0)).abs() < 1e-12);
+            assert!((d.scale(8, d.targets.alpha_pattern[0].1) - c.scale(4, 2.5)).abs() < 1e-12);
+        }
+    }
+
     #[test]
     fn wrong_values_name_the_key() {
         for (text, expect) in [
@@ -246,6 +304,11 @@ mod tests {
             (r#"{"use_qalora": true}"#, "use_qalora"),
             (r#"{"trainable_token_indices": [1, 1]}"#, "twice"),
             (r#"{"init_lora_weights": "psisa"}"#, "pissa"),
+            (r#"{"init_lora_weights": "pissa_niter_x"}"#, "pissa_niter_16"),
+            (r#"{"init_lora_weights": "eva"}"#, "pissa_niter_16"),
+            (r#"{"init_lora_weights": "loftq"}"#, "GGUF"),
+            (r#"{"init_lora_weights": "corda"}"#, "not built here"),
+            (r#"{"init_lora_weights": "orthogonal", "lora_bias": true}"#, "lora_bias"),
         ] {
             let e = parse(text).unwrap_err().to_string();
             assert!(e.contains(expect), "{text}: {e}");

@@ -2,7 +2,7 @@
 LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
-modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA), [`LoraEmbedding`], [`TrainedTokens`].
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA and OLoRA as starts), [`LoraEmbedding`], [`TrainedTokens`].
 */
 
 mod build;
@@ -10,6 +10,7 @@ mod config;
 mod dora;
 mod embedding;
 mod init;
+mod linalg;
 mod linear;
 
 pub use build::{Built, candidates, describe};

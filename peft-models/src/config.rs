@@ -17,6 +17,8 @@ use crate::rope::RopeScaling;
 mod gguf;
 mod hf;
 
+pub(crate) use gguf::GgufDescription;
+
 /// Why a model configuration was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {

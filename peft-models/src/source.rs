@@ -68,7 +68,7 @@ impl<'a> SafetensorsSource<'a> {
     fn read(&self, name: &str, dims: &[usize], dtype: DType) -> Result<Tensor> {
         let shape = self.checkpoint.shape(name)?;
         if shape != dims {
-            return Err(shape_error(name, &shape, dims.to_vec()));
+            return Err(shape_error(name, shape, dims.to_vec()));
         }
         self.checkpoint.tensor_as(name, dtype, &self.placement.device)
     }

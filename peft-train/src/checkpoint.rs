@@ -60,7 +60,7 @@ pub fn save(
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
-        write_adapter_files(tmp, adapter)?;
+        write_files(tmp, adapter.config.clone(), &adapter.tensors())?;
         let tensors = optimizer.state().map_err(|e| Error::msg(e.to_string()))?;
         let refs = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect::<Vec<_>>();
         write_safetensors(tmp.join(OPTIMIZER), refs, &std::collections::BTreeMap::new())?;
@@ -76,13 +76,17 @@ pub fn save(
     Ok(target)
 }
 
-/// Writes the adapter as PEFT does.
+/// Writes the adapter as PEFT does, in the form that loads on the original base ([`Adapter::exported`]).
 ///
 /// # Errors
 /// When the disk refuses.
 pub fn write_adapter_files(dir: &Path, adapter: &Adapter) -> Result<()> {
-    let tensors = adapter.tensors();
-    write_adapter(dir, &AdapterConfig::new(adapter.config.clone())?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
+    let (config, tensors) = adapter.exported()?;
+    write_files(dir, config, &tensors)
+}
+
+fn write_files(dir: &Path, config: serde_json::Map<String, serde_json::Value>, tensors: &[(String, Tensor)]) -> Result<()> {
+    write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }
 
 /// The complete checkpoints of an output folder with their steps, oldest first.
@@ -131,7 +135,7 @@ pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, finger
     let expected: Vec<_> =
         adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
     let tensors = files.load(&expected, &Device::Cpu)?;
-    for parameter in adapter.parameters() {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

@@ -122,7 +122,8 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         .tensors()
         .iter()
         .map(|(key, t)| match constants.contains(key) {
-            // PEFT decides from the targets whether to save a base table; either is fine.
+            // PEFT decides from the targets whether to save a base table, and only our checkpoints hold PiSSA's start;
+            // either is fine, since both can be had from the base.
             true => ExpectedTensor::optional(key.clone(), t.dims().to_vec()),
             false => ExpectedTensor::required(key.clone(), t.dims().to_vec()),
         })
@@ -131,7 +132,7 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     for (key, value) in &tensors {
         peft_core::check_finite(key, value)?;
     }
-    for parameter in adapter.parameters() {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

@@ -12,6 +12,14 @@ use crate::{
 /// Frequencies in `rope_freqs.weight` are at most this many.
 const MAX_FREQUENCIES: usize = 1 << 14;
 
+/// A configuration as GGUF has it.
+pub(crate) struct GgufDescription {
+    /// Keys and values.
+    pub(crate) metadata: Vec<(String, Value)>,
+    /// The tensor `rope_freqs.weight`, if rope scaling needs one.
+    pub(crate) frequency_factors: Option<Vec<f32>>,
+}
+
 impl From<GgufError> for ConfigError {
     fn from(error: GgufError) -> Self {
         match error {
@@ -125,9 +133,8 @@ impl DecoderConfig {
         .check(gguf.path())
     }
 
-    /// The metadata that describes this model to llama.cpp, and the frequency factors for `rope_freqs.weight` if rope
-    /// scaling needs them. The error is what GGUF cannot express.
-    pub(crate) fn to_gguf_metadata(&self) -> Result<(Vec<(String, Value)>, Option<Vec<f32>>), String> {
+    /// What describes this model to llama.cpp. The error is what GGUF cannot express.
+    pub(crate) fn to_gguf_metadata(&self) -> Result<GgufDescription, String> {
         let architecture = self.family.gguf_architecture;
         if self.hidden_act != self.family.hidden_act {
             return Err(format!(
@@ -193,7 +200,7 @@ impl DecoderConfig {
                 factors = Some(long.short_factor.iter().map(|factor| *factor as f32).collect());
             }
         }
-        Ok((entries, factors))
+        Ok(GgufDescription { metadata: entries, frequency_factors: factors })
     }
 
     /// What each plain frequency is divided by under `scaling`.

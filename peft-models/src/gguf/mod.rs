@@ -90,7 +90,7 @@ pub enum GgufError {
         /// The tensor.
         name: String,
         /// candle's error.
-        source: candle_core::Error,
+        source: Box<candle_core::Error>,
     },
 }
 
@@ -217,7 +217,7 @@ impl Gguf {
     pub fn quantized(&self, hf_name: &str, device: &Device) -> Result<Arc<QTensor>, GgufError> {
         let info = self.find(hf_name)?;
         let block_type = self.supported(info)?;
-        let candle = |source| GgufError::Candle { path: self.path.clone(), name: hf_name.into(), source };
+        let candle = |source| self.candle_error(hf_name, source);
         let bytes = aligned(self.bytes_in_hf_order(info, hf_name)?);
         let storage =
             QStorage::from_data(std::borrow::Cow::Borrowed(bytes.get()), device, block_type).map_err(candle)?;
@@ -238,7 +238,7 @@ impl Gguf {
     /// As [`Gguf::quantized`].
     pub fn dense_as(&self, hf_name: &str, dtype: DType, device: &Device) -> Result<Tensor, GgufError> {
         let info = self.find(hf_name)?;
-        let candle = |source| GgufError::Candle { path: self.path.clone(), name: hf_name.into(), source };
+        let candle = |source| self.candle_error(hf_name, source);
         let stored = match self.supported(info)? {
             GgmlDType::F32 => DType::F32,
             GgmlDType::F16 => DType::F16,
@@ -330,6 +330,10 @@ impl Gguf {
             return Err(GgufError::Tensor { path: self.path.clone(), name: info.name.clone(), reason });
         }
         Ok(Some(rows / heads))
+    }
+
+    fn candle_error(&self, name: &str, source: candle_core::Error) -> GgufError {
+        GgufError::Candle { path: self.path.clone(), name: name.into(), source: Box::new(source) }
     }
 
     fn metadata_error(&self, key: &str, reason: impl Into<String>) -> GgufError {

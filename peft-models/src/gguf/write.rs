@@ -26,7 +26,10 @@ use super::{
     names::{Projection, gguf_name, halved_row, permuted_projection},
     types::type_number,
 };
-use crate::{config::DecoderConfig, tokenizer::Tokenizer};
+use crate::{
+    config::{DecoderConfig, GgufDescription},
+    tokenizer::Tokenizer,
+};
 
 /// Element type to write matrices in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -135,7 +138,8 @@ pub fn write_gguf(
     let path = path.as_ref();
     let inexpressible = |reason: String| GgufError::Inexpressible { path: path.into(), reason };
     let planned = plan(config, tensors, options.weights).map_err(inexpressible)?;
-    let (mut metadata, factors) = config.to_gguf_metadata().map_err(inexpressible)?;
+    let GgufDescription { mut metadata, frequency_factors: factors } =
+        config.to_gguf_metadata().map_err(inexpressible)?;
     metadata.extend(general(options));
     let described = tokenizer.to_gguf_metadata(config.vocab_size).map_err(inexpressible)?;
     for (name, id) in [
@@ -165,7 +169,7 @@ pub fn write_gguf(
         }
         for tensor in &planned {
             let result = load(tensor.spec)
-                .map_err(|source| GgufError::Candle { path: path.into(), name: tensor.spec.name.clone(), source })
+                .map_err(|source| candle_error(path, &tensor.spec.name, source))
                 .and_then(|values| write_tensor(&mut out, tensor, &values, path));
             if let Err(error) = result {
                 failure = Some(error);
@@ -370,7 +374,7 @@ fn pad(out: &mut impl Write, written: u64) -> std::io::Result<()> {
 fn write_tensor(out: &mut impl Write, planned: &Planned<'_>, values: &Tensor, path: &Path) -> Result<(), GgufError> {
     let name = &planned.spec.name;
     let wrong = |reason: String| GgufError::Tensor { path: path.into(), name: name.clone(), reason };
-    let candle = |source| GgufError::Candle { path: path.into(), name: name.clone(), source };
+    let candle = |source| candle_error(path, name, source);
     if values.dims() != planned.spec.shape.as_slice() {
         return Err(wrong(format!("has shape {:?}, announced as {:?}", values.dims(), planned.spec.shape)));
     }
@@ -406,6 +410,10 @@ fn write_tensor(out: &mut impl Write, planned: &Planned<'_>, values: &Tensor, pa
         }
     }
     Ok(())
+}
+
+fn candle_error(path: &Path, name: &str, source: candle_core::Error) -> GgufError {
+    GgufError::Candle { path: path.into(), name: name.into(), source: Box::new(source) }
 }
 
 /// The bytes of rows `start..start + length` in an element type.
