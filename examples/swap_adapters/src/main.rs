@@ -104,7 +104,7 @@ fn adapters(root: &Path) -> Result<Vec<(String, PathBuf)>> {
     if named.is_empty() {
         named = TASKS.iter().map(|(name, ..)| (name.to_string(), root.join("target/quickstart").join(name))).collect();
     }
-    for (name, path) in named.iter().filter(|(_, p)| !p.join("adapter_config.json").is_file()) {
+    if let Some((name, path)) = named.iter().find(|(_, p)| !p.join("adapter_config.json").is_file()) {
         let recipe = TASKS.iter().find(|t| t.0 == name).map_or("YOUR-RECIPE.toml", |t| t.1);
         bail!(
             "no adapter in {}; train it first:\n  cargo run --release -p peft-cli -- train examples/quickstart/{recipe}",
