@@ -40,12 +40,12 @@ def questions_text(rng, pairs):
 
 
 KINDS = [
-    (32, stories.full_story),
+    (34, stories.full_story),
     (16, lambda rng: chat_text(stories.chat(rng))),
     (6, lambda rng: " ".join(stories.fact(rng) for _ in range(3 + rng.below(5)))),
     (5, lambda rng: questions_text(rng, [stories.question(rng) for _ in range(2 + rng.below(4))])),
     (13, reading_text),
-    (9, stories.lesson),
+    (5, stories.lesson),
     (5, stories.dialogue),
     (2, stories.listing),
     (2, stories.letter),
@@ -55,8 +55,14 @@ KINDS = [
 ]
 
 
+DRILLS = 2400
+
+
 def pretrain_rows(rng, count):
-    for _ in range(count):
+    """Drills first, then everything mixed: the order matters, pretrain.toml keeps it."""
+    for _ in range(DRILLS):
+        yield {"text": stories.drill(rng) + END}
+    for _ in range(count - DRILLS):
         yield {"text": rng.weighted(KINDS)(rng) + END}
 
 

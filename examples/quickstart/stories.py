@@ -1,7 +1,7 @@
 """Templates for stories, facts, dialogues, lists and chats. `{h}` is the hero, `{he}` the pronoun; `2` marks a second one."""
 
-from world import (ANIMALS, BOYS, GIRLS, COLOUR_OF, COLOURS, DAYS, FOODS, MONTHS, NUMBERS, OPPOSITES, PLACES, OBJECTS, article, fill, person,
-                   pronouns, scene, sentences, tidy)
+from world import (ANIMALS, BAD_FEELINGS, BOYS, COLOUR_OF, COLOURS, DAYS, DRINKS, FOODS, GIRLS, GOOD_FEELINGS, JOBS, MONTHS, NUMBERS,
+                   OBJECTS, OPPOSITES, PETS, PLACES, SIZES, WEATHER, article, fill, person, pronouns, scene, tidy)
 
 PERSON_OPENINGS = [
     "One {day} {time} {h} went to the {place}.",
@@ -241,11 +241,21 @@ def reading(rng):
     return text, pairs
 
 
+WORDS = (OBJECTS + FOODS + DRINKS + COLOURS + PLACES + list(ANIMALS) + DAYS + MONTHS + NUMBERS + BOYS + GIRLS + PETS + JOBS + SIZES +
+         GOOD_FEELINGS + BAD_FEELINGS + WEATHER)
+
+
+def drill(rng):
+    """Random words, three times over. A model learns from this, within some 150 steps, to look back for what came next the
+    last time (Olsson et al. 2022, "In-context Learning and Induction Heads"); from stories alone it takes many times longer."""
+    said = " ".join(rng.sample(WORDS, 14 + rng.below(8)))
+    return f"{said}.\n{said}.\n{said}."
+
+
 def lesson(rng):
-    """Somebody says words and somebody says them again: teaches looking back at what was said."""
-    words = OBJECTS + FOODS + COLOURS + PLACES + list(ANIMALS) + DAYS + MONTHS + NUMBERS + BOYS + GIRLS
+    """Somebody says words and somebody says them again."""
     env = scene(rng)
-    said = " ".join(rng.sample(words, 4 + rng.below(9)))
+    said = " ".join(rng.sample(WORDS, 4 + rng.below(9)))
     who = fill(rng.pick(["The teacher", "The {job}", "The {family} of {h2}"]), env, rng)
     return rng.pick([
         f'{who} said: "{said}." {env["h"]} said: "{said}." {env["h2"]} said: "{said}."',
@@ -327,6 +337,3 @@ def rhyme(rng):
     env = scene(rng)
     return "\n".join(fill(text, env, rng) for text in rng.sample(RHYMES, 1 + rng.below(3)))
 
-
-__all__ = ["story", "full_story", "fact", "question", "reading", "lesson", "listing", "letter", "dialogue", "chat", "pirates", "rhyme",
-           "happenings", "sentences"]
