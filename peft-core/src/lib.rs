@@ -1,1 +1,62 @@
-//! peft-core
+/*!
+Adapters over a frozen base model: sites, target matching, parameters, PEFT files and merging.
+
+A base model is immutable and shared. Every place that a method may touch is a [`Site`] with a dense [`SiteId`] and the
+path that transformers gives it. Adapters live apart, in an [`AdapterSet`] that a forward pass receives in its [`Ctx`]
+together with the [`Route`] that says which tokens use which adapter. Swapping publishes another `Arc<AdapterSet>`;
+nothing in the model changes, and no lock is taken.
+
+A method implements [`PeftModule`] for linear sites (and its sisters for embeddings and norms); this crate knows no
+method and no model.
+*/
+
+mod ctx;
+mod layers;
+mod module;
+mod param;
+mod saved;
+mod segmented;
+mod set;
+mod site;
+
+pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
+pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
+pub use param::{Parameter, Role};
+pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm};
+pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
+pub use set::{Adapter, AdapterSet, SiteAdapter, SiteModule};
+pub use site::{Site, SiteId, SiteKind, SiteTable};
+
+pub use peft_kernels as kernels;
+
+// Files, errors and target matching.
+pub mod adapter_config;
+pub mod adapter_file;
+pub mod adapter_keys;
+pub mod atomic;
+pub mod checkpoint;
+pub mod error;
+mod python_json;
+mod python_regex;
+pub mod safetensors_file;
+pub mod select;
+pub mod select_defaults;
+mod select_missed;
+mod select_modules;
+mod select_saved;
+pub mod select_spec;
+pub mod shard_writer;
+mod st_header;
+pub mod suggest;
+mod tensor_bytes;
+pub use adapter_config::AdapterConfig;
+pub use adapter_file::{AdapterFolder, ExpectedTensor, write_adapter};
+pub use checkpoint::Checkpoint;
+pub use error::{Context, Error, Result};
+pub use safetensors_file::{SafetensorsFile, write_safetensors};
+pub use select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, select};
+pub use select_spec::{TargetModules, TargetSpec};
+pub use shard_writer::{PlannedTensor, ShardWriter};
+pub use st_header::TensorMeta;
+pub use tensor_bytes::check_finite;

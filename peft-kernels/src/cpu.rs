@@ -73,7 +73,8 @@ pub(crate) fn for_row_blocks(out: &mut [f32], width: usize, cost: usize, f: impl
 }
 
 /// Threads that the kernels use: rayon's pool, whose size `RAYON_NUM_THREADS` sets.
-pub(crate) fn threads() -> usize {
+#[must_use]
+pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 

@@ -10,10 +10,41 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 `[tokens, hidden]`, the sequences of a batch one after another without padding.
 */
 
+mod activation;
+mod attention;
+mod bias;
 mod cpu;
+mod cross_entropy;
 mod diff_op;
+mod dropout;
+mod embedding;
+mod linear;
+mod lora;
+mod norm;
 mod philox;
+mod reduce;
+mod rotary;
+mod serving;
+mod simd;
+#[cfg(test)]
+mod test_support;
 pub mod testing;
+pub mod weight;
 
+pub use activation::{Activation, UnknownActivation, activation, gated_activation};
+pub use attention::{AttentionPlan, SequenceSpan, attention};
+pub use bias::{add_bias, scale_columns};
+pub use cpu::threads;
+pub use cross_entropy::{
+    CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,
+};
 pub use diff_op::seed;
+pub use dropout::dropout;
+pub use embedding::{embedding, replace_columns, replace_rows};
+pub use linear::{frozen_linear, trainable_linear};
+pub use lora::{Dropout, lora_delta, lora_linear};
+pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
+pub use rotary::{RotaryLayout, RotaryPlan, rotary};
+pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use weight::{FrozenWeight, WeightStorage};

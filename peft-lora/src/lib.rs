@@ -1,1 +1,21 @@
-//! peft-lora
+/*!
+LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
+
+[`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA and OLoRA as starts), [`LoraEmbedding`], [`TrainedTokens`].
+*/
+
+mod build;
+mod config;
+mod dora;
+mod embedding;
+mod init;
+mod linalg;
+mod linear;
+
+pub use build::{Built, candidates, describe};
+pub use config::{BiasTraining, LoraConfig, TrainableTokens};
+pub use dora::weight_norm;
+pub use embedding::{LoraEmbedding, TrainedTokens};
+pub use init::Init;
+pub use linear::LoraLinear;

@@ -1,1 +1,20 @@
-//! peft-train
+/*!
+Training: rows to tokens to batches, the block-wise step, optimisers, checkpoints and logs. Nothing here serves.
+*/
+
+pub mod audit;
+pub mod checkpoint;
+pub mod data;
+mod driver;
+pub mod early_stop;
+mod grads;
+pub mod log;
+pub mod methods;
+pub mod optim;
+pub mod recipe;
+pub mod schedule;
+mod trainer;
+
+pub use driver::{Checkpointing, Measured, evaluate, forward_backward, token_losses};
+pub use grads::Grads;
+pub use trainer::{Ended, Outcome, Plan, Trainer, best_folder, evaluate_dataset};

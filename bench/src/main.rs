@@ -1,0 +1,65 @@
+//! `peft-bench naive|step --model PATH`: one line of JSON with tokens a second, peak memory and the loss of step 1.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, anyhow};
+use clap::{Parser, ValueEnum};
+use peft_bench::{Settings, naive, ours};
+use peft_models::ModelFiles;
+
+/// As in `peft-cli`. Both steps get it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum What {
+    /// As one would write it in stock candle
+    Naive,
+    /// As peft-train makes it
+    Step,
+}
+
+/// Measure a LoRA training step (all linear layers of the blocks, AdamW) on random tokens.
+#[derive(Debug, Parser)]
+struct Args {
+    what: What,
+    /// A model folder or a .gguf file of the Llama family
+    #[arg(long)]
+    model: PathBuf,
+    /// Sequences a batch
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    /// Tokens a sequence
+    #[arg(long, default_value_t = 256)]
+    seq: usize,
+    /// Optimiser steps; the first is not timed
+    #[arg(long, default_value_t = 4)]
+    steps: usize,
+    /// LoRA rank
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    /// Recompute every block in the backward pass (step only)
+    #[arg(long)]
+    checkpointing: bool,
+    /// Hold weights as they lie in the file, not in f32 (step only)
+    #[arg(long)]
+    stored: bool,
+}
+
+/// The naive graph is as deep as the model, and candle walks it by recursion.
+const STACK_BYTES: usize = 256 << 20;
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let measured = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || -> Result<_> {
+        let files = ModelFiles::open(&args.model)?;
+        let Args { batch, seq, steps, rank, checkpointing, stored, .. } = args;
+        let settings = Settings { batch, seq, steps, rank, checkpointing, stored };
+        Ok(match args.what {
+            What::Naive => naive::run(&files, &settings)?.1,
+            What::Step => ours::run(&files, &settings)?.1,
+        })
+    })?;
+    println!("{}", measured.join().map_err(|_| anyhow!("the measuring thread panicked"))??);
+    Ok(())
+}

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+"""Make cases that peft-cli is compared with Hugging Face PEFT on: tiny random Llama models, LoRA adapters of every kind.
+
+    interop/cases.py OUT [--seed 0] [--only MODEL[/VARIANT],…]
+
+OUT/MODEL/base/               the model as transformers saves it
+OUT/MODEL/rows.jsonl          {"input_ids", "labels"}; labels are aligned with input_ids, -100 is not counted
+OUT/MODEL/VARIANT/adapter/    the adapter as peft saves it, moved away from its initial values
+OUT/MODEL/VARIANT/trained/    the same adapter after STEPS steps of AdamW
+OUT/MODEL/VARIANT/expected.json
+    base_loss, loss, merged_loss   mean negative log likelihood a counted token, over all rows; merged_loss is null where
+                                   peft cannot merge
+    tokens, rows                   how many count
+    train_losses, trained_loss     loss of each step (before its update), and over all rows after the last
+    batch_rows, learning_rate
+Runs on the CPU, without a network; the same seed gives the same cases.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import shutil
+import sys
+import warnings
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.filterwarnings("ignore")
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY = 101
+ROWS, BATCH_ROWS, STEPS, LEARNING_RATE = 24, 4, 6, 2e-3
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+LINEARS = ATTENTION + MLP
+
+# What differs from a small model with grouped-query attention; `file` keys are about how it is written.
+SHAPE = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2)
+MODELS = {
+    "llama": {},
+    "tied": dict(tie_word_embeddings=True, rope_theta=5e5),
+    "biased": dict(attention_bias=True, mlp_bias=True),
+    "mqa": dict(num_key_value_heads=1, rms_norm_eps=1e-5),
+    "mha": dict(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2),
+    # heads that do not add up to the hidden size, both ways
+    "head_dim": dict(head_dim=16, hidden_size=42),
+    "head_dim_small": dict(head_dim=6, tie_word_embeddings=True),
+    # scalings that reach into the bands that rows of this length use
+    "rope_llama3": dict(rope=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32), rope_theta=1e3),
+    "rope_yarn": dict(rope=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),
+    "rope_linear": dict(rope=dict(rope_type="linear", factor=2.5)),
+    # config.json as it was before transformers 5
+    "rope_llama3_old_file": dict(rope=dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32), rope_theta=1e3, file="old"),
+    "rope_yarn_old_file": dict(rope=dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0), file="old"),
+    "bf16": dict(file="bf16"),
+    "f16_tied": dict(file="f16", tie_word_embeddings=True),
+    "sharded": dict(file="sharded"),
+}
+
+VARIANTS = {
+    "lora": dict(r=4, lora_alpha=12, target_modules=ATTENTION),
+    "default_targets": dict(r=2),
+    "all_linear": dict(r=3, lora_alpha=7, target_modules="all-linear"),
+    "regex": dict(r=4, target_modules=r".*\.(0|2)\.(mlp\.(up|down)|self_attn\.[qv])_proj"),
+    "full_names": dict(r=4, target_modules=["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"]),
+    "exclude": dict(r=4, target_modules=LINEARS, exclude_modules=r".*layers\.1\..*|.*\.down_proj"),
+    "exclude_list": dict(r=4, target_modules=LINEARS, exclude_modules=["k_proj", "layers.2.mlp.gate_proj"]),
+    "layers": dict(r=4, target_modules=ATTENTION, layers_to_transform=[1]),
+    "layers_pattern": dict(r=4, target_modules=MLP, layers_to_transform=[0, 2], layers_pattern="layers"),
+    "rank_pattern": dict(r=4, lora_alpha=8, target_modules=LINEARS, rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 6}, alpha_pattern={"down_proj": 32, r"^model\.layers\.0\..*v_proj": 5}),
+    "rslora": dict(r=6, lora_alpha=9, use_rslora=True, target_modules=LINEARS),
+    "rslora_rank_pattern": dict(r=4, lora_alpha=6, use_rslora=True, target_modules=ATTENTION, rank_pattern={"v_proj": 9}),
+    "dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=ATTENTION),
+    "dora_all": dict(r=3, lora_alpha=6, use_dora=True, target_modules=LINEARS, use_rslora=True),
+    "dora_rank_pattern": dict(r=4, lora_alpha=8, use_dora=True, target_modules=LINEARS, rank_pattern={"o_proj": 1, "gate_proj": 7}, alpha_pattern={"k_proj": 2}),
+    "lora_bias": dict(r=4, lora_alpha=6, lora_bias=True, target_modules=ATTENTION),
+    "bias_lora_only": dict(r=4, target_modules=["q_proj", "down_proj"], bias="lora_only"),
+    "bias_all": dict(r=4, target_modules=["q_proj", "down_proj"], bias="all"),
+    "embeddings": dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"]),
+    "embeddings_dora": dict(r=4, lora_alpha=6, target_modules=["embed_tokens", "v_proj"], use_dora=True),
+    "head": dict(r=4, lora_alpha=6, target_modules=["lm_head", "q_proj"]),
+    "head_dora": dict(r=4, target_modules=["lm_head"], use_dora=True),
+    "save_head": dict(r=4, target_modules=ATTENTION, modules_to_save=["lm_head"]),
+    "save_embeddings": dict(r=4, target_modules=ATTENTION, modules_to_save=["embed_tokens"]),
+    "save_norm": dict(r=4, target_modules=["v_proj"], modules_to_save=["post_attention_layernorm"]),
+    "tokens": dict(r=4, target_modules=ATTENTION, trainable_token_indices=[3, 7, 11]),
+    "rank_1": dict(r=1, lora_alpha=1, target_modules=["o_proj"]),
+    "rank_over_width": dict(r=64, lora_alpha=32, target_modules=["k_proj", "up_proj"]),
+}
+
+# The plain model gets every variant; the others those that their peculiarity can spoil.
+PLAN = {
+    "llama": list(VARIANTS),
+    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings"],
+    "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear"],
+    "mqa": ["all_linear", "dora"],
+    "mha": ["lora", "save_norm"],
+    "head_dim": ["all_linear", "dora_all"],
+    "head_dim_small": ["lora", "tokens"],
+    "rope_llama3": ["lora"],
+    "rope_yarn": ["lora"],
+    "rope_linear": ["lora"],
+    "rope_llama3_old_file": ["lora"],
+    "rope_yarn_old_file": ["lora"],
+    "bf16": ["all_linear", "dora", "embeddings", "save_head"],
+    "f16_tied": ["lora", "tokens"],
+    "sharded": ["lora", "save_head"],
+}
+
+
+def make_model(name, folder):
+    """Write a random model, and return it as it is read back (bf16 files as f32)."""
+    special = dict(MODELS[name])
+    file, rope = special.pop("file", ""), special.pop("rope", None)
+    theta = special.pop("rope_theta", 1e4)
+    settings = {**SHAPE, **special}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        rope_parameters={"rope_theta": theta, **(rope or {"rope_type": "default"})}, **settings,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Large enough that adapters matter; norms away from 1 and biases away from 0.
+            parameter += (0.1 if parameter.dim() == 1 else 0.15) * torch.randn_like(parameter)
+    if file in ("bf16", "f16"):
+        model.to(torch.bfloat16 if file == "bf16" else torch.float16)
+    model.save_pretrained(folder, max_shard_size="60KB" if file == "sharded" else "1GB")
+    if file == "old":
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        parameters = config.pop("rope_parameters")
+        config["rope_theta"] = parameters.pop("rope_theta")
+        config["rope_scaling"] = parameters
+        config["torch_dtype"] = config.pop("dtype", "float32")
+        path.write_text(json.dumps(config, indent=2))
+
+
+def load_base(folder):
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_rows(rng):
+    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle."""
+    rows = []
+    for number in range(ROWS):
+        ids = [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(5, 61))]
+        labels = list(ids)
+        if number % 4:
+            labels = [-100] * rng.randrange(1, len(ids) - 2) + labels
+            labels = labels[: len(ids)] if number % 2 else labels[-len(ids):]
+            kept = sum(label != -100 for label in labels)
+            cut = len(ids) - kept
+            labels = [-100] * cut + ids[cut:]
+        if number % 5 == 0 and len(ids) > 8:
+            hole = rng.randrange(2, len(ids) - 3)
+            labels[hole] = labels[hole + 1] = -100
+        rows.append(dict(input_ids=ids, labels=labels))
+    return rows
+
+
+def summed_loss(model, rows):
+    """Summed negative log likelihood of the counted tokens of a padded batch, and their number."""
+    width = max(len(row["input_ids"]) for row in rows)
+    pad = lambda values, fill: values + [fill] * (width - len(values))
+    ids = torch.tensor([pad(row["input_ids"], 0) for row in rows])
+    labels = torch.tensor([pad(row["labels"], -100) for row in rows])
+    mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows])
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    targets = labels[:, 1:]
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    return loss, int((targets != -100).sum())
+
+
+@torch.no_grad()
+def mean_loss(model, rows):
+    sums = [summed_loss(model, [row]) for row in rows]
+    return sum(loss.item() for loss, _ in sums) / sum(count for _, count in sums)
+
+
+def train(model, rows):
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
+    losses = []
+    for step in range(STEPS):
+        start = step * BATCH_ROWS % len(rows)
+        loss, count = summed_loss(model, rows[start : start + BATCH_ROWS])
+        loss = loss / count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def make_case(model_name, variant, out, rows, base_loss):
+    base = out / model_name / "base"
+    folder = out / model_name / variant
+    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **VARIANTS[variant]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "adapter")
+
+    load = lambda **more: PeftModel.from_pretrained(load_base(base), folder / "adapter", **more).eval()
+    loss = mean_loss(load(), rows)
+    if abs(loss - mean_loss(model.eval(), rows)) > 1e-5:
+        raise AssertionError("peft's own saved adapter differs from the one in memory")
+    try:
+        merged_loss = mean_loss(load().merge_and_unload(), rows)
+    except (NotImplementedError, RuntimeError) as error:
+        print(f"{model_name}/{variant}: peft does not merge it: {error}", file=sys.stderr)
+        merged_loss = None
+    if merged_loss is not None and abs(merged_loss - loss) > 1e-3:
+        # Merging into a tied embedding changes the head as well; what the adapter computes is right.
+        print(f"{model_name}/{variant}: peft's merge gives {merged_loss:.5f}, the adapter {loss:.5f}", file=sys.stderr)
+        merged_loss = loss
+    trained = load(is_trainable=True)
+    train_losses = train(trained, rows)
+    trained.save_pretrained(folder / "trained")
+    expected = dict(
+        base_loss=base_loss, loss=loss, merged_loss=merged_loss, tokens=sum(summed_count(row) for row in rows), rows=len(rows),
+        train_losses=train_losses, trained_loss=mean_loss(trained, rows), batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
+    )
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1))
+
+
+def summed_count(row):
+    return sum(label != -100 for label in row["labels"][1:])
+
+
+def wanted(only, model, variant=None):
+    return not only or model in only or (f"{model}/{variant}" in only if variant else any(o.startswith(model + "/") for o in only))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="comma-separated MODEL or MODEL/VARIANT")
+    options = parser.parse_args()
+    only = set(filter(None, options.only.split(",")))
+    torch.set_num_threads(1)  # tensors are tiny, and threads that wait for one another on a busy machine cost minutes
+    made = 0
+    for number, (model, variants) in enumerate(PLAN.items()):
+        if not wanted(only, model):
+            continue
+        shutil.rmtree(options.out / model, ignore_errors=True)
+        # Each model has its own seed, so that --only makes the same cases as the whole run.
+        torch.manual_seed(options.seed * 1000 + number)
+        rng = random.Random(options.seed * 1000 + number)
+        make_model(model, options.out / model / "base")
+        rows = make_rows(rng)
+        (options.out / model / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        base_loss = mean_loss(load_base(options.out / model / "base"), rows)
+        for variant in variants:
+            if wanted(only, model, variant):
+                torch.manual_seed(options.seed * 1000 + number)
+                make_case(model, variant, options.out, rows, base_loss)
+                made += 1
+    print(f"{made} cases in {options.out}", file=sys.stderr)
+    if not made:
+        sys.exit(f"no case is called {options.only}")
+
+
+if __name__ == "__main__":
+    main()

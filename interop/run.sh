@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py.
+#
+#     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
+#
+# INTEROP_SEED (0) makes other weights and rows; INTEROP_DIR (target/interop) is where cases go.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+program=target/release/peft-cli
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then
+    program=$1
+    shift
+fi
+[ -x "$program" ] || { echo "interop: no $program; cargo build --release -p peft-cli" >&2; exit 1; }
+
+python=$(scripts/python-env.sh)
+seed=${INTEROP_SEED:-0}
+cases=${INTEROP_DIR:-target/interop}
+# Threads that wait for each other make tiny tensors slower, not faster.
+export OMP_NUM_THREADS=1
+
+stamp=$(cat interop/cases.py scripts/python-requirements.txt <(echo "seed $seed") | sha256sum | cut -d' ' -f1)
+if [ "$(cat "$cases/.stamp" 2>/dev/null)" != "$stamp" ]; then
+    rm -rf "$cases"
+    SECONDS=0
+    "$python" interop/cases.py "$cases" --seed "$seed"
+    echo "$stamp" >"$cases/.stamp"
+    echo "interop: made the cases in $SECONDS s" >&2
+fi
+exec "$python" interop/check.py "$program" "$cases" "$@"

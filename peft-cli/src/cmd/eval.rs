@@ -1,0 +1,153 @@
+//! `peft-cli eval`: loss over a file of rows, or the accuracy of choosing among completions.
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use peft_core::{AdapterSet, Ctx, Route, Segmented};
+use peft_models::Decoder;
+use peft_train::data::{Batch, DataSpec, Dataset, EncodeOptions, Encoder, Example, Format, Row, TextTokenizer};
+use peft_train::{evaluate_dataset, methods, token_losses};
+use serde_json::json;
+
+use crate::args::EvalArgs;
+use crate::open;
+
+pub(crate) fn run(args: &EvalArgs) -> Result<()> {
+    let files = open::model(&args.model.model)?;
+    let placement = open::placement(&args.model.device, &args.model.dtype)?;
+    let model = files.load(&placement, 0)?;
+    let (set, route) = match &args.adapter {
+        None => (AdapterSet::empty(), Route::Base),
+        Some(spec) => {
+            let prepared = methods::open(&open::adapter(spec)?, &model)?;
+            (AdapterSet::one("adapter", Arc::new(prepared.adapter)), Route::Uniform(0))
+        }
+    };
+    let ctx = Ctx::eval(&set, &route);
+
+    let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
+    // Rows of tokens need no tokenizer, so a base without one will do.
+    let tokenizer = match format {
+        Some(Format::Tokens) => None,
+        _ => Some(open::text_tokenizer(&files.tokenizer()?)?),
+    };
+    let tokenizer = tokenizer.as_ref().map(|t| t as &dyn TextTokenizer);
+    let options = EncodeOptions {
+        template: args.template.clone(),
+        max_length: Some(args.max_length),
+        vocab_size: Some(model.vocab_size()),
+        ..EncodeOptions::new(format.unwrap_or(Format::Text))
+    };
+    if args.batch_size == 0 {
+        bail!("--batch-size must be at least 1");
+    }
+    if !args.choices.is_empty() {
+        return choices(args, &model, &ctx, format, tokenizer, options);
+    }
+    let (data, _) = Dataset::load(&DataSpec::from(args.data.as_path()), format, tokenizer, &options)?;
+    let measured = evaluate_dataset(&model, &data, &ctx, args.batch_size, |_| {})?;
+    let loss = measured.nll / measured.counted as f64;
+    let accuracy = measured.hits as f64 / measured.counted as f64;
+    if args.json {
+        let result = json!({
+            "loss": loss, "perplexity": loss.exp(), "tokens": measured.counted, "examples": data.len(),
+            "token_accuracy": accuracy
+        });
+        println!("{result}");
+    } else {
+        println!("loss            {loss:.6}");
+        println!("perplexity      {:.4}", loss.exp());
+        println!("token accuracy  {:.2} %", 100.0 * accuracy);
+        println!("tokens          {} counted, in {} examples", measured.counted, data.len());
+    }
+    Ok(())
+}
+
+/// For every row, which of the choices is the likeliest completion of its prompt.
+fn choices(
+    args: &EvalArgs,
+    model: &Decoder,
+    ctx: &Ctx<'_>,
+    format: Option<Format>,
+    tokenizer: Option<&dyn TextTokenizer>,
+    options: EncodeOptions,
+) -> Result<()> {
+    match format {
+        None | Some(Format::Completion) => {}
+        Some(other) => bail!("--choice goes with completion rows, not {}", other.name()),
+    }
+    let options = EncodeOptions { format: Format::Completion, ..options };
+    let encoder = Encoder::new(tokenizer, &options)?;
+    let (mut right, mut rows, mut nll, mut tokens) = (0usize, 0usize, 0f64, 0usize);
+    for file in peft_train::data::source::data_files(&args.data)? {
+        let parsed = peft_train::data::source::read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
+        for row in parsed.chunks(args.batch_size) {
+            let scored = score_rows(row, &args.choices, &encoder, model, ctx)?;
+            for (row, scores) in row.iter().zip(scored) {
+                let own = row.fields.get("completion").and_then(|v| v.as_str()).unwrap_or_default();
+                let Some(own) = args.choices.iter().position(|c| c == own) else {
+                    bail!("{}: its completion {own:?} is none of the choices {:?}", row.at, args.choices);
+                };
+                let best = scores.iter().enumerate().min_by(|a, b| a.1.0.total_cmp(&b.1.0)).map_or(0, |(i, _)| i);
+                right += usize::from(best == own);
+                rows += 1;
+                if let Some((n, t)) = scores.get(own) {
+                    nll += n;
+                    tokens += t;
+                }
+            }
+        }
+    }
+    if rows == 0 {
+        bail!("{}: has no rows", args.data.display());
+    }
+    let (accuracy, loss) = (right as f64 / rows as f64, nll / tokens.max(1) as f64);
+    if args.json {
+        let result = json!({
+            "accuracy": accuracy, "loss": loss, "perplexity": loss.exp(), "tokens": tokens, "examples": rows
+        });
+        println!("{result}");
+    } else {
+        println!("accuracy  {:.2} % ({right} of {rows})", 100.0 * accuracy);
+        println!("loss      {loss:.6} on the rows' own completions");
+    }
+    Ok(())
+}
+
+/// Sum of negative log-likelihoods, and counted tokens, of each choice of each row.
+fn score_rows(
+    rows: &[Row],
+    choices: &[String],
+    encoder: &Encoder<'_>,
+    model: &Decoder,
+    ctx: &Ctx<'_>,
+) -> Result<Vec<Vec<(f64, usize)>>> {
+    let mut examples: Vec<Example> = Vec::with_capacity(rows.len() * choices.len());
+    for row in rows {
+        for choice in choices {
+            let mut row = row.clone();
+            row.fields.insert("completion".into(), choice.clone().into());
+            examples.push(encoder.encode(&row)?);
+        }
+    }
+    let data = Dataset::from_examples(&examples);
+    let all: Vec<usize> = (0..data.len()).collect();
+    let batch = Batch::new(&data, &all);
+    let losses = token_losses(model, &batch, ctx)?;
+    let positions = batch.targets().positions;
+    let mut scored = Vec::with_capacity(rows.len());
+    let mut next = 0;
+    for (i, end) in batch.bounds.iter().skip(1).enumerate() {
+        let upto = positions.partition_point(|&p| (p as usize) < *end);
+        let own = losses.get(next..upto).context("losses do not line up with the batch")?;
+        next = upto;
+        let score = (own.iter().map(|&x| f64::from(x)).sum(), own.len());
+        if i % choices.len() == 0 {
+            scored.push(Vec::with_capacity(choices.len()));
+        }
+        if let Some(row) = scored.last_mut() {
+            row.push(score);
+        }
+    }
+    Ok(scored)
+}

@@ -1,0 +1,154 @@
+//! `peft-cli generate`: text from a model, streamed.
+
+use std::io::{BufRead, Write};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use peft_core::AdapterSet;
+use peft_models::Decoder;
+use peft_models::generate::{GenerateOptions, Request, generate};
+use peft_models::tokenizer::Tokenizer;
+use peft_train::data::ChatTemplate;
+use peft_train::methods;
+use serde_json::{Value, json};
+
+use crate::args::GenerateArgs;
+use crate::open;
+
+struct Session<'a> {
+    model: &'a Decoder,
+    tokenizer: &'a Tokenizer,
+    adapters: AdapterSet,
+    options: GenerateOptions,
+    stream: bool,
+}
+
+struct Answer {
+    text: String,
+    tokens: usize,
+    prompt_tokens: usize,
+    seconds: f64,
+}
+
+pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
+    let files = open::model(&args.model.model)?;
+    let tokenizer = files.tokenizer()?;
+    let model = files.load(&open::placement(&args.model.device, &args.model.dtype)?, 0)?;
+    let adapters = match &args.adapter {
+        None => AdapterSet::empty(),
+        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, &model)?.adapter)),
+    };
+    let options = GenerateOptions {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        stop: tokenizer.eos_token_ids().to_vec(),
+    };
+    let session = Session { model: &model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
+    if !args.chat {
+        let prompt = args.prompt.as_deref().context("--prompt is missing")?;
+        let answer = session.answer(tokenizer.encode(prompt, true)?)?;
+        return finish(args, &answer);
+    }
+    let template = chat_template(&tokenizer)?;
+    let mut messages: Vec<Value> = Vec::new();
+    if let Some(prompt) = &args.prompt {
+        messages.push(json!({"role": "user", "content": prompt}));
+        let answer = session.turn(&template, &messages)?;
+        return finish(args, &answer);
+    }
+    if args.json {
+        bail!("--json needs --prompt");
+    }
+    converse(&session, &template, &mut messages)
+}
+
+fn chat_template(tokenizer: &Tokenizer) -> Result<ChatTemplate> {
+    let source = tokenizer.chat_template().context(
+        "the tokenizer has no chat template; use --prompt without --chat, or a model made for conversations",
+    )?;
+    let (bos, eos) = (tokenizer.bos_token(), tokenizer.eos_token());
+    Ok(ChatTemplate::new(source, bos.as_deref(), eos.as_deref())?)
+}
+
+fn converse(session: &Session<'_>, template: &ChatTemplate, messages: &mut Vec<Value>) -> Result<()> {
+    eprintln!("Type a message and press Enter; an empty line ends the conversation.");
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        eprint!("> ");
+        std::io::stderr().flush()?;
+        let Some(line) = lines.next().transpose()? else { return Ok(()) };
+        if line.trim().is_empty() {
+            return Ok(());
+        }
+        messages.push(json!({"role": "user", "content": line}));
+        let answer = session.turn(template, messages)?;
+        println!();
+        messages.push(json!({"role": "assistant", "content": answer.text}));
+    }
+}
+
+impl Session<'_> {
+    fn turn(&self, template: &ChatTemplate, messages: &[Value]) -> Result<Answer> {
+        let text = template.render(messages, &serde_json::Map::new(), true)?;
+        self.answer(self.tokenizer.encode(&text, false)?)
+    }
+
+    fn answer(&self, prompt: Vec<u32>) -> Result<Answer> {
+        if prompt.is_empty() {
+            bail!("the prompt is empty: there is nothing to continue");
+        }
+        let prompt_tokens = prompt.len();
+        let slot = self.adapters.adapter(0).map(|_| 0);
+        let started = Instant::now();
+        let (mut ids, mut shown) = (Vec::new(), 0);
+        let mut failed = None;
+        generate(self.model, &self.adapters, &[Request { prompt, slot }], &self.options, |_, token| {
+            ids.push(token);
+            if self.stream
+                && let Err(e) = self.show(&ids, &mut shown)
+            {
+                failed = Some(e);
+            }
+            failed.is_none()
+        })?;
+        if let Some(e) = failed {
+            return Err(e);
+        }
+        let text = self.tokenizer.decode(&ids, true)?;
+        if self.stream {
+            print!("{}", text.get(shown..).unwrap_or_default());
+            std::io::stdout().flush()?;
+        }
+        Ok(Answer { text, tokens: ids.len(), prompt_tokens, seconds: started.elapsed().as_secs_f64() })
+    }
+
+    /// Prints what is new and whole: a character may take several tokens.
+    fn show(&self, ids: &[u32], shown: &mut usize) -> Result<()> {
+        let text = self.tokenizer.decode(ids, true)?;
+        if !text.ends_with('\u{FFFD}')
+            && let Some(new) = text.get(*shown..)
+        {
+            print!("{new}");
+            std::io::stdout().flush()?;
+            *shown = text.len();
+        }
+        Ok(())
+    }
+}
+
+fn finish(args: &GenerateArgs, answer: &Answer) -> Result<()> {
+    let rate = answer.tokens as f64 / answer.seconds.max(1e-9);
+    if args.json {
+        let result = json!({
+            "text": answer.text, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, "tokens_per_second": rate
+        });
+        println!("{result}");
+    } else {
+        println!();
+        eprintln!("{} tokens after {} of prompt, {rate:.1} tokens/s", answer.tokens, answer.prompt_tokens);
+    }
+    Ok(())
+}

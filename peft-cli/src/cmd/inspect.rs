@@ -1,0 +1,109 @@
+//! `peft-cli inspect`: what a model or an adapter is.
+
+use std::path::Path;
+
+use anyhow::Result;
+use peft_core::AdapterFolder;
+use peft_models::ModelFiles;
+use serde_json::{Value, json};
+
+use crate::args::InspectArgs;
+use crate::open;
+
+pub(crate) fn run(args: &InspectArgs) -> Result<()> {
+    let path = Path::new(&args.path);
+    let facts = if path.join("adapter_config.json").exists() {
+        adapter(path)?
+    } else if path.exists() {
+        model(&ModelFiles::open(path)?)?
+    } else {
+        match open::model(&args.path) {
+            Ok(files) => model(&files)?,
+            Err(of_model) => match open::adapter(&args.path) {
+                Ok(folder) => adapter(&folder)?,
+                Err(_) => return Err(of_model),
+            },
+        }
+    };
+    if args.json {
+        println!("{facts}");
+        return Ok(());
+    }
+    if let Value::Object(map) = &facts {
+        for (key, value) in map {
+            match value {
+                Value::String(s) => println!("{key:<22} {s}"),
+                Value::Array(items) => {
+                    println!("{key:<22} {}", items.len());
+                    for item in items {
+                        println!("  {}", item.as_str().map_or_else(|| item.to_string(), str::to_string));
+                    }
+                }
+                other => println!("{key:<22} {other}"),
+            }
+        }
+    }
+    Ok(())
+}
+
+fn adapter(path: &Path) -> Result<Value> {
+    let folder = AdapterFolder::open(path)?;
+    let config = folder.config();
+    let mut parameters = 0usize;
+    let mut sites: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
+    let mut ranks = std::collections::BTreeSet::new();
+    for key in folder.keys() {
+        let shape = folder.shape(key).unwrap_or_default().to_vec();
+        parameters += shape.iter().product::<usize>();
+        let (site, part) = split_key(key);
+        if part == "lora_A.weight" || part == "lora_embedding_A" {
+            ranks.extend(shape.first().copied());
+        }
+        sites.entry(site.to_string()).or_default().push(format!("{part} {shape:?}"));
+    }
+    let listed: Vec<String> = sites.iter().map(|(site, parts)| format!("{site}: {}", parts.join(", "))).collect();
+    let value = |key: &str| config.get(key).cloned().unwrap_or(Value::Null);
+    Ok(json!({
+        "kind": "adapter", "method": config.peft_type(), "base": value("base_model_name_or_path"),
+        "task_type": value("task_type"), "r": value("r"), "lora_alpha": value("lora_alpha"),
+        "ranks": ranks, "parameters": parameters, "bytes": folder.bytes(),
+        "target_modules": value("target_modules"), "sites": listed
+    }))
+}
+
+/// `base_model.model.<site>.<part>`: the site is the module's path, the part what PEFT stores for it.
+fn split_key(key: &str) -> (&str, &str) {
+    let key = key.strip_prefix("base_model.model.").unwrap_or(key);
+    for mark in [".lora_", ".base_layer.", ".token_adapter."] {
+        if let Some(at) = key.find(mark) {
+            return (&key[..at], &key[at + 1..]);
+        }
+    }
+    key.rsplit_once('.').unwrap_or(("", key))
+}
+
+fn model(files: &ModelFiles) -> Result<Value> {
+    let c = files.config();
+    let mut parameters = 0usize;
+    let names = files.tensor_names();
+    for name in &names {
+        parameters += files.tensor_shape(name)?.iter().product::<usize>();
+    }
+    let dtype = match files.gguf() {
+        Some(gguf) => {
+            let mut types: Vec<String> =
+                gguf.tensors().iter().filter_map(|t| t.block_type()).map(|d| format!("{d:?}").to_lowercase()).collect();
+            types.sort();
+            types.dedup();
+            types.join(", ")
+        }
+        None => files.tensor_dtype("model.embed_tokens.weight")?.as_str().to_string(),
+    };
+    Ok(json!({
+        "kind": "model", "model_type": c.model_type(), "parameters": parameters, "dtype": dtype,
+        "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+        "attention_heads": c.num_attention_heads, "key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings,
+        "tie_word_embeddings": c.tie_word_embeddings, "tensors": names.len()
+    }))
+}

@@ -1,0 +1,31 @@
+//! One file a command.
+
+use anyhow::Result;
+use clap::CommandFactory;
+
+use crate::args::{Args, Command};
+
+mod doctor;
+mod eval;
+mod generate;
+mod inspect;
+mod merge;
+mod methods;
+mod train;
+
+/// Runs the command.
+pub(crate) fn run(args: Args) -> Result<()> {
+    match args.command {
+        Command::Train(a) => train::run(&a),
+        Command::Eval(a) => eval::run(&a),
+        Command::Generate(a) => generate::run(&a),
+        Command::Merge(a) => merge::run(&a),
+        Command::Inspect(a) => inspect::run(&a),
+        Command::Methods(a) => methods::run(&a),
+        Command::Doctor(a) => doctor::run(&a),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "peft-cli", &mut std::io::stdout());
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,505 @@
+//! `peft-cli train`: recipe → plan → run → results.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use peft_core::{Adapter, AdapterSet, BaseModel};
+use peft_models::merge::{MAX_SHARD_BYTES, Merged, write_folder};
+use peft_models::tokenizer::Tokenizer;
+use peft_models::{Decoder, ModelFiles};
+use peft_train::data::{DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, preview};
+use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
+use peft_train::log::{ModelCard, Progress, Report, RunFacts, RunLogger, Sample, read_metrics};
+use peft_train::methods::{self, Prepared};
+use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
+use peft_train::recipe::{Recipe, parse_value};
+use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
+use peft_train::{Checkpointing, Ended, Outcome, Plan, Trainer, checkpoint};
+use serde_json::{Map, Value, json};
+
+use crate::args::TrainArgs;
+use crate::{memory, open, sample};
+
+pub(crate) fn run(args: &TrainArgs) -> Result<()> {
+    let recipe = load_recipe(args)?;
+    let run = Run::open(recipe)?;
+    if args.dry_run {
+        return run.describe(args.json);
+    }
+    run.train(args)
+}
+
+fn load_recipe(args: &TrainArgs) -> Result<Recipe> {
+    let mut overrides: Vec<(String, toml::Value)> = Vec::new();
+    for (key, value) in [
+        ("model.path", &args.model),
+        ("method.init_from", &args.adapter),
+        ("data.train", &args.data),
+        ("data.format", &args.format),
+        ("method.type", &args.method),
+        ("output.dir", &args.output),
+    ] {
+        overrides.extend(value.iter().map(|v| (key.to_string(), toml::Value::String(v.clone()))));
+    }
+    for setting in &args.set {
+        let (key, value) =
+            setting.split_once('=').with_context(|| format!("--set {setting}: write table.key=value"))?;
+        overrides.push((key.trim().to_string(), parse_value(value.trim())));
+    }
+    let recipe = Recipe::load(args.recipe.as_deref(), &overrides)?;
+    for (what, there, flag) in [
+        ("a base model", recipe.model.path.is_some(), "--model or model.path"),
+        ("training data", recipe.data.train.is_some(), "--data or data.train"),
+        ("an output folder", recipe.output.dir.is_some(), "--output or output.dir"),
+    ] {
+        if !there {
+            bail!("{what} is missing: give {flag}");
+        }
+    }
+    Ok(recipe)
+}
+
+/// A run with everything loaded and checked, before its first step.
+struct Run {
+    recipe: Recipe,
+    files: ModelFiles,
+    model: Decoder,
+    tokenizer: Option<Tokenizer>,
+    prepared: Prepared,
+    train: Dataset,
+    eval: Option<Dataset>,
+    format: Format,
+}
+
+impl Run {
+    fn open(recipe: Recipe) -> Result<Self> {
+        let started = Instant::now();
+        let path = recipe.model.path.as_deref().unwrap_or_default();
+        let random = recipe.model.init == "random";
+        let files = if random { ModelFiles::open_random(Path::new(path))? } else { open::model(path)? };
+        let placement = open::placement(&recipe.model.device, &recipe.model.dtype)?;
+        let format = recipe.data.format.as_deref().map(str::parse::<Format>).transpose()?;
+        let tokenizer = match format {
+            // Rows of tokens need none, so a base without one will do.
+            Some(Format::Tokens) => files.tokenizer().ok(),
+            _ => Some(files.tokenizer()?),
+        };
+        let text = tokenizer.as_ref().map(open::text_tokenizer).transpose()?;
+        let options = EncodeOptions {
+            template: recipe.data.template.clone(),
+            chat_template: recipe.data.chat_template.clone(),
+            label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),
+            max_length: Some(recipe.data.max_length),
+            text_eos: recipe.data.text_eos,
+            vocab_size: Some(files.config().vocab_size),
+            ..EncodeOptions::new(format.unwrap_or(Format::Text))
+        };
+        let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
+        let spec =
+            |v: &toml::Value| -> Result<DataSpec> { Ok(v.clone().try_into().context("data.train and data.eval")?) };
+        let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
+        let (train, format) = Dataset::load(&train, format, text, &options)?;
+        let eval = match &recipe.data.eval {
+            Some(v) => Some(Dataset::load(&spec(v)?, Some(format), text, &options)?.0),
+            None => None,
+        };
+        let model = files.load(&placement, recipe.train.seed)?;
+        let prepared = prepare_adapter(&recipe, &model)?;
+        eprintln!(
+            "base {} ({}, {} parameters), data {} rows, loaded in {:.1} s",
+            path,
+            files.config().model_type(),
+            model.parameter_count(),
+            train.len(),
+            started.elapsed().as_secs_f64()
+        );
+        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, format })
+    }
+
+    fn output(&self) -> PathBuf {
+        PathBuf::from(self.recipe.output.dir.as_deref().unwrap_or_default())
+    }
+
+    fn sampler(&self) -> Result<Sampler> {
+        let (t, d) = (&self.recipe.train, &self.recipe.data);
+        let options = SamplerOptions {
+            batch_size: t.batch_size,
+            shuffle: d.shuffle,
+            seed: t.seed,
+            group_by_length: d.group_by_length,
+            packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
+        };
+        Ok(Sampler::new(&self.train, options)?)
+    }
+
+    fn steps(&self, sampler: &Sampler) -> u64 {
+        let t = &self.recipe.train;
+        t.max_steps.unwrap_or_else(|| {
+            let batches: f64 = if t.epochs.fract() == 0.0 && t.epochs < 10_000.0 {
+                (0..t.epochs as u64).map(|e| sampler.batches_in_epoch(e) as f64).sum()
+            } else {
+                t.epochs * sampler.batches_in_epoch(0) as f64
+            };
+            ((batches / t.gradient_accumulation as f64).ceil() as u64).max(1)
+        })
+    }
+
+    fn plan(&self) -> Result<Plan> {
+        let t = &self.recipe.train;
+        let sampler = self.sampler()?;
+        let steps = self.steps(&sampler);
+        let warmup = t.warmup_steps.unwrap_or_else(|| warmup_steps_from_ratio(t.warmup_ratio, steps));
+        let kind: ScheduleKind = t.scheduler.parse()?;
+        Ok(Plan {
+            train: self.train.clone(),
+            eval: self.eval.clone(),
+            schedule: Schedule::new(kind, t.learning_rate, warmup, steps, &ScheduleOptions::default())?,
+            sampler,
+            eval_batch_size: t.eval_batch_size.unwrap_or(t.batch_size),
+            accumulation: t.gradient_accumulation,
+            steps,
+            max_grad_norm: t.max_grad_norm,
+            checkpointing: self.checkpointing()?,
+            weight_decay: t.weight_decay,
+            loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
+            seed: t.seed,
+            output: self.output(),
+            save_every: self.recipe.output.save_every,
+            eval_every: self.recipe.output.eval_every,
+            keep_checkpoints: self.recipe.output.keep_checkpoints,
+            fingerprint: self.fingerprint(steps),
+        })
+    }
+
+    fn checkpointing(&self) -> Result<Checkpointing> {
+        let setting = match &self.recipe.train.gradient_checkpointing {
+            toml::Value::Boolean(true) => return Ok(Checkpointing::Full),
+            toml::Value::Boolean(false) => return Ok(Checkpointing::Off),
+            toml::Value::String(s) if s == "auto" => &self.recipe.train.memory_budget,
+            other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
+        };
+        memory::auto_checkpointing(&self.model, self.longest_batch(), setting.as_deref())
+    }
+
+    /// Tokens of the largest micro-batch that the data can give.
+    fn longest_batch(&self) -> usize {
+        let t = &self.recipe.train;
+        let longest = self.train.stats().max_length;
+        t.batch_size.saturating_mul(if self.recipe.data.packing { self.recipe.data.max_length } else { longest })
+    }
+
+    /// What must not change between the parts of a run, in one line.
+    fn fingerprint(&self, steps: u64) -> String {
+        let stats = self.train.stats();
+        let mut recipe = self.recipe.clone();
+        // Where results go and how memory is spent do not change them.
+        recipe.output = Default::default();
+        recipe.sample = Default::default();
+        recipe.train.memory_budget = None;
+        recipe.train.gradient_checkpointing = toml::Value::Boolean(false);
+        let text = format!("{}|{}|{}|{}|{}", recipe.to_toml(), stats.rows, stats.tokens, stats.counted_tokens, steps);
+        // FNV-1a, 64 bits: told apart from an accident, not from an attack.
+        let hash =
+            text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
+        format!("{hash:016x}")
+    }
+
+    fn describe(&self, as_json: bool) -> Result<()> {
+        let plan = self.plan()?;
+        let adapter = &self.prepared.adapter;
+        let trainable = adapter.trainable_elements();
+        let total = self.model.parameter_count() + trainable;
+        let share = 100.0 * trainable as f64 / total as f64;
+        let peak = memory::estimate(&self.model, adapter, self.longest_batch(), plan.checkpointing);
+        let tokenizer = self.tokenizer.as_ref();
+        let decode =
+            |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));
+        let rows: Vec<String> = preview(&self.train, 3, &decode).iter().map(ToString::to_string).collect();
+        let hits: Vec<(String, String, usize)> = self
+            .prepared
+            .selection
+            .iter()
+            .flat_map(|s| &s.hits)
+            .map(|h| (h.key.to_string(), h.pattern.clone(), h.hits))
+            .collect();
+        let sites: Vec<&str> =
+            adapter.touched().filter_map(|(id, _)| self.model.sites().get(id)).map(|s| s.path.as_str()).collect();
+        if as_json {
+            let result = json!({
+                "method": self.prepared.method, "sites": sites, "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
+                "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
+                "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
+                "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.checkpointing), "preview": rows
+            });
+            println!("{result}");
+            return Ok(());
+        }
+        println!("method      {} on {} sites", self.prepared.method, sites.len());
+        for (key, pattern, n) in &hits {
+            println!("  {key:<18} {pattern:<24} {n} sites");
+        }
+        println!("trainable   {trainable} of {total} parameters ({share:.3} %)");
+        println!("data        {} ({})", self.train.stats(), self.format.name());
+        println!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
+        println!(
+            "memory      about {:.0} MB at the peak, blocks recomputed: {:?}",
+            peak as f64 / 1e6,
+            plan.checkpointing
+        );
+        println!("first rows, counted tokens in ⟦ ⟧:");
+        for row in rows {
+            println!("{row}");
+        }
+        Ok(())
+    }
+
+    fn train(self, args: &TrainArgs) -> Result<()> {
+        let output = self.output();
+        std::fs::create_dir_all(&output)
+            .with_context(|| format!("cannot make the output folder {}", output.display()))?;
+        let plan = self.plan()?;
+        let optimizer = self.optimizer()?;
+        let t = &self.recipe.train;
+        let early_stop = EarlyStop::new(EarlyStopConfig {
+            metric: t.metric.clone(),
+            patience: t.early_stopping_patience,
+            min_delta: t.early_stopping_min_delta,
+            ..EarlyStopConfig::default()
+        });
+        let planned = plan.steps;
+        let before = self.samples(&AdapterSet::empty())?;
+        let Run { recipe, files, model, tokenizer, prepared, train, .. } = self;
+        let method = prepared.method;
+        let adapter = Arc::new(prepared.adapter);
+        peft_core::atomic::write_file(output.join("recipe.toml"), recipe.to_toml().as_bytes())?;
+
+        let mut trainer = Trainer::new(&model, adapter.clone(), optimizer, early_stop, plan);
+        let resumed = if args.resume { trainer.resume()? } else { clear_old_run(&output)? };
+        let mut logger = match resumed {
+            Some(step) => {
+                eprintln!("resuming after step {step}");
+                RunLogger::resume(&output, step)?
+            }
+            None => RunLogger::create(&output)?,
+        };
+        let mut progress = Progress::stderr(resumed.unwrap_or(0), planned);
+        let outcome = trainer.run(&mut logger, &mut progress, stop_flag()?)?;
+        let (state, _) = (&outcome.state, ());
+        progress.finish(&format!("{} steps, last loss {:.4}", state.step, state.last_loss.unwrap_or(f64::NAN)));
+        if let Ended::Interrupted(dir) = &outcome.ended {
+            bail!("interrupted after step {}; go on with --resume (checkpoint {})", state.step, dir.display());
+        }
+        drop(trainer);
+
+        let facts = facts(&recipe, &model, &adapter, method, &train, &outcome, planned);
+        let finished = Finished {
+            recipe: &recipe,
+            files: &files,
+            model: &model,
+            tokenizer: tokenizer.as_ref(),
+            adapter,
+            before,
+            facts,
+        };
+        finished.write(&output)?;
+        finished.say(&output, args, &outcome)
+    }
+
+    fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
+        let t = &self.recipe.train;
+        let options = OptimizerOptions {
+            beta1: t.beta1,
+            beta2: t.beta2,
+            eps: t.eps,
+            momentum: t.momentum,
+            ..OptimizerOptions::default()
+        };
+        Ok(optim::build(t.optimizer.parse::<OptimizerKind>()?, &options)?)
+    }
+
+    fn samples(&self, adapters: &AdapterSet) -> Result<Vec<String>> {
+        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, &self.tokenizer) else { return Ok(Vec::new()) };
+        sample::continuations(&self.model, tokenizer, adapters, prompts, self.recipe.sample.max_new_tokens)
+    }
+}
+
+fn prepare_adapter(recipe: &Recipe, model: &Decoder) -> Result<Prepared> {
+    let mut table: Map<String, Value> = match serde_json::to_value(&recipe.method)? {
+        Value::Object(map) => map,
+        _ => Map::new(),
+    };
+    let mut prepared = match table.remove("init_from") {
+        Some(Value::String(from)) => {
+            if let Some(key) = table.keys().find(|k| *k != "type") {
+                bail!(
+                    "`method.{key}` cannot be given with method.init_from: type and keys come from its adapter_config.json"
+                );
+            }
+            methods::open(&open::adapter(&from)?, model)?
+        }
+        Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
+        None => methods::create(&table, model, recipe.train.seed)?,
+    };
+    if let Some(path) = &recipe.model.path {
+        prepared.adapter.config.insert("base_model_name_or_path".into(), path.clone().into());
+    }
+    Ok(prepared)
+}
+
+/// A new run in the folder of an old one starts without the old checkpoints, so that a later --resume cannot mix them.
+fn clear_old_run(output: &Path) -> Result<Option<u64>> {
+    let folder = checkpoint::folder(output);
+    if folder.is_dir() {
+        std::fs::remove_dir_all(&folder)
+            .with_context(|| format!("cannot remove the old run's {}", folder.display()))?;
+    }
+    Ok(None)
+}
+
+/// Raised by Ctrl-C; a second one ends the process at once.
+fn stop_flag() -> Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(&STOP)
+}
+
+fn facts(
+    recipe: &Recipe,
+    model: &Decoder,
+    adapter: &Adapter,
+    method: &str,
+    train: &Dataset,
+    outcome: &Outcome,
+    planned: u64,
+) -> RunFacts {
+    let trainable = adapter.trainable_elements() as u64;
+    let full = if method == "full" { 0 } else { trainable };
+    RunFacts {
+        base_model: recipe.model.path.clone().unwrap_or_default(),
+        method: method.to_string(),
+        task_type: adapter.config.get("task_type").and_then(Value::as_str).map(str::to_string),
+        trainable_parameters: trainable,
+        total_parameters: model.parameter_count() as u64 + full,
+        steps: outcome.state.step,
+        planned_steps: planned,
+        epochs: outcome.state.epochs,
+        train_examples: train.len() as u64,
+        tokens: outcome.state.tokens,
+        final_loss: outcome.state.last_loss,
+        best_metric: Some(recipe.train.metric.clone()),
+        best: outcome.best,
+        seconds: outcome.state.seconds,
+        peak_memory: sample::peak_memory(),
+        device: recipe.model.device.clone(),
+        dtype: recipe.model.dtype.clone(),
+        seed: recipe.train.seed,
+        ended: (outcome.ended == Ended::EarlyStop).then(|| format!("early stop after step {}", outcome.state.step)),
+    }
+}
+
+/// A run that reached its end, with what its results are made of.
+struct Finished<'a> {
+    recipe: &'a Recipe,
+    files: &'a ModelFiles,
+    model: &'a Decoder,
+    tokenizer: Option<&'a Tokenizer>,
+    adapter: Arc<Adapter>,
+    before: Vec<String>,
+    facts: RunFacts,
+}
+
+impl Finished<'_> {
+    fn write(&self, output: &Path) -> Result<()> {
+        if self.facts.method == "full" {
+            let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
+            let dtype = self.files.config().dtype.unwrap_or(candle_core::DType::F32);
+            write_folder(self.files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?;
+        } else {
+            checkpoint::write_adapter_files(output, &self.adapter)?;
+        }
+        let (title, recipe, samples) = (open::title(output), self.recipe.to_toml(), self.samples()?);
+        let card = ModelCard {
+            title: &title,
+            facts: &self.facts,
+            recipe: &recipe,
+            samples: &samples,
+            loads_in_peft: self.facts.method != "full",
+        };
+        card.write(&output.join("README.md"))?;
+        let metrics = read_metrics(&output.join(RunLogger::METRICS))?;
+        let next = self.next(output);
+        let report = Report {
+            title: &title,
+            facts: &self.facts,
+            recipe: &recipe,
+            steps: &metrics.steps,
+            evals: &metrics.evals,
+            samples: &samples,
+            next: &next,
+        };
+        Ok(report.write(&output.join("report.html"))?)
+    }
+
+    fn samples(&self) -> Result<Vec<Sample>> {
+        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, self.tokenizer) else { return Ok(Vec::new()) };
+        let set = AdapterSet::one("trained", self.adapter.clone());
+        let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
+        let both = prompts.iter().zip(&self.before).zip(after);
+        Ok(both
+            .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
+            .collect())
+    }
+
+    fn next(&self, output: &Path) -> Vec<String> {
+        let out = output.display();
+        if self.facts.method == "full" {
+            return vec![format!("peft-cli generate --model {out}/model --prompt \"…\"")];
+        }
+        let model = &self.facts.base_model;
+        let mut next = Vec::new();
+        if let Some(eval) = self.recipe.data.eval.as_ref().and_then(toml::Value::as_str) {
+            next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
+        }
+        let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
+        next.push(format!(
+            "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
+            prompt.replace('\'', "\\'")
+        ));
+        next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
+        next
+    }
+
+    fn say(&self, output: &Path, args: &TrainArgs, outcome: &Outcome) -> Result<()> {
+        for s in self.samples()? {
+            eprintln!("\nprompt  {}\nbefore  {}\nafter   {}", s.prompt.trim_end(), s.before.trim(), s.after.trim());
+        }
+        eprintln!("\nresults in {} (report.html shows the curves); next:", output.display());
+        for line in self.next(output) {
+            eprintln!("  {line}");
+        }
+        if args.json {
+            let eval = outcome.eval.map(|m| m.nll / m.counted as f64);
+            let result = json!({
+                "output": output, "steps": outcome.state.step, "loss": outcome.state.last_loss, "eval_loss": eval,
+                "best": outcome.best, "tokens": outcome.state.tokens, "seconds": outcome.state.seconds,
+                "trainable_parameters": self.facts.trainable_parameters, "peak_memory": self.facts.peak_memory,
+                "early_stop": outcome.ended == Ended::EarlyStop
+            });
+            println!("{result}");
+        }
+        Ok(())
+    }
+}
+
+fn plain_text(value: &toml::Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_string)
+}

@@ -1,0 +1,89 @@
+//! From what the user named to an opened model, adapter or device.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use peft_hub::{Kind, Options};
+use peft_models::ModelFiles;
+use peft_models::source::Placement;
+use peft_models::tokenizer::Tokenizer;
+use peft_train::data::HfTextTokenizer;
+
+/// The files of the model that `spec` names, downloaded where it is a hub id.
+pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
+    Ok(ModelFiles::open(&locate(spec, Kind::Model)?)?)
+}
+
+/// The folder of the adapter that `spec` names.
+pub(crate) fn adapter(spec: &str) -> Result<PathBuf> {
+    locate(spec, Kind::Adapter)
+}
+
+fn locate(spec: &str, kind: Kind) -> Result<PathBuf> {
+    let mut options = Options::from_env();
+    options.progress = Some(crate::sample::download_progress());
+    Ok(peft_hub::resolve(spec, kind, &options)?.path().to_path_buf())
+}
+
+/// Where and in which types to hold a model.
+pub(crate) fn placement(device: &str, dtype: &str) -> Result<Placement> {
+    let weights = parse_dtype(dtype)?;
+    let device = parse_device(device)?;
+    if device.is_cpu() {
+        return Ok(Placement::cpu(weights));
+    }
+    let activations = weights.unwrap_or(if device.supports_bf16() { DType::BF16 } else { DType::F16 });
+    Ok(Placement { device, activations, weights: Some(activations) })
+}
+
+/// A type's name; `None` for `auto`.
+pub(crate) fn parse_dtype(name: &str) -> Result<Option<DType>> {
+    Ok(match name {
+        "auto" => None,
+        "f32" | "float32" => Some(DType::F32),
+        "bf16" | "bfloat16" => Some(DType::BF16),
+        "f16" | "float16" => Some(DType::F16),
+        other => bail!("`{other}` is not a type of weights; use auto, f32, bf16 or f16"),
+    })
+}
+
+fn parse_device(name: &str) -> Result<Device> {
+    let (kind, index) = name.split_once(':').unwrap_or((name, "0"));
+    let index: usize = index.parse().with_context(|| format!("`{name}`: `{index}` is not a device number"))?;
+    match kind {
+        "cpu" => Ok(Device::Cpu),
+        "auto" if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+        "auto" if cfg!(feature = "metal") => Ok(Device::new_metal(0).unwrap_or(Device::Cpu)),
+        "auto" => Ok(Device::Cpu),
+        "cuda" if !cfg!(feature = "cuda") => {
+            bail!(
+                "this binary was built without CUDA; build it with --features cuda (docs/gpu.md), or use --device cpu"
+            )
+        }
+        "metal" if !cfg!(feature = "metal") => {
+            bail!("this binary was built without Metal; build it with --features metal, or use --device cpu")
+        }
+        "cuda" => {
+            Device::new_cuda(index).with_context(|| format!("cannot use {name}; `peft-cli doctor` shows what is there"))
+        }
+        "metal" => Device::new_metal(index).with_context(|| format!("cannot use {name}")),
+        other => bail!("`{other}` is not a device; use auto, cpu, cuda:0 or metal"),
+    }
+}
+
+/// The tokenizer as the data road takes it.
+pub(crate) fn text_tokenizer(tokenizer: &Tokenizer) -> Result<HfTextTokenizer> {
+    HfTextTokenizer::new(
+        tokenizer.inner().clone(),
+        tokenizer.bos_token(),
+        tokenizer.eos_token(),
+        tokenizer.chat_template().map(str::to_string),
+    )
+    .map_err(|e| anyhow::anyhow!("tokenizer: {e}"))
+}
+
+/// The name that a report gives to a path.
+pub(crate) fn title(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned())
+}

@@ -1,0 +1,103 @@
+//! A base model as a chain of segments: what the trainer's block-wise backward and the decoder's cache work on.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use peft_kernels::FrozenWeight;
+
+use crate::ctx::Ctx;
+use crate::error::Result;
+use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
+use crate::site::{SiteId, SiteTable};
+
+/// Token sequences, packed one after another without padding.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenBatch<'a> {
+    /// Token ids, `[tokens]`.
+    pub ids: &'a [u32],
+    /// Position of each token in its sequence, `[tokens]`.
+    pub positions: &'a [u32],
+    /// Sequence `i` holds tokens `bounds[i]..bounds[i + 1]`.
+    pub bounds: &'a [usize],
+}
+
+/// A frozen layer, looked up by its site.
+#[derive(Debug, Clone, Copy)]
+pub enum BaseLayer<'a> {
+    /// A linear layer.
+    Linear(&'a FrozenLinear),
+    /// A token embedding.
+    Embedding(&'a FrozenEmbedding),
+    /// A normalisation.
+    Norm(&'a FrozenNorm),
+}
+
+/// Access to the frozen layers, for methods that start from the base's weights.
+pub trait BaseModel: Send + Sync {
+    /// The model's sites.
+    fn sites(&self) -> &Arc<SiteTable>;
+
+    /// The frozen layer at a site.
+    ///
+    /// # Errors
+    /// When the site is not the model's.
+    fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>>;
+
+    /// `model_type` as transformers names it: `llama`.
+    fn model_type(&self) -> &str;
+
+    /// Where weights and activations live.
+    fn device(&self) -> &Device;
+
+    /// The element type of activations.
+    fn dtype(&self) -> DType;
+
+    /// Path of the embedding whose table the output head shares, where they are tied.
+    fn tied_embedding(&self) -> Option<&str>;
+}
+
+/// A model as segments. Segment 0 embeds, segments `1..=num_blocks` are blocks, the last makes logits.
+pub trait Segmented: BaseModel {
+    /// What all blocks need of a batch: attention spans and rotary positions.
+    type Input: Send + Sync;
+
+    /// Prepares a batch.
+    ///
+    /// # Errors
+    /// When the batch is malformed or longer than the model's positions.
+    fn prepare(&self, batch: TokenBatch<'_>) -> Result<Self::Input>;
+
+    /// Hidden states `[tokens, hidden]` before the first block.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary or a tensor operation fails.
+    fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// How many blocks there are.
+    fn num_blocks(&self) -> usize;
+
+    /// Runs block `i` (from 0): `[tokens, hidden]` to the same shape.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn block(&self, i: usize, hidden: &Tensor, input: &Self::Input, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// The final normalisation, `[rows, hidden]` to the same shape.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// Logits `[rows, vocab]` of normalised hidden states.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn logits(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// The head's weight and the cap on its logits when the head is frozen and no adapter of `ctx` touches it, so that
+    /// loss and gradient may be made chunk by chunk without a graph.
+    fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)>;
+
+    /// Rows of the vocabulary.
+    fn vocab_size(&self) -> usize;
+}

@@ -1,0 +1,275 @@
+//! Adapters, and the immutable sets of them that a forward pass is given.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::Tensor;
+use peft_kernels::ServingForm;
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+use crate::layers::FrozenLinear;
+use crate::module::{EmbeddingModule, NormModule, PeftModule};
+use crate::param::Parameter;
+use crate::site::{SiteId, SiteTable};
+
+/// The module that an adapter puts at a site.
+#[derive(Debug, Clone)]
+pub enum SiteModule {
+    /// Around a linear layer.
+    Linear(Arc<dyn PeftModule>),
+    /// Around an embedding.
+    Embedding(Arc<dyn EmbeddingModule>),
+    /// In place of a normalisation.
+    Norm(Arc<dyn NormModule>),
+}
+
+impl SiteModule {
+    /// What kind of layer the module is for, in words.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Linear(_) => "a module for linear layers",
+            Self::Embedding(_) => "a module for embeddings",
+            Self::Norm(_) => "a module for norms",
+        }
+    }
+
+    /// The module's trainable parameters.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        match self {
+            Self::Linear(m) => m.parameters(),
+            Self::Embedding(m) => m.parameters(),
+            Self::Norm(m) => m.parameters(),
+        }
+    }
+
+    fn frozen(&self) -> Vec<&Parameter> {
+        match self {
+            Self::Linear(m) => m.frozen(),
+            Self::Embedding(_) | Self::Norm(_) => Vec::new(),
+        }
+    }
+
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        match self {
+            Self::Linear(m) => m.exported(),
+            _ => Ok(self.parameters().into_iter().map(|p| (p.name().to_string(), p.value())).collect()),
+        }
+    }
+}
+
+/// What one adapter does at one site.
+#[derive(Debug, Default)]
+pub struct SiteAdapter {
+    /// The module, where there is one.
+    pub module: Option<SiteModule>,
+    /// A bias in place of the base's (`bias = "all"` or `"lora_only"`).
+    pub bias: Option<Parameter>,
+    form: OnceLock<Option<Arc<ServingForm>>>,
+}
+
+impl SiteAdapter {
+    /// An adapter of one site.
+    #[must_use]
+    pub fn new(module: Option<SiteModule>, bias: Option<Parameter>) -> Self {
+        Self { module, bias, form: OnceLock::new() }
+    }
+
+    /// The serving form at a linear layer, made on first use and kept.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn serving_form(&self, base: &FrozenLinear) -> Result<Option<Arc<ServingForm>>> {
+        if let Some(form) = self.form.get() {
+            return Ok(form.clone());
+        }
+        let mut form = match &self.module {
+            Some(SiteModule::Linear(module)) => module.lower(base)?,
+            Some(_) => None,
+            None => Some(ServingForm::default()),
+        };
+        if let (Some(form), Some(trained), Some(bias)) = (&mut form, &self.bias, base.bias()) {
+            let shift = (trained.value() - bias.to_dtype(trained.dtype())?)?;
+            form.shift = Some(match form.shift.take() {
+                Some(s) => (s + shift)?,
+                None => shift,
+            });
+        }
+        Ok(self.form.get_or_init(|| form.map(Arc::new)).clone())
+    }
+
+    /// The site's trainable parameters.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        let module = self.module.iter().flat_map(SiteModule::parameters);
+        module.chain(&self.bias).collect()
+    }
+}
+
+/// One adapter: a method's modules at the sites of one base model, and the config that made them.
+#[derive(Debug)]
+pub struct Adapter {
+    /// The `adapter_config.json` of this adapter.
+    pub config: Map<String, Value>,
+    sites: Vec<Option<SiteAdapter>>,
+    constants: Vec<(String, Tensor)>,
+    export_keys: Map<String, Value>,
+}
+
+impl Adapter {
+    /// An adapter with nothing in it, for a model with these sites.
+    #[must_use]
+    pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
+        Self { config, sites: (0..sites.len()).map(|_| None).collect(), constants: Vec::new(), export_keys: Map::new() }
+    }
+
+    /// Puts `adapter` at a site.
+    ///
+    /// # Errors
+    /// When something is there already, or the site is not the model's.
+    pub fn insert(&mut self, site: SiteId, adapter: SiteAdapter) -> Result<()> {
+        match self.sites.get_mut(site.index()) {
+            Some(place @ None) => *place = Some(adapter),
+            Some(Some(there)) if there.module.is_none() && adapter.bias.is_none() => there.module = adapter.module,
+            Some(Some(there)) if there.bias.is_none() && adapter.module.is_none() => there.bias = adapter.bias,
+            Some(Some(_)) => return Err(Error::msg(format!("two adapters for one site (site {})", site.0))),
+            None => return Err(Error::msg(format!("site {} is not one of the model's", site.0))),
+        }
+        Ok(())
+    }
+
+    /// Adds a tensor that is stored with the adapter but not trained, such as the full table that PEFT saves beside an
+    /// adapted embedding.
+    pub fn add_constant(&mut self, key: impl Into<String>, value: Tensor) {
+        self.constants.push((key.into(), value));
+    }
+
+    /// Sets a key that [`Adapter::exported`] puts in place of the config's own.
+    pub fn set_export_key(&mut self, key: impl Into<String>, value: Value) {
+        self.export_keys.insert(key.into(), value);
+    }
+
+    /// What this adapter does at a site.
+    #[must_use]
+    pub fn at(&self, site: SiteId) -> Option<&SiteAdapter> {
+        self.sites.get(site.index()).and_then(Option::as_ref)
+    }
+
+    /// The sites that this adapter touches, in order.
+    pub fn touched(&self) -> impl Iterator<Item = (SiteId, &SiteAdapter)> {
+        self.sites.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|s| (SiteId(i as u32), s)))
+    }
+
+    /// All trainable parameters, in site order.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        self.touched().flat_map(|(_, s)| s.parameters()).collect()
+    }
+
+    /// Trainable elements.
+    #[must_use]
+    pub fn trainable_elements(&self) -> usize {
+        self.parameters().iter().map(|p| p.elem_count()).sum()
+    }
+
+    /// The modules' tensors that are not trained and that a checkpoint restores ([`PeftModule::frozen`]).
+    #[must_use]
+    pub fn frozen(&self) -> Vec<&Parameter> {
+        self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen).collect()
+    }
+
+    /// The whole state, as a checkpoint holds it: parameters, frozen tensors and constants.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let parameters = self.parameters().into_iter().chain(self.frozen());
+        let parameters = parameters.map(|p| (p.name().to_string(), p.value()));
+        parameters.chain(self.constants.iter().cloned()).collect()
+    }
+
+    /// Config and tensors of the adapter as other programs read it. The same as [`Adapter::config`] and
+    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn exported(&self) -> Result<(Map<String, Value>, Vec<(String, Tensor)>)> {
+        let mut config = self.config.clone();
+        config.extend(self.export_keys.iter().map(|(k, v)| (k.clone(), v.clone())));
+        let mut tensors = Vec::new();
+        for (_, site) in self.touched() {
+            if let Some(module) = &site.module {
+                tensors.extend(module.exported()?);
+            }
+            tensors.extend(site.bias.iter().map(|b| (b.name().to_string(), b.value())));
+        }
+        tensors.extend(self.constants.iter().cloned());
+        Ok((config, tensors))
+    }
+
+    /// The lowest segment in which this adapter has a parameter: the backward pass stops there.
+    #[must_use]
+    pub fn lowest_segment(&self, sites: &SiteTable) -> Option<usize> {
+        self.touched().filter_map(|(id, _)| sites.get(id)).map(|s| s.segment).min()
+    }
+
+    /// The `peft_type` of the config.
+    #[must_use]
+    pub fn peft_type(&self) -> &str {
+        self.config.get("peft_type").and_then(Value::as_str).unwrap_or("")
+    }
+}
+
+/// The adapters that a forward pass may route to, by slot. Immutable: swapping publishes another set, and work in
+/// flight keeps the one it began with.
+#[derive(Debug, Clone, Default)]
+pub struct AdapterSet {
+    slots: Vec<(String, Arc<Adapter>)>,
+}
+
+impl AdapterSet {
+    /// A set without adapters.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::default()
+    }
+
+    /// A set with one adapter in slot 0.
+    #[must_use]
+    pub fn one(name: impl Into<String>, adapter: Arc<Adapter>) -> Self {
+        Self { slots: vec![(name.into(), adapter)] }
+    }
+
+    /// This set with one more adapter, in the next slot; an adapter of the same name is replaced in its slot.
+    #[must_use]
+    pub fn with(&self, name: impl Into<String>, adapter: Arc<Adapter>) -> Self {
+        let (mut slots, name) = (self.slots.clone(), name.into());
+        match slots.iter_mut().find(|(n, _)| *n == name) {
+            Some(slot) => slot.1 = adapter,
+            None => slots.push((name, adapter)),
+        }
+        Self { slots }
+    }
+
+    /// The slot of the adapter called `name`.
+    #[must_use]
+    pub fn slot(&self, name: &str) -> Option<usize> {
+        self.slots.iter().position(|(n, _)| n == name)
+    }
+
+    /// The adapters' names, by slot.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.slots.iter().map(|(n, _)| n.as_str())
+    }
+
+    /// The adapter in a slot.
+    #[must_use]
+    pub fn adapter(&self, slot: usize) -> Option<&Arc<Adapter>> {
+        self.slots.get(slot).map(|(_, a)| a)
+    }
+
+    /// What the adapter in `slot` does at `site`.
+    #[must_use]
+    pub fn at(&self, slot: usize, site: SiteId) -> Option<&SiteAdapter> {
+        self.slots.get(slot).and_then(|(_, a)| a.at(site))
+    }
+}

@@ -1,0 +1,7 @@
+//! Normalisation over the last dimension.
+
+mod layer;
+mod rms;
+
+pub use layer::layer_norm;
+pub use rms::rms_norm;

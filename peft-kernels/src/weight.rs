@@ -1,0 +1,353 @@
+//! A frozen weight matrix: how it is stored, and the two products that training needs of it.
+
+use std::borrow::Cow;
+use std::sync::{Arc, OnceLock};
+
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{DType, Device, Result, Tensor};
+use half::slice::HalfFloatSliceExt;
+use rayon::prelude::*;
+
+use crate::cpu::{self, Mat};
+use crate::diff_op::is_cpu_f32;
+
+/// Elements of a widened panel: 256 Ki floats stay in the second-level cache of two cores while a GEMM reads them.
+const PANEL_ELEMENTS: usize = 256 * 1024;
+
+/// A weight matrix `[out, in]` that never gets a gradient, as it lies in its file: dense in `f32`, `f16` or `bf16`, or
+/// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening one panel of rows at a
+/// time, and in the activations' type elsewhere.
+///
+/// Cloning shares the storage.
+#[derive(Debug, Clone)]
+pub struct FrozenWeight {
+    storage: WeightStorage,
+    out_features: usize,
+    in_features: usize,
+    square_norms: Arc<OnceLock<Tensor>>,
+}
+
+/// The kinds of storage of a [`FrozenWeight`].
+#[derive(Debug, Clone)]
+pub enum WeightStorage {
+    /// A contiguous float matrix `[out, in]`.
+    Dense(Tensor),
+    /// Rows of GGUF blocks.
+    Gguf(Arc<QTensor>),
+}
+
+impl FrozenWeight {
+    /// A dense weight `[out, in]` of type `f32`, `f16` or `bf16`.
+    ///
+    /// # Errors
+    /// When `weight` is not a float matrix.
+    pub fn dense(weight: &Tensor) -> Result<Self> {
+        let (out_features, in_features) = weight.dims2()?;
+        if !matches!(weight.dtype(), DType::F32 | DType::F16 | DType::BF16) {
+            candle_core::bail!("a frozen weight is f32, f16 or bf16, not {:?}", weight.dtype());
+        }
+        let storage = WeightStorage::Dense(weight.detach().contiguous()?);
+        Ok(Self { storage, out_features, in_features, square_norms: Arc::default() })
+    }
+
+    /// A weight `[out, in]` in GGUF blocks, whose rows are whole blocks.
+    ///
+    /// # Errors
+    /// When `weight` is not a matrix or a row is not a whole number of blocks.
+    pub fn gguf(weight: Arc<QTensor>) -> Result<Self> {
+        let (out_features, in_features) = weight.shape().dims2()?;
+        if !in_features.is_multiple_of(weight.dtype().block_size()) {
+            candle_core::bail!("rows of {in_features} elements are not whole {:?} blocks", weight.dtype());
+        }
+        Ok(Self { storage: WeightStorage::Gguf(weight), out_features, in_features, square_norms: Arc::default() })
+    }
+
+    /// Rows of the matrix: the size of the output.
+    #[must_use]
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Columns of the matrix: the size of the input.
+    #[must_use]
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// How the weight is stored.
+    #[must_use]
+    pub fn storage(&self) -> &WeightStorage {
+        &self.storage
+    }
+
+    /// The device that holds it.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        match &self.storage {
+            WeightStorage::Dense(w) => w.device().clone(),
+            WeightStorage::Gguf(q) => q.device(),
+        }
+    }
+
+    /// Bytes of storage.
+    #[must_use]
+    pub fn nbytes(&self) -> usize {
+        match &self.storage {
+            WeightStorage::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
+            WeightStorage::Gguf(q) => q.storage_size_in_bytes(),
+        }
+    }
+
+    /// A name for the storage: `f32`, `bf16`, `q4_1` and so on.
+    #[must_use]
+    pub fn dtype_name(&self) -> String {
+        match &self.storage {
+            WeightStorage::Dense(w) => w.dtype().as_str().to_string(),
+            WeightStorage::Gguf(q) => format!("{:?}", q.dtype()).to_lowercase(),
+        }
+    }
+
+    /// The whole matrix as a dense tensor `[out, in]`.
+    ///
+    /// # Errors
+    /// When the conversion fails.
+    pub fn to_dense(&self, dtype: DType) -> Result<Tensor> {
+        match &self.storage {
+            WeightStorage::Dense(w) => w.to_dtype(dtype),
+            WeightStorage::Gguf(q) => q.dequantize(&q.device())?.to_dtype(dtype),
+        }
+    }
+
+    /// Rows `ids` as a tensor `[ids.len(), in]`, in `f32` on a CPU and in the storage's float type elsewhere.
+    ///
+    /// # Errors
+    /// When an id is not a row; the message names it.
+    pub fn rows(&self, ids: &[u32]) -> Result<Tensor> {
+        if let Some(bad) = ids.iter().find(|&&i| i as usize >= self.out_features) {
+            candle_core::bail!("token id {bad} is outside the vocabulary of {}", self.out_features);
+        }
+        if !self.device().is_cpu() {
+            let index = Tensor::new(ids, &self.device())?;
+            return match &self.storage {
+                WeightStorage::Dense(w) => w.index_select(&index, 0),
+                WeightStorage::Gguf(q) => q.embedding(&index),
+            };
+        }
+        let mut out = vec![0f32; ids.len() * self.in_features];
+        if self.in_features > 0 {
+            let rows = out.chunks_mut(self.in_features).zip(ids);
+            rows.map(|(row, &id)| self.widen(id as usize, row)).collect::<Result<()>>()?;
+        }
+        cpu::tensor(out, (ids.len(), self.in_features))
+    }
+
+    /// `x · Wᵀ`: `[tokens, in]` to `[tokens, out]`, untracked.
+    ///
+    /// # Errors
+    /// When `x` has another width.
+    pub fn matmul_t(&self, x: &Tensor) -> Result<Tensor> {
+        self.check(x, self.in_features, "input")?;
+        if is_cpu_f32(x) {
+            let x = x.contiguous()?;
+            let tokens = x.dim(0)?;
+            let out = cpu::with(&x, |x| self.matmul_t_cpu(x.data, tokens))?;
+            return cpu::tensor(out, (tokens, self.out_features));
+        }
+        x.detach().matmul(&self.to_dense(x.dtype())?.t()?)
+    }
+
+    /// `dy · W`: `[tokens, out]` to `[tokens, in]`, untracked.
+    ///
+    /// # Errors
+    /// When `dy` has another width.
+    pub fn matmul(&self, dy: &Tensor) -> Result<Tensor> {
+        self.check(dy, self.out_features, "gradient")?;
+        if is_cpu_f32(dy) {
+            let dy = dy.contiguous()?;
+            let tokens = dy.dim(0)?;
+            let out = cpu::with(&dy, |dy| self.matmul_cpu(dy.data, tokens))?;
+            return cpu::tensor(out, (tokens, self.in_features));
+        }
+        dy.detach().matmul(&self.to_dense(dy.dtype())?)
+    }
+
+    /// `Σ_j W[i, j]²` for every row `i`, as `[out]` in `f32`. Computed on first use and kept: the weight never changes.
+    ///
+    /// # Errors
+    /// When the weight cannot be read.
+    pub fn row_square_norms(&self) -> Result<Tensor> {
+        if let Some(norms) = self.square_norms.get() {
+            return Ok(norms.clone());
+        }
+        let norms = self.compute_row_square_norms()?.detach();
+        Ok(self.square_norms.get_or_init(|| norms).clone())
+    }
+
+    fn compute_row_square_norms(&self) -> Result<Tensor> {
+        if !self.device().is_cpu() {
+            return self.to_dense(DType::F32)?.sqr()?.sum(1);
+        }
+        let mut out = Vec::with_capacity(self.out_features);
+        self.for_panels(|_, panel| {
+            out.extend(panel.chunks(self.in_features.max(1)).map(|row| {
+                // Partial sums in f64: a row of many thousand squares keeps its last digits.
+                row.iter().map(|&w| f64::from(w) * f64::from(w)).sum::<f64>() as f32
+            }));
+            Ok(())
+        })?;
+        out.resize(self.out_features, 0.0);
+        cpu::tensor(out, self.out_features)
+    }
+
+    fn check(&self, x: &Tensor, width: usize, what: &str) -> Result<()> {
+        match x.dims2() {
+            Ok((_, w)) if w == width => Ok(()),
+            _ => candle_core::bail!(
+                "a frozen weight [{}, {}] takes an {what} of [tokens, {width}], not {:?}",
+                self.out_features,
+                self.in_features,
+                x.shape()
+            ),
+        }
+    }
+
+    pub(crate) fn matmul_t_cpu(&self, x: &[f32], tokens: usize) -> Result<Vec<f32>> {
+        let (n, k) = (self.out_features, self.in_features);
+        let mut y = vec![0f32; tokens * n];
+        let x = Mat::new(x, tokens, k);
+        self.for_panels(|first, panel| {
+            let rows = panel.len().checked_div(k).unwrap_or(0);
+            cpu::gemm_into(&mut y[first..], n, 0.0, x, Mat::new(panel, rows, k).t(), 1.0, true)
+        })?;
+        Ok(y)
+    }
+
+    pub(crate) fn matmul_cpu(&self, dy: &[f32], tokens: usize) -> Result<Vec<f32>> {
+        let (n, k) = (self.out_features, self.in_features);
+        let mut dx = vec![0f32; tokens * k];
+        self.for_panels(|first, panel| {
+            let rows = panel.len().checked_div(k).unwrap_or(0);
+            let keep = if first == 0 { 0.0 } else { 1.0 };
+            let dy = Mat::strided(dy.get(first..).unwrap_or_default(), tokens, rows, n);
+            cpu::gemm_into(&mut dx, k, keep, dy, Mat::new(panel, rows, k), 1.0, true)
+        })?;
+        Ok(dx)
+    }
+
+    /// Calls `f(first_row, rows)` on the matrix in `f32`, panel by panel in order: all of it at once where it is `f32`
+    /// already, else widened into one buffer that is reused.
+    fn for_panels(&self, mut f: impl FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
+        if self.out_features == 0 || self.in_features == 0 {
+            return Ok(());
+        }
+        if let WeightStorage::Dense(w) = &self.storage
+            && w.dtype() == DType::F32
+        {
+            return cpu::with(w, |w| f(0, w.data));
+        }
+        let rows = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);
+        let mut panel = vec![0f32; rows * self.in_features];
+        for first in (0..self.out_features).step_by(rows) {
+            let rows = rows.min(self.out_features - first);
+            let panel = &mut panel[..rows * self.in_features];
+            let part = rows.div_ceil(cpu::threads() * 2).max(1);
+            panel
+                .par_chunks_mut(part * self.in_features)
+                .enumerate()
+                .try_for_each(|(i, rows)| self.widen(first + i * part, rows))?;
+            f(first, panel)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the rows from `first` on, as many as `out` holds, in `f32`.
+    fn widen(&self, first: usize, out: &mut [f32]) -> Result<()> {
+        let start = first * self.in_features;
+        match &self.storage {
+            WeightStorage::Dense(w) => {
+                let (storage, layout) = w.storage_and_layout();
+                let candle_core::Storage::Cpu(s) = &*storage else {
+                    candle_core::bail!("a CPU kernel got a weight on {:?}", w.device().location())
+                };
+                let start = start + layout.start_offset();
+                let range = start..start + out.len();
+                match w.dtype() {
+                    DType::F32 => out.copy_from_slice(&s.as_slice::<f32>()?[range]),
+                    DType::F16 => s.as_slice::<half::f16>()?[range].convert_to_f32_slice(out),
+                    _ => s.as_slice::<half::bf16>()?[range].convert_to_f32_slice(out),
+                }
+                Ok(())
+            }
+            WeightStorage::Gguf(q) => {
+                let bytes = q.data()?;
+                let (size, block) = (q.dtype().type_size(), q.dtype().block_size());
+                let range = start / block * size..(start + out.len()) / block * size;
+                let Some(bytes) = bytes.get(range) else {
+                    candle_core::bail!("a {:?} weight has fewer blocks than its shape says", q.dtype())
+                };
+                let rows = dequantize(bytes, q.dtype(), out.len())?;
+                cpu::with(&rows, |r| {
+                    out.copy_from_slice(r.data);
+                    Ok(())
+                })
+            }
+        }
+    }
+}
+
+fn dequantize(blocks: &[u8], dtype: GgmlDType, elements: usize) -> Result<Tensor> {
+    let storage = QStorage::from_data(Cow::Borrowed(blocks), &Device::Cpu, dtype)?;
+    QTensor::new(storage, elements)?.dequantize(&Device::Cpu)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::testing::{close, randn};
+
+    fn kinds(out: usize, inp: usize) -> Vec<FrozenWeight> {
+        let w = randn(1, (out, inp), 0.5).unwrap();
+        let mut all: Vec<FrozenWeight> = [DType::F32, DType::F16, DType::BF16]
+            .iter()
+            .map(|d| FrozenWeight::dense(&w.to_dtype(*d).unwrap()).unwrap())
+            .collect();
+        for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_0, GgmlDType::F16] {
+            all.push(FrozenWeight::gguf(Arc::new(QTensor::quantize(&w, dtype).unwrap())).unwrap());
+        }
+        all
+    }
+
+    #[test]
+    fn products_equal_the_dense_ones_in_every_storage() {
+        for (out, inp) in [(1, 32), (33, 64), (700, 512)] {
+            for w in kinds(out, inp) {
+                let dense = w.to_dense(DType::F32).unwrap();
+                for tokens in [1, 5] {
+                    let x = randn(2, (tokens, inp), 1.0).unwrap();
+                    let dy = randn(3, (tokens, out), 1.0).unwrap();
+                    let name = format!("{} [{out}, {inp}] × {tokens}", w.dtype_name());
+                    close(&name, &w.matmul_t(&x).unwrap(), &x.matmul(&dense.t().unwrap()).unwrap(), 1e-4).unwrap();
+                    close(&name, &w.matmul(&dy).unwrap(), &dy.matmul(&dense).unwrap(), 1e-4).unwrap();
+                }
+                let norms = dense.sqr().unwrap().sum(1).unwrap();
+                let first = w.row_square_norms().unwrap();
+                close("norms", &first, &norms, 1e-5).unwrap();
+                // Kept, and shared with clones: DoRA asks for them in every forward pass.
+                assert_eq!(w.clone().row_square_norms().unwrap().id(), first.id());
+                close("kept norms", &first, &w.compute_row_square_norms().unwrap(), 0.0).unwrap();
+                let ids = [0, out as u32 - 1, out as u32 / 2];
+                let index = Tensor::new(&ids[..], &Device::Cpu).unwrap();
+                close("rows", &w.rows(&ids).unwrap(), &dense.index_select(&index, 0).unwrap(), 0.0).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let w = FrozenWeight::dense(&randn(1, (3, 4), 1.0).unwrap()).unwrap();
+        let e = w.matmul_t(&randn(1, (2, 5), 1.0).unwrap()).unwrap_err().to_string();
+        assert!(e.contains("[tokens, 4]"), "{e}");
+        assert!(w.rows(&[3]).unwrap_err().to_string().contains("token id 3"));
+    }
+}

@@ -1,0 +1,267 @@
+//! From a config to an adapter on a base model: which sites, which modules, how they start.
+
+use std::collections::HashSet;
+
+use candle_core::{DType, Tensor};
+use peft_core::kernels::Stream;
+use peft_core::select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, saved_target_modules, select};
+use peft_core::select_spec::TargetModules;
+use peft_core::suggest::did_you_mean;
+use peft_core::{
+    Adapter, BaseLayer, BaseModel, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
+    SiteAdapter, SiteKind, SiteModule, SiteTable, TrainedEmbedding, TrainedLinear, TrainedNorm,
+};
+use serde_json::Value;
+use std::sync::Arc;
+
+use crate::config::{BiasTraining, LoraConfig};
+use crate::dora;
+use crate::embedding::{LoraEmbedding, TrainedTokens};
+use crate::linear::LoraLinear;
+
+/// What PEFT puts in front of the base model's module paths.
+const PREFIX: &str = "base_model.model.";
+
+/// An adapter as built from a config, with what the config's patterns matched.
+#[derive(Debug)]
+pub struct Built {
+    /// The adapter, its parameters as the config's initialisation starts them.
+    pub adapter: Adapter,
+    /// What each pattern matched.
+    pub selection: Selection,
+}
+
+/// The sites of a model as the matcher takes them.
+#[must_use]
+pub fn candidates(sites: &SiteTable) -> Vec<Candidate<'_>> {
+    let kind = |site: &Site| match site.kind {
+        SiteKind::Linear { .. } => ModuleKind::Linear,
+        SiteKind::Embedding { .. } => ModuleKind::Embedding,
+        SiteKind::Norm { .. } => ModuleKind::Norm,
+    };
+    sites.iter().map(|s| Candidate { path: &s.path, kind: kind(s), is_output_head: s.is_output_head }).collect()
+}
+
+impl LoraConfig {
+    /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
+    ///
+    /// With [`Unmatched::Error`] a pattern that hits nothing is refused with the nearest names; adapters written by PEFT
+    /// are read with [`Unmatched::Report`], since PEFT ignores such patterns.
+    ///
+    /// # Errors
+    /// When a pattern or a combination of settings is wrong; the message names it.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
+        let sites = base.sites().clone();
+        let candidates = candidates(&sites);
+        let mut spec = self.targets.clone();
+        spec.fill_default_targets("LORA", base.model_type())?;
+        let selection = select(&spec, &candidates, &SelectRules { unmatched, ..SelectRules::LORA })?;
+        let names = saved_target_modules(&spec, "LORA", &candidates).map(|t| t.to_json());
+        let mut config = self.to_adapter_config(names);
+        if spec.task_type.is_none() {
+            config.insert("task_type".into(), "CAUSAL_LM".into());
+        }
+        let mut adapter = Adapter::new(config, &sites);
+        if self.init.subtracts() {
+            for (key, value) in self.doubled() {
+                adapter.set_export_key(key, value);
+            }
+        }
+        let builder = Builder { config: self, base, seed };
+
+        let mut adapted = HashSet::new();
+        for selected in &selection.sites {
+            let site = sites.iter().nth(selected.index).ok_or_else(|| Error::msg("a selected site does not exist"))?;
+            let (r, alpha) = (selected.rank.unwrap_or(self.r), selected.alpha.unwrap_or(self.lora_alpha));
+            let module = builder.module(site, r, alpha).with_context(|| site.path.clone())?;
+            adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
+            adapted.insert(site.id);
+        }
+        for saved in &selection.saved {
+            for site in saved.members.iter().filter_map(|&i| sites.iter().nth(i)) {
+                adapter.insert(site.id, SiteAdapter::new(Some(builder.saved(site)?), None))?;
+            }
+        }
+        for (site, tokens) in builder.tokens(&sites)? {
+            adapter
+                .insert(site.id, SiteAdapter::new(Some(tokens), None))
+                .map_err(|_| Error::config("trainable_token_indices", format!("`{}` is adapted already", site.path)))?;
+        }
+        for site in sites.iter() {
+            if let Some(bias) = builder.bias(site, adapted.contains(&site.id))? {
+                adapter.insert(site.id, SiteAdapter::new(None, Some(bias)))?;
+            }
+        }
+        if saves_embeddings(&spec.target_modules, self.trainable_tokens.is_some()) {
+            for site in sites.iter().filter(|s| adapted.contains(&s.id)) {
+                let weight = match base.layer(site.id)? {
+                    BaseLayer::Embedding(e) => e.weight().clone(),
+                    BaseLayer::Linear(l) if site.is_output_head => l.weight().clone(),
+                    _ => continue,
+                };
+                adapter
+                    .add_constant(format!("{PREFIX}{}.base_layer.weight", site.path), weight.to_dense(base.dtype())?);
+            }
+        }
+        if adapter.parameters().is_empty() {
+            return Err(Error::config("target_modules", "leaves nothing to train"));
+        }
+        Ok(Built { adapter, selection })
+    }
+}
+
+/// PEFT saves the whole table of an adapted embedding or head when the targets name one outright.
+fn saves_embeddings(targets: &Option<TargetModules>, trains_tokens: bool) -> bool {
+    let named = match targets {
+        Some(TargetModules::Names(names)) => names.iter().any(|n| n == "embed_tokens" || n == "lm_head"),
+        Some(TargetModules::Regex(_)) => true,
+        _ => false,
+    };
+    named && !trains_tokens
+}
+
+struct Builder<'a> {
+    config: &'a LoraConfig,
+    base: &'a dyn BaseModel,
+    seed: u64,
+}
+
+impl Builder<'_> {
+    fn parameter(&self, site: &Site, suffix: &str, value: &Tensor, role: Role) -> Result<Parameter> {
+        Parameter::new(format!("{PREFIX}{}.{suffix}", site.path), &value.to_device(self.base.device())?, role)
+    }
+
+    fn module(&self, site: &Site, r: usize, alpha: f64) -> Result<SiteModule> {
+        let scale = self.config.scale(r, alpha) as f32;
+        match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => Ok(SiteModule::Linear(Arc::new(self.linear(site, layer, r, scale)?))),
+            BaseLayer::Embedding(e) => Ok(SiteModule::Embedding(Arc::new(self.embedding(site, e, r, scale)?))),
+            BaseLayer::Norm(_) => Err(Error::site(&site.path, "LoRA adapts linear layers and embeddings, not norms")),
+        }
+    }
+
+    fn linear(&self, site: &Site, layer: &FrozenLinear, r: usize, scale: f32) -> Result<LoraLinear> {
+        let config = self.config;
+        let stream = Stream { seed: self.seed, step: 0, site: site.id.0 };
+        let start = config.init.start(layer, r, f64::from(scale), stream, self.base.device())?;
+        let subtracted = if config.init.subtracts() {
+            let a = self.parameter(site, "lora_A_initial.weight", &start.a, Role::Plain)?;
+            Some((a, self.parameter(site, "lora_B_initial.weight", &start.b, Role::Plain)?))
+        } else {
+            None
+        };
+        let a_role = if config.init.starts_at_zero() { Role::ZeroAtStart } else { Role::Plain };
+        let magnitude = if config.use_dora {
+            // What a start puts into A and B beyond zero it takes out of the base, so that the sum is W again.
+            let scale = if subtracted.is_some() { 0.0 } else { scale };
+            let norm = dora::weight_norm(layer.weight(), &start.a, &start.b, scale)?;
+            Some(self.parameter(site, "lora_magnitude_vector", &norm, Role::NoDecay)?)
+        } else {
+            None
+        };
+        let b_bias = if config.lora_bias {
+            let zero = Tensor::zeros(layer.weight().out_features(), DType::F32, self.base.device())?;
+            Some(self.parameter(site, "lora_B.bias", &zero, Role::NoDecay)?)
+        } else {
+            None
+        };
+        Ok(LoraLinear {
+            a: self.parameter(site, "lora_A.weight", &start.a, a_role)?,
+            b: self.parameter(site, "lora_B.weight", &start.b, Role::LoraB)?,
+            b_bias,
+            magnitude,
+            subtracted,
+            scale,
+            dropout: config.lora_dropout,
+        })
+    }
+
+    /// On an embedding PEFT starts A at zero and B from a standard normal.
+    fn embedding(&self, site: &Site, layer: &FrozenEmbedding, r: usize, scale: f32) -> Result<LoraEmbedding> {
+        if self.config.init.subtracts() {
+            return Err(Error::config(
+                "init_lora_weights",
+                "starts from the weights of linear layers, and this is an embedding: leave it out of target_modules, or use \
+                 init_lora_weights = true",
+            ));
+        }
+        let (vocab, dim) = (layer.weight().out_features(), layer.weight().in_features());
+        let stream = Stream { seed: self.seed, step: 0, site: site.id.0 };
+        let a = Tensor::zeros((r, vocab), DType::F32, &candle_core::Device::Cpu)?;
+        let b = Tensor::from_vec(stream.normal_vec(dim * r, 1.0), (dim, r), &candle_core::Device::Cpu)?;
+        let magnitude = if self.config.use_dora {
+            // A is zero, so the norm is that of the table's columns.
+            let norm = layer.weight().to_dense(DType::F32)?.sqr()?.sum(0)?.sqrt()?;
+            Some(self.parameter(site, "lora_magnitude_vector", &norm, Role::NoDecay)?)
+        } else {
+            None
+        };
+        Ok(LoraEmbedding {
+            a: self.parameter(site, "lora_embedding_A", &a, Role::Plain)?,
+            b: self.parameter(site, "lora_embedding_B", &b, Role::ZeroAtStart)?,
+            magnitude,
+            scale,
+        })
+    }
+
+    fn saved(&self, site: &Site) -> Result<SiteModule> {
+        let prefix = format!("{PREFIX}{}", site.path);
+        Ok(match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => SiteModule::Linear(Arc::new(TrainedLinear::new(&prefix, layer)?)),
+            // PEFT copies the table and leaves a tied head on the frozen one.
+            BaseLayer::Embedding(e) => SiteModule::Embedding(Arc::new(TrainedEmbedding::new(&prefix, e, false)?)),
+            BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(&prefix, norm)?)),
+        })
+    }
+
+    fn tokens<'s>(&self, sites: &'s SiteTable) -> Result<Vec<(&'s Site, SiteModule)>> {
+        let key = "trainable_token_indices";
+        let Some(tokens) = &self.config.trainable_tokens else { return Ok(Vec::new()) };
+        let embeddings: Vec<&Site> = sites.iter().filter(|s| matches!(s.kind, SiteKind::Embedding { .. })).collect();
+        let mut modules = Vec::new();
+        for (name, ids) in &tokens.by_module {
+            let matches = |s: &&&Site| s.path == *name || s.path.ends_with(&format!(".{name}"));
+            let Some(site) = embeddings.iter().find(matches) else {
+                let near = did_you_mean(name, embeddings.iter().map(|s| s.path.as_str()));
+                return Err(Error::config(key, format!("`{name}` is not an embedding of this model{near}")));
+            };
+            let BaseLayer::Embedding(layer) = self.base.layer(site.id)? else { continue };
+            let rows = layer.weight().rows(ids).with_context(|| key)?.to_dtype(DType::F32)?;
+            let rows = self.parameter(site, "token_adapter.trainable_tokens_delta", &rows, Role::Plain)?;
+            let tied = self.base.tied_embedding() == Some(site.path.as_str());
+            let module = TrainedTokens { ids: ids.clone(), rows, tied };
+            modules.push((*site, SiteModule::Embedding(Arc::new(module))));
+        }
+        Ok(modules)
+    }
+
+    fn bias(&self, site: &Site, adapted: bool) -> Result<Option<Parameter>> {
+        let wanted = match self.config.bias {
+            BiasTraining::None => false,
+            BiasTraining::All => true,
+            BiasTraining::LoraOnly => adapted,
+        };
+        if !wanted {
+            return Ok(None);
+        }
+        let bias = match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => layer.bias().cloned(),
+            BaseLayer::Norm(norm) => norm.bias().cloned(),
+            BaseLayer::Embedding(_) => None,
+        };
+        let suffix = if adapted { "base_layer.bias" } else { "bias" };
+        bias.map(|b| self.parameter(site, suffix, &b.to_dtype(DType::F32)?, Role::NoDecay)).transpose()
+    }
+}
+
+/// The rank and alpha of each adapted site, for reports: `(path, r, scale)`.
+#[must_use]
+pub fn describe(adapter: &Adapter, sites: &SiteTable) -> Vec<(String, Value)> {
+    adapter
+        .touched()
+        .filter_map(|(id, s)| {
+            let elements: usize = s.parameters().iter().map(|p| p.elem_count()).sum();
+            sites.get(id).map(|site| (site.path.clone(), Value::from(elements)))
+        })
+        .collect()
+}

@@ -1,0 +1,150 @@
+//! Factorisations of weights, in `f64` through nalgebra.
+//!
+//! A row-major tensor `[q, n]` is nalgebra's column-major matrix `[n, q]`, so vectors are kept as rows here.
+
+use candle_core::{DType, Device, Tensor};
+use nalgebra::DMatrix;
+use peft_core::kernels::{FrozenWeight, Stream};
+use peft_core::{Error, Result};
+
+/// Directions beyond the rank that a randomised factorisation follows: with a few more, its error comes close to the
+/// best possible (Halko, Martinsson and Tropp, 2011, section 10).
+const OVERSAMPLING: usize = 8;
+
+/// The leading part of `W = Σ sᵢ·uᵢ·vᵢᵀ`, singular values in descending order, on the CPU in `f32`.
+#[derive(Debug)]
+pub(crate) struct Svd {
+    /// Left singular vectors as rows, `[r, out]`.
+    pub(crate) u: Tensor,
+    /// Singular values.
+    pub(crate) s: Vec<f64>,
+    /// Right singular vectors as rows, `[r, in]`.
+    pub(crate) v: Tensor,
+}
+
+fn values(t: &Tensor) -> Result<Vec<f64>> {
+    let values: Vec<f64> = t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?;
+    // nalgebra panics on NaN.
+    if values.iter().all(|x| x.is_finite()) { Ok(values) } else { Err(Error::msg("the weight holds NaN or infinity")) }
+}
+
+fn rows(data: &[f64], shape: (usize, usize)) -> Result<Tensor> {
+    let data = data.iter().take(shape.0 * shape.1).map(|&x| x as f32).collect::<Vec<_>>();
+    Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+}
+
+/// An orthonormal basis, as rows, of the span of the rows of `vectors: [q, n]` with `q ≤ n`: the Q of a QR factorisation.
+///
+/// # Errors
+/// When there are more vectors than dimensions, or a value is not finite.
+pub(crate) fn orthonormal_rows(vectors: &Tensor) -> Result<Tensor> {
+    let (q, n) = vectors.dims2()?;
+    if q > n {
+        return Err(Error::msg(format!("{q} vectors of {n} elements have no orthonormal basis of as many")));
+    }
+    let basis = DMatrix::from_vec(n, q, values(vectors)?).qr().q();
+    rows(basis.as_slice(), (q, n))
+}
+
+/// The first `r` singular triplets of `w: [out, in]`, by a full decomposition: about `12·k³` operations on one core for
+/// `k = min(out, in)`.
+///
+/// # Errors
+/// When a value is not finite or the iteration does not converge.
+pub(crate) fn svd(w: &Tensor, r: usize) -> Result<Svd> {
+    let (out, inp) = w.dims2()?;
+    let transposed = DMatrix::from_vec(inp, out, values(w)?);
+    let limit = 100 * out.min(inp).max(10);
+    let decomposed = transposed.try_svd(true, true, f64::EPSILON, limit);
+    let parts = decomposed.and_then(|d| Some((d.u?, d.singular_values, d.v_t?)));
+    let (right, s, left) = parts.ok_or_else(|| Error::msg("the singular value decomposition does not converge"))?;
+    let r = r.min(s.len());
+    Ok(Svd {
+        u: rows(left.transpose().as_slice(), (r, out))?,
+        s: s.iter().take(r).copied().collect(),
+        v: rows(right.as_slice(), (r, inp))?,
+    })
+}
+
+/// The first `r` singular triplets of a weight by subspace iteration from a random start: `iterations` times there and
+/// back through W, which is read as it is stored and never widened.
+///
+/// # Errors
+/// When a product fails.
+pub(crate) fn randomised_svd(weight: &FrozenWeight, r: usize, iterations: usize, stream: Stream) -> Result<Svd> {
+    let (out, inp) = (weight.out_features(), weight.in_features());
+    let q = (r + OVERSAMPLING).min(out).min(inp);
+    let device = weight.device();
+    let start = Tensor::from_vec(stream.normal_vec(q * inp, 1.0), (q, inp), &device)?;
+    let mut left = orthonormal_rows(&weight.matmul_t(&start)?)?;
+    for _ in 0..iterations {
+        let right = orthonormal_rows(&weight.matmul(&left.to_device(&device)?)?)?;
+        left = orthonormal_rows(&weight.matmul_t(&right.to_device(&device)?)?)?;
+    }
+    // W ≈ Q·(QᵀW), and the small factor is decomposed.
+    let core = svd(&weight.matmul(&left.to_device(&device)?)?, r)?;
+    Ok(Svd { u: core.u.matmul(&left)?, ..core })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use peft_core::kernels::testing::{close, randn};
+
+    fn product(d: &Svd) -> Tensor {
+        let s: Vec<f32> = d.s.iter().map(|&s| s as f32).collect();
+        let n = s.len();
+        let scaled = d.v.broadcast_mul(&Tensor::from_vec(s, (n, 1), &Device::Cpu).unwrap()).unwrap();
+        d.u.t().unwrap().matmul(&scaled).unwrap()
+    }
+
+    fn assert_orthonormal(rows: &Tensor) {
+        let gram = rows.matmul(&rows.t().unwrap()).unwrap();
+        close("gram", &gram, &Tensor::eye(rows.dim(0).unwrap(), DType::F32, &Device::Cpu).unwrap(), 1e-5).unwrap();
+    }
+
+    #[test]
+    fn full_rank_gives_the_matrix_back() {
+        for (out, inp) in [(1, 1), (1, 5), (7, 3), (20, 33), (48, 32)] {
+            let w = randn(1, (out, inp), 0.7).unwrap();
+            let d = svd(&w, out.min(inp)).unwrap();
+            close("W", &product(&d), &w, 1e-5).unwrap();
+            assert_orthonormal(&d.u);
+            assert_orthonormal(&d.v);
+            assert!(d.s.is_sorted_by(|a, b| a >= b));
+        }
+        let zero = Tensor::zeros((6, 4), DType::F32, &Device::Cpu).unwrap();
+        assert!(svd(&zero, 2).unwrap().s.iter().all(|&s| s == 0.0));
+    }
+
+    #[test]
+    fn randomised_finds_the_same_triplets() {
+        // Singular values that fall by a half each, as trained weights have a few large ones.
+        let (out, inp) = (40, 64);
+        let full = svd(&randn(2, (out, inp), 1.0).unwrap(), out).unwrap();
+        let falling = Svd { s: (0..out).map(|i| 0.5f64.powi(i as i32)).collect(), ..full };
+        let w = product(&falling);
+        let exact = svd(&w, 4).unwrap();
+        let stream = Stream { seed: 3, step: 0, site: 1 };
+        let found = randomised_svd(&FrozenWeight::dense(&w).unwrap(), 4, 4, stream).unwrap();
+        for (a, b) in exact.s.iter().zip(&found.s) {
+            assert!((a - b).abs() < 1e-5 * a, "{a} {b}");
+        }
+        close("W₄", &product(&found), &product(&exact), 1e-5).unwrap();
+        // A rank as large as the matrix leaves no room for oversampling.
+        let all = randomised_svd(&FrozenWeight::dense(&w).unwrap(), out, 1, stream).unwrap();
+        close("W", &product(&all), &w, 1e-4).unwrap();
+    }
+
+    #[test]
+    fn hostile_matrices_are_refused() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let w = Tensor::new(&[[bad, 1.0], [2.0, 3.0]], &Device::Cpu).unwrap();
+            assert!(svd(&w, 1).is_err() && orthonormal_rows(&w).is_err());
+        }
+        let extreme = Tensor::new(&[[f32::MAX, f32::MIN_POSITIVE], [f32::MAX, -f32::MAX]], &Device::Cpu).unwrap();
+        assert!(svd(&extreme, 2).is_ok());
+        assert!(orthonormal_rows(&randn(1, (3, 2), 1.0).unwrap()).is_err());
+    }
+}

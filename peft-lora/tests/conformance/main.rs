@@ -1,0 +1,395 @@
+//! What holds for every method, on every kind of frozen weight: see `cases.rs` for the list, to which a further method
+//! is added.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod cases;
+mod model;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use peft_core::kernels::testing::{close, max_difference, randn};
+use peft_core::{
+    Adapter, AdapterSet, BaseModel, Ctx, Delta, FrozenLinear, Mode, Parameter, PeftModule, Result, Role, Route, SiteAdapter,
+    SiteModule, StepRng,
+};
+use peft_models::Decoder;
+use peft_train::audit::{AuditEntry, audit_gradients};
+use peft_train::checkpoint::{self, TrainerState, write_adapter_files};
+use peft_train::{Checkpointing, Grads, evaluate, forward_backward, methods};
+use serde_json::{Map, Value, json};
+
+use crate::cases::{Case, cases};
+use crate::model::{KINDS, Kind, base, batch, eval, hash, logits, merged, sequence, trained};
+
+type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
+
+fn create(method: &Value, base: &Decoder, seed: u64) -> Result<Adapter> {
+    let Value::Object(table) = method else { panic!("a method is a table") };
+    Ok(methods::create(table, base, seed)?.adapter)
+}
+
+/// Runs `check` for every case on every kind of weight and lists all that fail.
+fn for_all(check: impl Fn(&Case, &Decoder) -> Outcome) {
+    let mut failures = Vec::new();
+    for case in cases() {
+        for kind in KINDS {
+            if let Err(e) = check(&case, &base(case.shape, kind)) {
+                failures.push(format!("{} on {kind:?}: {e}", case.name));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+fn ensure(holds: bool, what: impl Into<String>) -> Outcome {
+    if holds { Ok(()) } else { Err(what.into().into()) }
+}
+
+#[test]
+fn a_fresh_adapter_changes_nothing_and_a_trained_one_does() {
+    for_all(|case, model| {
+        let plain = eval(model, None)?;
+        let fresh = Arc::new(create(&case.method, model, 1)?);
+        let difference = max_difference(&eval(model, Some(&fresh))?, &plain)?;
+        // PiSSA and OLoRA add and subtract a part of the weight, which rounds.
+        let tolerance = if fresh.frozen().is_empty() { 1e-6 } else { 4e-6 };
+        ensure((difference <= tolerance) == case.identity, format!("fresh differs by {difference:.1e}"))?;
+        let trained = trained(create(&case.method, model, 1)?, 2)?;
+        let difference = max_difference(&eval(model, Some(&trained))?, &plain)?;
+        ensure(difference > 1e-3, format!("trained differs by {difference:.1e} only"))?;
+        // The base is as it was.
+        Ok(close("base", &eval(model, None)?, &plain, 0.0)?)
+    });
+}
+
+#[test]
+fn merged_equals_unmerged() {
+    for_all(|case, model| {
+        let adapter = trained(create(&case.method, model, 1)?, 2)?;
+        let merged = merged(model, &adapter)?;
+        Ok(close("logits", &eval(&merged, None)?, &eval(model, Some(&adapter))?, 1e-4)?)
+    });
+}
+
+#[test]
+fn saving_is_stable_and_loading_gives_the_same_logits() {
+    for_all(|case, model| {
+        let adapter = trained(create(&case.method, model, 1)?, 2)?;
+        let dir = tempfile::tempdir()?;
+        let (first, second) = (dir.path().join("first"), dir.path().join("second"));
+        write_adapter_files(&first, &adapter)?;
+        let loaded = Arc::new(methods::open(&first, model)?.adapter);
+        // PiSSA and OLoRA come back as one LoRA of twice the rank, whose sums round otherwise.
+        let tolerance = if adapter.frozen().is_empty() { 0.0 } else { 1e-5 };
+        close("logits", &eval(model, Some(&loaded))?, &eval(model, Some(&adapter))?, tolerance)?;
+        ensure(loaded.frozen().is_empty(), "an exported file still has a start to subtract")?;
+        write_adapter_files(&second, &loaded)?;
+        for file in ["adapter_model.safetensors", "adapter_config.json"] {
+            ensure(std::fs::read(first.join(file))? == std::fs::read(second.join(file))?, format!("{file} changed"))?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_checkpoint_restores_every_bit() {
+    for_all(|case, model| {
+        let adapter = trained(create(&case.method, model, 1)?, 2)?;
+        let dir = tempfile::tempdir()?;
+        let mut optimizer = peft_train::optim::build(peft_train::optim::OptimizerKind::Sgd, &Default::default())?;
+        let state = TrainerState { step: 3, ..TrainerState::default() };
+        let folder = checkpoint::save(dir.path(), &state, &adapter, optimizer.as_ref(), 0)?;
+        // Another seed: nothing may be left of the new start, not even a randomised PiSSA's.
+        let again = Arc::new(create(&case.method, model, 99)?);
+        checkpoint::load(&folder, &again, optimizer.as_mut(), "")?;
+        for ((name, a), (other, b)) in again.tensors().iter().zip(&adapter.tensors()) {
+            ensure(name == other, format!("{name} and {other}"))?;
+            close(name, a, b, 0.0)?;
+        }
+        close("logits", &eval(model, Some(&again))?, &eval(model, Some(&adapter))?, 0.0)?;
+        // A checkpoint is itself an adapter that can be opened.
+        let opened = Arc::new(methods::open(&folder, model)?.adapter);
+        Ok(close("opened", &eval(model, Some(&opened))?, &eval(model, Some(&adapter))?, 0.0)?)
+    });
+}
+
+struct Run<'a> {
+    model: &'a Decoder,
+    set: AdapterSet,
+    adapter: Arc<Adapter>,
+}
+
+impl<'a> Run<'a> {
+    fn new(model: &'a Decoder, adapter: Arc<Adapter>) -> Self {
+        Self { model, set: AdapterSet::one("a", adapter.clone()), adapter }
+    }
+
+    fn ctx(&self, step: u32) -> Ctx<'_> {
+        let rng = StepRng { seed: 7, step };
+        Ctx { adapters: &self.set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng }
+    }
+
+    fn gradients(&self, checkpointing: Checkpointing) -> Result<Vec<Option<Tensor>>> {
+        let parameters = self.adapter.parameters();
+        let mut grads = Grads::new(&parameters);
+        let lowest = self.adapter.lowest_segment(self.model.sites()).unwrap_or(0);
+        let scale = 1.0 / batch().targets().ids.len() as f64;
+        forward_backward(self.model, &batch(), &self.ctx(3), lowest, checkpointing, scale, &mut grads)?;
+        Ok(grads.into_vec())
+    }
+
+    /// The mean loss in training mode, with the masks of the step that [`Run::gradients`] takes.
+    fn loss(&self) -> Result<f64> {
+        let measured = evaluate(self.model, &batch(), &self.ctx(3))?;
+        Ok(measured.nll / measured.counted as f64)
+    }
+}
+
+/// The end of a parameter's name, which says what it is.
+fn group(name: &str) -> String {
+    let parts: Vec<&str> = name.split('.').collect();
+    parts[parts.len().saturating_sub(2)..].join(".")
+}
+
+fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
+    let one = |(a, b): (&Tensor, &Tensor)| -> Result<f64> {
+        Ok(a.to_dtype(candle_core::DType::F64)?.mul(&b.to_dtype(candle_core::DType::F64)?)?.sum_all()?.to_scalar::<f64>()?)
+    };
+    a.iter().zip(b).map(one).sum()
+}
+
+#[test]
+fn gradients_are_those_of_the_loss_whatever_is_recomputed() {
+    for_all(|case, model| {
+        let run = Run::new(model, trained(create(&case.method, model, 1)?, 2)?);
+        let grads = run.gradients(Checkpointing::Off)?;
+        for other in [Checkpointing::Full, Checkpointing::KeepTop(1)] {
+            for ((p, a), b) in run.adapter.parameters().iter().zip(&grads).zip(run.gradients(other)?) {
+                match (a, b) {
+                    (Some(a), Some(b)) => close(&format!("{} {other:?}", p.name()), a, &b, 0.0)?,
+                    _ => return Err(format!("{}: no gradient", p.name()).into()),
+                }
+            }
+        }
+        let mut groups: BTreeMap<String, Vec<(&Parameter, Tensor)>> = BTreeMap::new();
+        let parameters = run.adapter.parameters();
+        for (p, g) in parameters.into_iter().zip(grads) {
+            if !case.partial_gradient.iter().any(|end| p.name().ends_with(end)) {
+                groups.entry(group(p.name())).or_default().push((p, g.ok_or("no gradient")?));
+            }
+        }
+        for (name, members) in groups {
+            compare_with_differences(&run, &name, &members)?;
+        }
+        Ok(())
+    });
+}
+
+/// Moves all parameters of a group along directions that are half gradient, half random.
+fn compare_with_differences(run: &Run<'_>, name: &str, members: &[(&Parameter, Tensor)]) -> Outcome {
+    const STEP: f64 = 1e-2;
+    let start = members.iter().map(|(p, _)| Ok(p.value().copy()?)).collect::<Result<Vec<_>>>()?;
+    let gradient: Vec<Tensor> = members.iter().map(|(_, g)| g.clone()).collect();
+    let length = dot(&gradient, &gradient)?.sqrt().max(1e-12);
+    for seed in 0..2 {
+        let noise = members.iter().map(|(p, g)| Ok(randn(hash(p.name()) ^ seed, g.shape(), 1.0)?));
+        let noise = noise.collect::<Result<Vec<_>>>()?;
+        let noise_length = dot(&noise, &noise)?.sqrt();
+        let direction = gradient.iter().zip(&noise);
+        let direction = direction.map(|(g, n)| Ok(((g / length)? + (n / noise_length)?)?)).collect::<Result<Vec<_>>>()?;
+        let at = |h: f64| -> Result<f64> {
+            for (((p, _), s), d) in members.iter().zip(&start).zip(&direction) {
+                p.set(&(s + (d * h)?)?)?;
+            }
+            run.loss()
+        };
+        let numeric = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
+        let analytic = dot(&gradient, &direction)?;
+        for ((p, _), s) in members.iter().zip(&start) {
+            p.set(s)?;
+        }
+        let allowed = 2e-2 * numeric.abs().max(analytic.abs()) + 3e-4;
+        ensure(
+            (numeric - analytic).abs() <= allowed,
+            format!("gradient of {name}: {analytic:.6} by backward, {numeric:.6} by differences"),
+        )?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_batch_that_mixes_adapters_equals_single_runs() {
+    for_all(|case, model| {
+        let partner = if case.shape.tied {
+            json!({"r": 3, "target_modules": "all-linear", "use_dora": true, "modules_to_save": ["norm"]})
+        } else {
+            json!({"r": 3, "target_modules": "all-linear", "use_dora": true, "modules_to_save": ["lm_head"]})
+        };
+        let set = AdapterSet::one("a", trained(create(&case.method, model, 1)?, 2)?)
+            .with("b", trained(create(&case.method, model, 3)?, 4)?)
+            .with("partner", trained(create(&partner, model, 5)?, 6)?);
+        let slots = [None, Some(0), Some(1), Some(2), Some(0)];
+        let batch = batch();
+        let route = Route::rows(&batch.bounds, &slots);
+        let mixed = logits(model, &batch, &Ctx::eval(&set, &route))?;
+        for (i, slot) in slots.iter().enumerate() {
+            let route = slot.map_or(Route::Base, Route::Uniform);
+            let single = logits(model, &sequence(&batch, i), &Ctx::eval(&set, &route))?;
+            let rows = mixed.narrow(0, batch.bounds[i], batch.bounds[i + 1] - batch.bounds[i])?;
+            close(&format!("sequence {i} through {slot:?}"), &rows, &single, 1e-5)?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn dropout_acts_in_training_only_and_repeats() {
+    for_all(|case, model| {
+        let dropout = case.method.get("lora_dropout").is_some();
+        let adapter = trained(create(&case.method, model, 1)?, 2)?;
+        let run = Run::new(model, adapter.clone());
+        let train = |step| logits(model, &batch(), &run.ctx(step).untracked());
+        let still = eval(model, Some(&adapter))?;
+        close("same step", &train(0)?, &train(0)?, 0.0)?;
+        if !dropout {
+            return Ok(close("training without dropout", &train(0)?, &still, 1e-5)?);
+        }
+        ensure(max_difference(&train(0)?, &still)? > 1e-3, "no dropout in training")?;
+        ensure(max_difference(&train(0)?, &train(1)?)? > 1e-3, "two steps share a mask")?;
+        let mut method = case.method.clone();
+        method["lora_dropout"] = json!(0.0);
+        let without = trained(create(&method, model, 1)?, 2)?;
+        Ok(close("evaluation", &still, &eval(model, Some(&without))?, 0.0)?)
+    });
+}
+
+/// As the trainer does on its first step.
+fn audit(run: &Run<'_>) -> Outcome {
+    let grads = run.gradients(Checkpointing::Full)?;
+    let parameters = run.adapter.parameters();
+    let entries = parameters.iter().zip(&grads).map(|(p, g)| AuditEntry {
+        name: p.name(),
+        grad: g.as_ref(),
+        allow_zero: p.role() == Role::ZeroAtStart,
+    });
+    Ok(audit_gradients(entries)?)
+}
+
+#[test]
+fn every_fresh_adapter_passes_the_gradient_audit() {
+    for_all(|case, model| audit(&Run::new(model, Arc::new(create(&case.method, model, 1)?))));
+}
+
+/// A method with the mistake that the audit is for: its forward pass cuts the graph.
+#[derive(Debug)]
+struct Broken {
+    weight: Parameter,
+}
+
+impl PeftModule for Broken {
+    fn forward(&self, base: &FrozenLinear, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let weight = self.weight.get(ctx).detach();
+        Ok((base.base(x)? + peft_core::kernels::trainable_linear(x, &weight)?)?)
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        vec![&self.weight]
+    }
+
+    fn delta(&self, _: &FrozenLinear) -> Result<Delta> {
+        Ok(Delta::Add { weight: self.weight.value(), bias: None })
+    }
+
+    fn lower(&self, _: &FrozenLinear) -> Result<Option<peft_core::kernels::ServingForm>> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn the_audit_names_a_parameter_that_a_module_detaches() {
+    let model = base(Default::default(), Kind::F32);
+    for (path, alone) in [("model.layers.0.self_attn.q_proj", true), ("model.layers.1.mlp.up_proj", false)] {
+        let table = json!({"r": 2, "target_modules": ["v_proj"]});
+        let mut adapter =
+            if alone { Adapter::new(Map::new(), model.sites()) } else { create(&table, &model, 1).unwrap() };
+        let site = model.sites().find(path).unwrap();
+        let peft_core::SiteKind::Linear { in_features, out_features, .. } = site.kind else { panic!("{path}") };
+        let value = randn(1, (out_features, in_features), 0.1).unwrap();
+        let weight = Parameter::new(format!("{path}.broken"), &value, Role::Plain).unwrap();
+        let module = SiteModule::Linear(Arc::new(Broken { weight }));
+        adapter.insert(site.id, SiteAdapter::new(Some(module), None)).unwrap();
+        let text = audit(&Run::new(&model, Arc::new(adapter))).unwrap_err().to_string();
+        assert!(text.contains(&format!("{path}.broken")) && text.contains("no backward pass"), "{text}");
+        assert!(!text.contains("lora_"), "{text}");
+    }
+}
+
+#[test]
+fn nan_in_a_file_is_refused_by_name() {
+    for_all(|case, model| {
+        let adapter = create(&case.method, model, 1)?;
+        let dir = tempfile::tempdir()?;
+        let name = {
+            let last = *adapter.parameters().last().ok_or("no parameter")?;
+            last.set(&Tensor::full(f32::NAN, last.value().shape(), &Device::Cpu)?)?;
+            last.name().to_string()
+        };
+        let opened = write_adapter_files(dir.path(), &adapter).and_then(|()| methods::open(dir.path(), model).map(|_| ()));
+        let text = opened.err().ok_or("NaN was accepted")?.to_string();
+        ensure(text.contains(&name), text)
+    });
+}
+
+fn edit_config(dir: &Path, key: &str, value: Value) {
+    let path = dir.join("adapter_config.json");
+    let mut config: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config.insert(key.into(), value);
+    std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+#[test]
+fn differences_between_config_and_file_are_listed() {
+    let model = base(Default::default(), Kind::F32);
+    let adapter = create(&json!({"r": 2, "target_modules": ["q_proj", "v_proj"]}), &model, 1).unwrap();
+    for (key, value, expect) in [
+        ("target_modules", json!(["q_proj", "v_proj", "o_proj"]), vec!["4 missing", "self_attn.o_proj.lora_A.weight"]),
+        ("target_modules", json!(["q_proj"]), vec!["4 unexpected", "self_attn.v_proj.lora_B.weight"]),
+        ("r", json!(3), vec!["8 of another shape", "[2, 32], expected [3, 32]"]),
+        ("use_dora", json!(true), vec!["4 missing", "q_proj.lora_magnitude_vector"]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &adapter).unwrap();
+        edit_config(dir.path(), key, value);
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        for part in expect {
+            assert!(text.contains(part), "{key}: {text}\nlacks {part}");
+        }
+    }
+}
+
+/// PEFT's own conversion: `lora_A = [A; A₀]`, `lora_B = [B, −B₀]`, twice the rank, the same scale.
+#[test]
+fn a_subtracted_start_is_exported_as_a_plain_lora() {
+    let model = base(Default::default(), Kind::F32);
+    let method = json!({"r": 3, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": "pissa",
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2}});
+    let adapter = trained(create(&method, &model, 1).unwrap(), 2).unwrap();
+    let (config, tensors) = adapter.exported().unwrap();
+    assert_eq!(config["init_lora_weights"], json!(true));
+    assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(6), &json!(12)));
+    assert_eq!(config["rank_pattern"], json!({"layers.1.self_attn.q_proj": 4}));
+    let state: BTreeMap<String, Tensor> = adapter.tensors().into_iter().collect();
+    for (name, value) in &tensors {
+        let rank = if name.contains("layers.1") { 2 } else { 3 };
+        let dim = usize::from(name.contains("lora_B"));
+        let initial = &state[&name.replace(".weight", "_initial.weight")];
+        let initial = if dim == 1 { initial.neg().unwrap() } else { initial.clone() };
+        close(name, &value.narrow(dim, 0, rank).unwrap(), &state[name], 0.0).unwrap();
+        close(name, &value.narrow(dim, rank, rank).unwrap(), &initial, 0.0).unwrap();
+    }
+    assert_eq!((tensors.len(), state.len()), (4, 8));
+}

@@ -1,0 +1,235 @@
+//! Merging: the weights that a base and its adapters make together, in `f32`, rounded once when written.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use peft_core::kernels::FrozenWeight;
+use peft_core::{
+    Adapter, BaseLayer, BaseModel, Context, Delta, Error, FrozenLinear, PlannedTensor, Result, ShardWriter, Site,
+    SiteModule, SiteTable,
+};
+
+use crate::decoder::Decoder;
+use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
+use crate::model_files::ModelFiles;
+
+/// Largest shard that is written, in bytes: what transformers uses.
+pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
+
+/// A base with adapters applied one after another. Tensors are made when they are asked for.
+#[derive(Debug)]
+pub struct Merged<'a> {
+    model: &'a Decoder,
+    adapters: Vec<Arc<Adapter>>,
+    tied: bool,
+}
+
+/// The two tensors that a site may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Weight,
+    Bias,
+}
+
+impl<'a> Merged<'a> {
+    /// The merge of `adapters`, in this order, into `model`.
+    ///
+    /// # Errors
+    /// When an adapter cannot be merged; the message says why.
+    pub fn new(model: &'a Decoder, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+        let tied = match (model.tied_embedding(), head(model.sites())) {
+            (Some(path), Some(head)) => {
+                let embedding = model.sites().find(path).map(|s| s.id);
+                adapters.iter().all(|a| {
+                    let follows = match embedding.and_then(|id| a.at(id)).and_then(|s| s.module.as_ref()) {
+                        Some(SiteModule::Embedding(m)) => m.changes_tied_head(),
+                        _ => true,
+                    };
+                    follows && a.at(head.id).is_none()
+                })
+            }
+            _ => false,
+        };
+        Ok(Self { model, adapters, tied })
+    }
+
+    /// Whether head and embedding are still one tensor.
+    #[must_use]
+    pub fn tied(&self) -> bool {
+        self.tied
+    }
+
+    /// Names and shapes of all tensors.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let mut all = Vec::new();
+        for site in self.model.sites().iter() {
+            if site.is_output_head && self.tied {
+                continue;
+            }
+            let (weight, bias) = match site.kind {
+                peft_core::SiteKind::Linear { in_features, out_features, bias } => {
+                    (vec![out_features, in_features], bias.then_some(out_features))
+                }
+                peft_core::SiteKind::Embedding { vocab, dim } => (vec![vocab, dim], None),
+                peft_core::SiteKind::Norm { dim, bias } => (vec![dim], bias.then_some(dim)),
+            };
+            all.push((format!("{}.weight", site.path), weight));
+            all.extend(bias.map(|n| (format!("{}.bias", site.path), vec![n])));
+        }
+        all
+    }
+
+    /// A merged tensor in `f32`.
+    ///
+    /// # Errors
+    /// An unknown name, an adapter that cannot be merged, or a result with NaN or infinity.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let (path, part) = match (name.strip_suffix(".weight"), name.strip_suffix(".bias")) {
+            (Some(path), _) => (path, Part::Weight),
+            (None, Some(path)) => (path, Part::Bias),
+            _ => return Err(Error::msg(format!("`{name}` is neither a weight nor a bias"))),
+        };
+        let site = self.model.sites().find(path).ok_or_else(|| Error::msg(format!("the model has no `{path}`")))?;
+        let merged = self.merge_site(site, part).with_context(|| path.to_string())?;
+        peft_core::check_finite(name, &merged)?;
+        Ok(merged)
+    }
+
+    fn merge_site(&self, site: &Site, part: Part) -> Result<Tensor> {
+        match self.model.layer(site.id)? {
+            BaseLayer::Linear(layer) => {
+                let layer = self.linear(site, layer)?;
+                match part {
+                    Part::Weight => Ok(layer.weight().to_dense(DType::F32)?),
+                    Part::Bias => {
+                        let bias = layer.bias().ok_or_else(|| Error::msg("the layer has no bias"))?;
+                        Ok(bias.to_dtype(DType::F32)?)
+                    }
+                }
+            }
+            BaseLayer::Embedding(e) => {
+                let mut weight = e.weight().to_dense(DType::F32)?;
+                for adapter in &self.adapters {
+                    if let Some(SiteModule::Embedding(m)) = adapter.at(site.id).and_then(|s| s.module.as_ref()) {
+                        weight = m.merge(&weight)?;
+                    }
+                }
+                Ok(weight)
+            }
+            BaseLayer::Norm(norm) => {
+                let (mut weight, mut bias) = (norm.weight().clone(), norm.bias().cloned());
+                for adapter in self.adapters.iter().filter_map(|a| a.at(site.id)) {
+                    if let Some(SiteModule::Norm(m)) = &adapter.module {
+                        (weight, bias) = m.merge(norm)?;
+                    }
+                    bias = adapter.bias.as_ref().map(|b| b.value()).or(bias);
+                }
+                let part = if part == Part::Weight { Some(weight) } else { bias };
+                Ok(part.ok_or_else(|| Error::msg("the norm has no bias"))?.to_dtype(DType::F32)?)
+            }
+        }
+    }
+
+    fn linear(&self, site: &Site, layer: &FrozenLinear) -> Result<FrozenLinear> {
+        let mut layer = layer.clone();
+        // A head that was tied to an embedding which an adapter changed follows it only where the adapter says so, and
+        // then it is still tied and never asked for here.
+        for adapter in self.adapters.iter().filter_map(|a| a.at(site.id)) {
+            if let Some(SiteModule::Linear(module)) = &adapter.module {
+                layer = apply(&layer, module.delta(&layer)?)?;
+            }
+            if let Some(bias) = &adapter.bias {
+                layer = FrozenLinear::new(layer.site(), layer.path(), layer.weight().clone(), Some(bias.value()))?;
+            }
+        }
+        Ok(layer)
+    }
+}
+
+fn head(sites: &SiteTable) -> Option<&Site> {
+    sites.iter().find(|s| s.is_output_head)
+}
+
+fn apply(layer: &FrozenLinear, delta: Delta) -> Result<FrozenLinear> {
+    let dense = || layer.weight().to_dense(DType::F32);
+    let old_bias = layer.bias().map(|b| b.to_dtype(DType::F32)).transpose()?;
+    let (weight, bias) = match delta {
+        Delta::Add { weight, bias } => {
+            let bias = match (old_bias, bias) {
+                (Some(old), Some(new)) => Some((old + new)?),
+                (None, Some(_)) => {
+                    return Err(Error::msg(
+                        "the adapter has a bias (lora_bias) and the base layer none, so it cannot be merged here; serve it \
+                         unmerged, or train without lora_bias",
+                    ));
+                }
+                (old, None) => old,
+            };
+            ((dense()? + weight)?, bias)
+        }
+        Delta::ScaleOutput(l) => {
+            let bias = old_bias.map(|b| b * &l).transpose()?;
+            (dense()?.broadcast_mul(&l.unsqueeze(1)?)?, bias)
+        }
+        Delta::ScaleInput(l) => (dense()?.broadcast_mul(&l)?, old_bias),
+        Delta::Replace { weight, bias } => (weight, bias.or(old_bias)),
+        Delta::Unmergeable(why) => return Err(Error::msg(format!("cannot be merged: {why}"))),
+    };
+    FrozenLinear::new(layer.site(), layer.path(), FrozenWeight::dense(&weight)?, bias)
+}
+
+/// Writes `merged` as a model folder that transformers loads: weights (in shards with an index beyond 5 GB), config,
+/// tokenizer files. The folder appears whole or not at all.
+///
+/// # Errors
+/// When an adapter cannot be merged, `out` holds something else than a model, or the disk refuses.
+pub fn write_folder(
+    files: &ModelFiles,
+    merged: &Merged<'_>,
+    out: &Path,
+    dtype: DType,
+    max_shard_bytes: u64,
+) -> Result<()> {
+    refuse_foreign_folder(out)?;
+    peft_core::atomic::replace_dir(out, |tmp| -> Result<()> {
+        let plan = merged.tensors();
+        let planned = plan
+            .iter()
+            .map(|(name, shape)| PlannedTensor { name: name.clone(), shape: shape.clone(), dtype })
+            .collect();
+        let mut writer = ShardWriter::create(tmp, planned, max_shard_bytes)?;
+        for (name, _) in &plan {
+            writer.write(name, &merged.tensor(name)?.to_dtype(dtype)?)?;
+        }
+        writer.finish()?;
+        files.write_companions(tmp, dtype, merged.tied())
+    })
+}
+
+fn refuse_foreign_folder(out: &Path) -> Result<()> {
+    let empty = || std::fs::read_dir(out).is_ok_and(|mut d| d.next().is_none());
+    if !out.exists() || out.join("config.json").is_file() || (out.is_dir() && empty()) {
+        return Ok(());
+    }
+    Err(Error::file(out, "exists and is not a model folder; choose another output, or empty it first"))
+}
+
+/// Writes `merged` as one GGUF file whose matrices have type `weights`.
+///
+/// # Errors
+/// When an adapter cannot be merged, the model does not fit GGUF, or the disk refuses.
+pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weights: GgufType) -> Result<()> {
+    let mut config = files.config().clone();
+    config.tie_word_embeddings = merged.tied();
+    let specs: Vec<GgufTensorSpec> =
+        merged.tensors().into_iter().map(|(name, shape)| GgufTensorSpec { name, shape }).collect();
+    let options =
+        GgufWriteOptions { weights, name: files.path().file_stem().map(|n| n.to_string_lossy().into_owned()) };
+    let tokenizer = files.tokenizer()?;
+    write_gguf(out, &config, &tokenizer, &specs, &options, |spec| {
+        Ok(merged.tensor(&spec.name)?.to_device(&Device::Cpu)?)
+    })
+    .map_err(|e| Error::msg(e.to_string()))
+}

@@ -1,0 +1,6 @@
+/*!
+Methods that train parameters of the base itself. Now: [`full`], every parameter, which is the baseline that adapters are
+measured against and the way to pretrain a model from its config.
+*/
+
+pub mod full;

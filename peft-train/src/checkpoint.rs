@@ -1,0 +1,151 @@
+//! Checkpoints: all that a bit-exact resume needs, in a folder that is complete or absent.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use peft_core::{
+    Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::data::SamplerState;
+use crate::early_stop::EarlyStopState;
+use crate::optim::Optimizer;
+
+const STATE: &str = "trainer_state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+/// Where a run stands after an optimiser step.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Micro-batches done: the key of the next one's dropout masks.
+    pub micro_batches: u32,
+    /// The next batch.
+    pub sampler: SamplerState,
+    /// Best evaluation and patience.
+    pub early_stop: EarlyStopState,
+    /// Passes over the data so far.
+    pub epochs: f64,
+    /// Input tokens so far.
+    pub tokens: u64,
+    /// Seconds of training so far.
+    pub seconds: f64,
+    /// Loss of the last step.
+    pub last_loss: Option<f64>,
+    /// What must not change between the parts of a run, in short.
+    pub fingerprint: String,
+}
+
+/// The folder of checkpoints in an output folder.
+#[must_use]
+pub fn folder(output: &Path) -> PathBuf {
+    output.join("checkpoints")
+}
+
+/// Writes `checkpoints/step-N`, then removes the oldest beyond `keep` (0 keeps all).
+///
+/// # Errors
+/// When the disk refuses; older checkpoints are untouched then.
+pub fn save(
+    output: &Path,
+    state: &TrainerState,
+    adapter: &Adapter,
+    optimizer: &dyn Optimizer,
+    keep: usize,
+) -> Result<PathBuf> {
+    let dir = folder(output);
+    std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
+    let target = dir.join(format!("step-{}", state.step));
+    atomic::replace_dir(&target, |tmp| -> Result<()> {
+        write_files(tmp, adapter.config.clone(), &adapter.tensors())?;
+        let tensors = optimizer.state().map_err(|e| Error::msg(e.to_string()))?;
+        let refs = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect::<Vec<_>>();
+        write_safetensors(tmp.join(OPTIMIZER), refs, &std::collections::BTreeMap::new())?;
+        let text = serde_json::to_string_pretty(state).map_err(|e| Error::msg(e.to_string()))?;
+        atomic::write_file(tmp.join(STATE), text.as_bytes())
+    })?;
+    if keep > 0 {
+        let steps = list(output)?;
+        for (_, old) in steps.iter().take(steps.len().saturating_sub(keep)) {
+            std::fs::remove_dir_all(old).map_err(|e| Error::write(old, e))?;
+        }
+    }
+    Ok(target)
+}
+
+/// Writes the adapter as PEFT does, in the form that loads on the original base ([`Adapter::exported`]).
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write_adapter_files(dir: &Path, adapter: &Adapter) -> Result<()> {
+    let (config, tensors) = adapter.exported()?;
+    write_files(dir, config, &tensors)
+}
+
+fn write_files(dir: &Path, config: serde_json::Map<String, serde_json::Value>, tensors: &[(String, Tensor)]) -> Result<()> {
+    write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
+}
+
+/// The complete checkpoints of an output folder with their steps, oldest first.
+///
+/// # Errors
+/// When the folder cannot be read.
+pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
+    let dir = folder(output);
+    if !dir.is_dir() {
+        return Ok(Vec::new());
+    }
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(&dir).map_err(|e| Error::io(&dir, e))? {
+        let path = entry.map_err(|e| Error::io(&dir, e))?.path();
+        let step = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.strip_prefix("step-"))
+            .and_then(|n| n.parse().ok());
+        if let Some(step) = step
+            && path.join(STATE).is_file()
+        {
+            found.push((step, path));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Reads a checkpoint into `adapter` and `optimizer` and gives the state.
+///
+/// # Errors
+/// A damaged checkpoint, or one of another run (recipe, data or model changed).
+pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, fingerprint: &str) -> Result<TrainerState> {
+    let file = dir.join(STATE);
+    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+    let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::file(&file, e.to_string()))?;
+    if state.fingerprint != fingerprint {
+        return Err(Error::file(
+            dir,
+            "is a checkpoint of another run: model, method, data or training settings changed since; start without --resume, \
+             or in another output folder",
+        ));
+    }
+    let files = peft_core::AdapterFolder::open(dir)?;
+    let expected: Vec<_> =
+        adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
+    let tensors = files.load(&expected, &Device::Cpu)?;
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
+        if let Some(value) = tensors.get(parameter.name()) {
+            parameter.set(value)?;
+        }
+    }
+    let optimizer_file = SafetensorsFile::open(dir.join(OPTIMIZER))?;
+    let names: Vec<String> = optimizer_file.names().map(str::to_string).collect();
+    let tensors = names
+        .into_iter()
+        .map(|n| optimizer_file.tensor(&n, &Device::Cpu).map(|t| (n, t)))
+        .collect::<Result<HashMap<String, Tensor>>>()?;
+    optimizer.load_state(&tensors).map_err(|e| Error::file(dir.join(OPTIMIZER), e.to_string()))?;
+    Ok(state)
+}

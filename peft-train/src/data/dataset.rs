@@ -1,0 +1,225 @@
+//! Encoded rows, flat in memory.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX};
+use super::error::{DataError, Location};
+use super::format::Format;
+use super::source::{DataSpec, Row, data_files, read_rows};
+use super::tokenizer::TextTokenizer;
+
+/// Rows encoded together by the thread pool; also the number of undigested rows in memory.
+const CHUNK: usize = 2048;
+
+/// All rows of a training or evaluation set: ids and labels one row after another, 8 bytes a token.
+#[derive(Clone, Debug, Default)]
+pub struct Dataset {
+    input_ids: Vec<u32>,
+    labels: Vec<i32>,
+    bounds: Vec<usize>,
+    sources: Vec<(u32, u64)>,
+    files: Vec<(Arc<Path>, bool)>,
+    parts: Vec<Range<usize>>,
+    weights: Option<Vec<f64>>,
+    stats: DatasetStats,
+}
+
+/// What a data set holds, in rows and tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DatasetStats {
+    /// Rows.
+    pub rows: usize,
+    /// Tokens of all rows.
+    pub tokens: usize,
+    /// Tokens that count towards the loss.
+    pub counted_tokens: usize,
+    /// Tokens of the longest row.
+    pub max_length: usize,
+    /// Rows that lost context before their first target to `max_length`.
+    pub truncated_prompts: usize,
+    /// Rows that lost counted tokens to `max_length`.
+    pub truncated_targets: usize,
+    /// Whole targets (later turns) lost to `max_length`.
+    pub lost_targets: usize,
+}
+
+impl std::fmt::Display for DatasetStats {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} rows, {} tokens ({} counted), longest row {}",
+            self.rows, self.tokens, self.counted_tokens, self.max_length
+        )?;
+        if self.truncated_prompts > 0 {
+            write!(f, "; {} rows with context cut on the left", self.truncated_prompts)?;
+        }
+        if self.truncated_targets > 0 {
+            write!(f, "; {} rows with counted tokens cut", self.truncated_targets)?;
+        }
+        if self.lost_targets > 0 {
+            write!(f, "; {} later turns cut as a whole", self.lost_targets)?;
+        }
+        Ok(())
+    }
+}
+
+impl Dataset {
+    /// Reads and encodes everything that `spec` names, in order, on all threads. Without `format`, the first row's
+    /// columns decide it, for all files. Returns the format too.
+    ///
+    /// # Errors
+    /// The first unreadable or unusable row, with file and line; settings that do not fit.
+    pub fn load(
+        spec: &DataSpec,
+        format: Option<Format>,
+        tokenizer: Option<&dyn TextTokenizer>,
+        options: &EncodeOptions,
+    ) -> Result<(Self, Format), DataError> {
+        let (paths, weights) = spec.parts()?;
+        let files: Vec<Vec<_>> = paths.iter().map(|p| data_files(p)).collect::<Result<_, _>>()?;
+        let format = match format {
+            Some(format) => format,
+            None => first_format(&files, options)?,
+        };
+        let options = EncodeOptions { format, ..options.clone() };
+        let encoder = Encoder::new(tokenizer, &options)?;
+        let mut dataset = Self::new();
+        for part in files {
+            let start = dataset.len();
+            for path in part {
+                let mut rows = read_rows(&path)?;
+                loop {
+                    let (chunk, failure) = next_chunk(&mut rows);
+                    let encoded: Vec<_> = chunk.par_iter().map(|row| encoder.encode(row)).collect();
+                    for example in encoded {
+                        dataset.push(&example?);
+                    }
+                    match failure {
+                        Some(e) => return Err(e),
+                        None if chunk.len() < CHUNK => break,
+                        None => {}
+                    }
+                }
+            }
+            dataset.parts.push(start..dataset.len());
+        }
+        dataset.weights = weights;
+        Ok((dataset, format))
+    }
+
+    fn new() -> Self {
+        Self { bounds: vec![0], ..Self::default() }
+    }
+
+    /// Collects examples made elsewhere, as one part.
+    pub fn from_examples<'e>(examples: impl IntoIterator<Item = &'e Example>) -> Self {
+        let mut dataset = Self::new();
+        for example in examples {
+            dataset.push(example);
+        }
+        dataset.parts.push(0..dataset.len());
+        dataset
+    }
+
+    fn push(&mut self, example: &Example) {
+        self.input_ids.extend_from_slice(&example.input_ids);
+        self.labels.extend_from_slice(&example.labels);
+        self.bounds.push(self.input_ids.len());
+        let at = &example.source;
+        if self.files.last().is_none_or(|(file, _)| **file != *at.file) {
+            self.files.push((Arc::clone(&at.file), at.is_line));
+        }
+        self.sources.push((self.files.len() as u32 - 1, at.number));
+        let stats = &mut self.stats;
+        stats.rows += 1;
+        stats.tokens += example.input_ids.len();
+        stats.counted_tokens += example.labels.iter().skip(1).filter(|l| **l != IGNORE_INDEX).count();
+        stats.max_length = stats.max_length.max(example.input_ids.len());
+        stats.truncated_prompts += usize::from(example.truncation.prompt_tokens > 0);
+        stats.truncated_targets += usize::from(example.truncation.target_tokens > 0);
+        stats.lost_targets += example.truncation.whole_targets;
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// True without rows.
+    pub fn is_empty(&self) -> bool {
+        self.sources.is_empty()
+    }
+
+    fn range(&self, row: usize) -> Range<usize> {
+        match (self.bounds.get(row), self.bounds.get(row + 1)) {
+            (Some(&from), Some(&to)) => from..to,
+            _ => 0..0,
+        }
+    }
+
+    /// Token ids of a row; empty for a row that does not exist.
+    pub fn input_ids(&self, row: usize) -> &[u32] {
+        self.input_ids.get(self.range(row)).unwrap_or_default()
+    }
+
+    /// Labels of a row, aligned with its ids; empty for a row that does not exist.
+    pub fn labels(&self, row: usize) -> &[i32] {
+        self.labels.get(self.range(row)).unwrap_or_default()
+    }
+
+    /// Tokens of a row.
+    pub fn row_length(&self, row: usize) -> usize {
+        self.range(row).len()
+    }
+
+    /// Where a row comes from.
+    pub fn source(&self, row: usize) -> Option<Location> {
+        let &(file, number) = self.sources.get(row)?;
+        let (path, is_line) = self.files.get(file as usize)?;
+        Some(Location { file: Arc::clone(path), number, is_line: *is_line })
+    }
+
+    /// The rows of each part of a mixture; one part where there is no mixture.
+    pub fn parts(&self) -> &[Range<usize>] {
+        &self.parts
+    }
+
+    /// The weights of the parts; none where every row is taken once an epoch.
+    pub fn weights(&self) -> Option<&[f64]> {
+        self.weights.as_deref()
+    }
+
+    /// Rows and tokens.
+    pub fn stats(&self) -> DatasetStats {
+        self.stats
+    }
+}
+
+fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
+    let path = files.iter().flatten().next().ok_or_else(|| DataError::Config("no data file".into()))?;
+    match read_rows(path)?.next() {
+        Some(Ok(row)) => {
+            Format::detect(row.fields.keys().map(String::as_str), options.template.is_some()).map_err(|e| match e {
+                DataError::Config(message) => DataError::row(&row.at, message),
+                other => other,
+            })
+        }
+        Some(Err(e)) => Err(e),
+        None => Err(DataError::file(path, "no rows")),
+    }
+}
+
+fn next_chunk(rows: &mut impl Iterator<Item = Result<Row, DataError>>) -> (Vec<Row>, Option<DataError>) {
+    let mut chunk = Vec::new();
+    for row in rows.take(CHUNK) {
+        match row {
+            Ok(row) => chunk.push(row),
+            Err(e) => return (chunk, Some(e)),
+        }
+    }
+    (chunk, None)
+}

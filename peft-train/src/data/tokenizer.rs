@@ -1,0 +1,105 @@
+//! What the data road needs of a tokenizer.
+
+use std::ops::Range;
+
+/// Tokens with the bytes of the text that each stands for.
+pub type TokenSpans = (Vec<u32>, Vec<Range<usize>>);
+
+/// Failure inside a tokenizer.
+pub type TokenizerError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Text to token ids. Implemented by [`HfTextTokenizer`]; a trait so that data does not depend on how a model is loaded.
+pub trait TextTokenizer: Send + Sync {
+    /// Token ids of `text`; with `add_special` as the post-processor frames one sequence (`<s>` in front and the like).
+    ///
+    /// # Errors
+    /// Whatever stops the tokenizer.
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError>;
+
+    /// Token ids of `text` without framing, and the byte range of `text` that each token stands for.
+    ///
+    /// # Errors
+    /// Whatever stops the tokenizer.
+    fn encode_with_spans(&self, text: &str) -> Result<TokenSpans, TokenizerError>;
+
+    /// The end-of-text token that closes a completion (`eos_token`).
+    fn eos_id(&self) -> Option<u32>;
+
+    /// Text of the begin token, `bos_token` in chat templates.
+    fn bos_token(&self) -> Option<&str>;
+
+    /// Text of the end token, `eos_token` in chat templates.
+    fn eos_token(&self) -> Option<&str>;
+
+    /// The chat template of the tokenizer's files (Jinja source).
+    fn chat_template(&self) -> Option<&str>;
+}
+
+/// A `tokenizers` tokenizer with the strings of `tokenizer_config.json` beside it.
+#[derive(Clone, Debug)]
+pub struct HfTextTokenizer {
+    tokenizer: tokenizers::Tokenizer,
+    eos_id: Option<u32>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    chat_template: Option<String>,
+}
+
+impl HfTextTokenizer {
+    /// Wraps `tokenizer`; truncation and padding that its file may ask for are switched off, as both are done here.
+    /// The end token's id is looked up in the vocabulary.
+    ///
+    /// # Errors
+    /// An `eos_token` that the vocabulary lacks.
+    pub fn new(
+        mut tokenizer: tokenizers::Tokenizer,
+        bos_token: Option<String>,
+        eos_token: Option<String>,
+        chat_template: Option<String>,
+    ) -> Result<Self, TokenizerError> {
+        tokenizer.with_truncation(None)?;
+        tokenizer.with_padding(None);
+        let eos_id = match &eos_token {
+            Some(token) => Some(
+                tokenizer
+                    .token_to_id(token)
+                    .ok_or_else(|| format!("eos_token `{token}` is not in the tokenizer's vocabulary"))?,
+            ),
+            None => None,
+        };
+        Ok(Self { tokenizer, eos_id, bos_token, eos_token, chat_template })
+    }
+
+    /// The tokenizer inside.
+    pub fn inner(&self) -> &tokenizers::Tokenizer {
+        &self.tokenizer
+    }
+}
+
+impl TextTokenizer for HfTextTokenizer {
+    fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        Ok(self.tokenizer.encode_fast(text, add_special)?.get_ids().to_vec())
+    }
+
+    fn encode_with_spans(&self, text: &str) -> Result<TokenSpans, TokenizerError> {
+        let encoding = self.tokenizer.encode(text, false)?;
+        let spans = encoding.get_offsets().iter().map(|&(from, to)| from..to).collect();
+        Ok((encoding.get_ids().to_vec(), spans))
+    }
+
+    fn eos_id(&self) -> Option<u32> {
+        self.eos_id
+    }
+
+    fn bos_token(&self) -> Option<&str> {
+        self.bos_token.as_deref()
+    }
+
+    fn eos_token(&self) -> Option<&str> {
+        self.eos_token.as_deref()
+    }
+
+    fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+}

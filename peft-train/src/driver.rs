@@ -1,0 +1,273 @@
+//! One micro-batch, forward and backward, segment by segment.
+//!
+//! Each block's input is a fresh leaf. The forward pass keeps a block's graph or only its input; the backward pass goes
+//! through the blocks from the top, recomputes those that were not kept, takes the gradients out and drops the graph. So
+//! at most the kept graphs and one more are alive, recursion is bounded by one block, and nothing below the lowest
+//! adapted segment is differentiated at all.
+
+use candle_core::{Tensor, Var};
+use peft_core::kernels::{self, LossSpec};
+use peft_core::{Ctx, Error, Result, Segmented, TokenBatch};
+
+use crate::data::Batch;
+use crate::grads::Grads;
+
+/// Rows of logits that are held at a time.
+const LOGIT_ROWS: usize = 256;
+
+/// Which blocks keep their graph between forward and backward; the others are run again (gradient checkpointing).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// All blocks keep theirs.
+    Off,
+    /// None does.
+    Full,
+    /// The topmost `n` blocks keep theirs: they are the first that the backward pass needs.
+    KeepTop(usize),
+}
+
+impl Checkpointing {
+    fn keeps(self, block: usize, blocks: usize) -> bool {
+        match self {
+            Self::Off => true,
+            Self::Full => false,
+            Self::KeepTop(n) => block + n >= blocks,
+        }
+    }
+}
+
+/// What a pass over a batch measured.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Measured {
+    /// Sum of the negative log-likelihoods of the counted tokens, in nats.
+    pub nll: f64,
+    /// Counted tokens.
+    pub counted: usize,
+    /// Counted tokens whose most likely prediction was right.
+    pub hits: usize,
+}
+
+impl std::ops::AddAssign for Measured {
+    fn add_assign(&mut self, other: Self) {
+        self.nll += other.nll;
+        self.counted += other.counted;
+        self.hits += other.hits;
+    }
+}
+
+fn tokens(batch: &Batch) -> TokenBatch<'_> {
+    TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds }
+}
+
+/// Loss of a batch without gradients.
+///
+/// # Errors
+/// When a tensor operation fails or a label is outside the vocabulary.
+pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Measured> {
+    let (hidden, targets) = (last_hidden(model, batch, ctx)?, batch.targets());
+    let head = Head::of(model, ctx, &hidden, &targets.positions, &targets.ids)?;
+    let normed = model.final_norm(&head.rows, &head.ctx(ctx))?;
+    head.loss(model, &normed, 1.0, None, ctx)
+}
+
+/// Negative log-likelihood of each counted token, in the order of [`Batch::targets`].
+///
+/// # Errors
+/// When a tensor operation fails or a label is outside the vocabulary.
+pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
+    let (hidden, targets) = (last_hidden(model, batch, ctx)?, batch.targets());
+    let head = Head::of(model, ctx, &hidden, &targets.positions, &targets.ids)?;
+    let route = head.ctx(ctx);
+    let normed = model.final_norm(&head.rows, &route)?;
+    let mut losses = Vec::with_capacity(targets.ids.len());
+    for (start, ids) in chunks(&targets.ids) {
+        let route = head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
+        let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
+        losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
+    }
+    Ok(losses)
+}
+
+fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
+    let ctx = ctx.untracked();
+    let input = model.prepare(tokens(batch))?;
+    let mut hidden = model.embed(tokens(batch), &ctx)?;
+    for i in 0..model.num_blocks() {
+        hidden = model.block(i, &hidden, &input, &ctx)?;
+    }
+    Ok(hidden)
+}
+
+/// Runs a micro-batch forward and backward, adding the gradients of `scale · Σ nll` to `grads`. `lowest` is the lowest
+/// segment with a parameter (0 the embedding, `1..` the blocks).
+///
+/// # Errors
+/// When a tensor operation fails or a label is outside the vocabulary.
+pub fn forward_backward<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    ctx: &Ctx<'_>,
+    lowest: usize,
+    checkpointing: Checkpointing,
+    scale: f64,
+    grads: &mut Grads,
+) -> Result<Measured> {
+    let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
+    let input = model.prepare(tokens(batch))?;
+    let embedded = model.embed(tokens(batch), if lowest == 0 { ctx } else { &untracked })?;
+    let mut hidden = embedded.detach();
+
+    // What the backward pass needs of each block from the lowest adapted one up.
+    let first = lowest.saturating_sub(1).min(blocks);
+    let mut saved: Vec<Saved> = Vec::with_capacity(blocks - first);
+    for i in 0..blocks {
+        if i < first {
+            hidden = model.block(i, &hidden, &input, &untracked)?;
+        } else if checkpointing.keeps(i, blocks) {
+            let leaf = leaf(&hidden, i > first || lowest == 0)?;
+            let out = model.block(i, &leaf, &input, ctx)?;
+            hidden = out.detach();
+            saved.push(Saved::Graph { leaf, out });
+        } else {
+            let out = model.block(i, &hidden, &input, &untracked)?;
+            saved.push(Saved::Input(std::mem::replace(&mut hidden, out)));
+        }
+    }
+
+    let targets = batch.targets();
+    let needs_below = first < blocks || lowest == 0;
+    let top = leaf(&hidden, needs_below)?;
+    let head = Head::of(model, ctx, &top.detach(), &targets.positions, &targets.ids)?;
+    let (measured, d_rows) = head.backward(model, ctx, scale, needs_below, grads)?;
+    let Some(d_rows) = d_rows else { return Ok(measured) };
+    let mut gradient = scatter_rows(&d_rows, &targets.positions, &hidden)?;
+    drop((top, head, hidden));
+
+    for (i, saved) in (first..blocks).zip(saved).rev().collect::<Vec<_>>() {
+        let (leaf, out) = match saved {
+            Saved::Graph { leaf, out } => (leaf, out),
+            Saved::Input(x) => {
+                let leaf = leaf(&x, i > first || lowest == 0)?;
+                let out = model.block(i, &leaf, &input, ctx)?;
+                (leaf, out)
+            }
+        };
+        if !out.track_op() {
+            // No parameter in this block and none below: nothing further to find.
+            break;
+        }
+        let store = kernels::seed(&out, &gradient)?.backward()?;
+        match grads.drain(store, Some(&leaf))? {
+            Some(g) => gradient = g,
+            None if i == first && lowest > 0 => return Ok(measured),
+            None => {
+                return Err(Error::msg(format!("the gradient stops in block {i}: an operation there has no backward")));
+            }
+        }
+    }
+    if lowest == 0 && embedded.track_op() {
+        grads.drain(kernels::seed(&embedded, &gradient)?.backward()?, None)?;
+    }
+    Ok(measured)
+}
+
+enum Saved {
+    /// The block's graph, from its leaf to its output.
+    Graph { leaf: Tensor, out: Tensor },
+    /// The block's input, to run it again.
+    Input(Tensor),
+}
+
+fn leaf(hidden: &Tensor, tracked: bool) -> Result<Tensor> {
+    Ok(if tracked { Var::from_tensor(hidden)?.into_inner() } else { hidden.clone() })
+}
+
+fn scatter_rows(rows: &Tensor, positions: &[u32], like: &Tensor) -> Result<Tensor> {
+    let index = Tensor::new(positions, like.device())?;
+    Ok(like.zeros_like()?.index_add(&index, rows, 0)?)
+}
+
+fn chunks(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
+    targets.chunks(LOGIT_ROWS).enumerate().map(|(i, ids)| (i * LOGIT_ROWS, ids))
+}
+
+/// The rows of the last hidden state that predict a counted token, and how adapters route them.
+struct Head<'a> {
+    rows: Tensor,
+    targets: &'a [u32],
+    route: peft_core::Route,
+}
+
+impl<'a> Head<'a> {
+    fn of<M: Segmented>(_: &M, ctx: &Ctx<'_>, hidden: &Tensor, positions: &[u32], targets: &'a [u32]) -> Result<Self> {
+        if targets.is_empty() {
+            return Err(Error::msg("a batch has no counted token"));
+        }
+        let rows = hidden.index_select(&Tensor::new(positions, hidden.device())?, 0)?;
+        let route = ctx.route.select(&positions.iter().map(|&p| p as usize).collect::<Vec<_>>());
+        Ok(Self { rows, targets, route })
+    }
+
+    fn ctx<'b>(&'b self, ctx: &Ctx<'b>) -> Ctx<'b> {
+        Ctx { route: &self.route, ..*ctx }
+    }
+
+    /// Gradient of the rows (where it is needed) and of the parameters of norm and head.
+    fn backward<M: Segmented>(
+        &self,
+        model: &M,
+        ctx: &Ctx<'_>,
+        scale: f64,
+        needs_rows: bool,
+        grads: &mut Grads,
+    ) -> Result<(Measured, Option<Tensor>)> {
+        let rows = leaf(&self.rows, needs_rows)?;
+        let normed = model.final_norm(&rows, &self.ctx(ctx))?;
+        if let Some((weight, softcap)) = model.plain_head(&self.ctx(ctx)) {
+            let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
+            let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
+            let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
+            let d_rows = if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(&rows))? } else { None };
+            return Ok((measured, d_rows));
+        }
+        let inner = leaf(&normed.detach(), normed.track_op())?;
+        let mut d_normed = Vec::new();
+        let measured = self.loss(model, &inner, scale, Some((grads, &mut d_normed)), ctx)?;
+        if !normed.track_op() {
+            return Ok((measured, None));
+        }
+        let d_normed = Tensor::cat(&d_normed, 0)?;
+        let d_rows = grads.drain(kernels::seed(&normed, &d_normed)?.backward()?, Some(&rows))?;
+        Ok((measured, d_rows))
+    }
+
+    /// The loss over chunks of rows, so that full logits are never held; with `backward`, each chunk's gradients are
+    /// taken at once and its graph dropped.
+    fn loss<M: Segmented>(
+        &self,
+        model: &M,
+        normed: &Tensor,
+        scale: f64,
+        mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
+        ctx: &Ctx<'_>,
+    ) -> Result<Measured> {
+        let mut measured = Measured { counted: self.targets.len(), ..Measured::default() };
+        for (start, ids) in chunks(self.targets) {
+            let route = self.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
+            let ctx = Ctx { route: &route, ..*ctx };
+            let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
+            let chunk = leaf(&chunk, backward.is_some() && normed.track_op())?;
+            let logits = model.logits(&chunk, &if backward.is_some() { ctx } else { ctx.untracked() })?;
+            let scored = kernels::cross_entropy_rows(&logits.detach(), ids, scale, None, backward.is_some())?;
+            measured.nll += scored.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
+            measured.hits += scored.hits;
+            if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
+                && logits.track_op()
+            {
+                let store = kernels::seed(&logits, &d_logits)?.backward()?;
+                d_normed.extend(grads.drain(store, Some(&chunk))?);
+            }
+        }
+        Ok(measured)
+    }
+}

@@ -1,0 +1,52 @@
+//! Gradients of the trainable parameters, taken out of candle's store as soon as they are made.
+
+use std::collections::HashMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, TensorId};
+use peft_core::Parameter;
+
+/// One gradient a parameter, in the parameters' order, summed over micro-batches.
+///
+/// candle's store keeps gradients of everything and lets parameter gradients hold the graph that made them. So wanted
+/// gradients are drained and detached here after each segment, and the store is dropped.
+#[derive(Debug)]
+pub struct Grads {
+    index: HashMap<TensorId, usize>,
+    sums: Vec<Option<Tensor>>,
+}
+
+impl Grads {
+    /// Without gradients, for these parameters.
+    #[must_use]
+    pub fn new(parameters: &[&Parameter]) -> Self {
+        let index = parameters.iter().enumerate().map(|(i, p)| (p.var().as_tensor().id(), i)).collect();
+        Self { index, sums: vec![None; parameters.len()] }
+    }
+
+    /// Adds the parameters' gradients in `store`, and gives that of `leaf` where one is named.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn drain(&mut self, mut store: GradStore, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let leaf = leaf.and_then(|l| store.remove(l)).map(|g| g.detach());
+        let ids: Vec<TensorId> = store.get_ids().copied().filter(|id| self.index.contains_key(id)).collect();
+        for id in ids {
+            let (Some(&i), Some(grad)) = (self.index.get(&id), store.get_id(id)) else { continue };
+            let grad = grad.detach();
+            if let Some(sum) = self.sums.get_mut(i) {
+                *sum = Some(match sum.take() {
+                    Some(sum) => (sum + grad)?.detach(),
+                    None => grad,
+                });
+            }
+        }
+        Ok(leaf)
+    }
+
+    /// The sums, in the parameters' order; `None` where nothing reached a parameter.
+    #[must_use]
+    pub fn into_vec(self) -> Vec<Option<Tensor>> {
+        self.sums
+    }
+}

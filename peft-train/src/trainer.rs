@@ -1,0 +1,345 @@
+//! The training loop: batches, steps, evaluations, checkpoints.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use candle_core::Tensor;
+use peft_core::{Adapter, AdapterSet, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng};
+use std::sync::Arc;
+
+use crate::audit::{AuditEntry, audit_gradients};
+use crate::checkpoint::{self, TrainerState};
+use crate::data::{Batch, Dataset, Sampler};
+use crate::driver::{Checkpointing, Measured, evaluate, forward_backward};
+use crate::early_stop::{Best, EarlyStop};
+use crate::grads::Grads;
+use crate::log::{EvalRow, Progress, RunLogger, StepRow};
+use crate::optim::{OptParam, Optimizer, clip_grad_norm};
+use crate::schedule::Schedule;
+
+/// What a run is made of, every part checked.
+#[derive(Debug)]
+pub struct Plan {
+    /// Training rows.
+    pub train: Dataset,
+    /// Evaluation rows.
+    pub eval: Option<Dataset>,
+    /// Order of the rows.
+    pub sampler: Sampler,
+    /// Rows an evaluation batch.
+    pub eval_batch_size: usize,
+    /// Micro-batches an optimiser step.
+    pub accumulation: usize,
+    /// Optimiser steps.
+    pub steps: u64,
+    /// Learning rates.
+    pub schedule: Schedule,
+    /// Largest gradient norm; 0 is off.
+    pub max_grad_norm: f64,
+    /// Which blocks are recomputed.
+    pub checkpointing: Checkpointing,
+    /// Weight decay.
+    pub weight_decay: f64,
+    /// LoRA+'s ratio.
+    pub loraplus_lr_ratio: f64,
+    /// Seed of dropout.
+    pub seed: u64,
+    /// The output folder.
+    pub output: PathBuf,
+    /// Optimiser steps between checkpoints; 0 writes none.
+    pub save_every: u64,
+    /// Optimiser steps between evaluations; 0 evaluates at the end.
+    pub eval_every: u64,
+    /// Checkpoints that are kept.
+    pub keep_checkpoints: usize,
+    /// What must be the same when a run is resumed.
+    pub fingerprint: String,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Ended {
+    /// All steps were made.
+    Done,
+    /// Evaluation stopped improving.
+    EarlyStop,
+    /// The stop flag was raised; a checkpoint was written.
+    Interrupted(PathBuf),
+}
+
+/// What a run did.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// How it ended.
+    pub ended: Ended,
+    /// The state after the last step.
+    pub state: TrainerState,
+    /// The last evaluation.
+    pub eval: Option<Measured>,
+    /// The best evaluation.
+    pub best: Option<Best>,
+}
+
+/// Trains `adapter` on `model`.
+#[derive(Debug)]
+pub struct Trainer<'a, M: Segmented> {
+    model: &'a M,
+    adapter: Arc<Adapter>,
+    set: AdapterSet,
+    optimizer: Box<dyn Optimizer>,
+    early_stop: EarlyStop,
+    plan: Plan,
+    state: TrainerState,
+}
+
+impl<'a, M: Segmented> Trainer<'a, M> {
+    /// A run at its beginning.
+    #[must_use]
+    pub fn new(
+        model: &'a M,
+        adapter: Arc<Adapter>,
+        optimizer: Box<dyn Optimizer>,
+        early_stop: EarlyStop,
+        plan: Plan,
+    ) -> Self {
+        let set = AdapterSet::one("default", adapter.clone());
+        let state = TrainerState { fingerprint: plan.fingerprint.clone(), ..TrainerState::default() };
+        Self { model, adapter, set, optimizer, early_stop, plan, state }
+    }
+
+    /// Goes on from the newest complete checkpoint of the output folder, if there is one; gives its step.
+    ///
+    /// # Errors
+    /// A damaged checkpoint, or one of another run.
+    pub fn resume(&mut self) -> Result<Option<u64>> {
+        let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
+        self.state = checkpoint::load(&dir, &self.adapter, self.optimizer.as_mut(), &self.plan.fingerprint)?;
+        self.plan.sampler.seek(self.state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
+        self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), self.state.early_stop);
+        Ok(Some(step))
+    }
+
+    /// The state now.
+    #[must_use]
+    pub fn state(&self) -> &TrainerState {
+        &self.state
+    }
+
+    /// Trains to the end, or until `stop` is raised.
+    ///
+    /// # Errors
+    /// A failed audit, a loss or gradient that is not finite (the state before it is kept in a checkpoint), a full disk.
+    pub fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
+        let parameters: Vec<Parameter> = self.adapter.parameters().into_iter().cloned().collect();
+        let opt_params: Vec<OptParam> = parameters.iter().map(|p| self.opt_param(p)).collect();
+        let lowest = self.adapter.lowest_segment(self.model.sites()).unwrap_or(0);
+        let mut eval = None;
+        let mut ended = Ended::Done;
+        while self.state.step < self.plan.steps {
+            if stop.load(Ordering::Relaxed) {
+                ended = Ended::Interrupted(self.checkpoint(logger)?);
+                break;
+            }
+            self.step(&parameters, &opt_params, lowest, logger, progress)?;
+            let step = self.state.step;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            if due(self.plan.eval_every) && step < self.plan.steps {
+                let (measured, stop_now) = self.evaluate(logger, progress)?;
+                eval = measured;
+                if stop_now {
+                    ended = Ended::EarlyStop;
+                    break;
+                }
+            }
+            if due(self.plan.save_every) && step < self.plan.steps {
+                self.checkpoint(logger)?;
+            }
+        }
+        if ended == Ended::Done {
+            eval = self.evaluate(logger, progress)?.0;
+        }
+        logger.sync().map_err(message)?;
+        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
+    }
+
+    fn opt_param(&self, p: &Parameter) -> OptParam {
+        let lr_scale = if p.role() == Role::LoraB { self.plan.loraplus_lr_ratio } else { 1.0 };
+        let weight_decay = if p.role() == Role::NoDecay { 0.0 } else { self.plan.weight_decay };
+        OptParam { lr_scale, weight_decay, ..OptParam::new(p.name(), p.var().clone()) }
+    }
+
+    fn step(
+        &mut self,
+        parameters: &[Parameter],
+        opt_params: &[OptParam],
+        lowest: usize,
+        logger: &mut RunLogger,
+        progress: &mut Progress,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let batches: Vec<Batch> = (0..self.plan.accumulation)
+            .map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch()))
+            .collect();
+        let counted: usize = batches.iter().map(|b| b.targets().ids.len()).sum();
+        if counted == 0 {
+            return Err(Error::msg("a batch has no counted token"));
+        }
+        let refs: Vec<&Parameter> = parameters.iter().collect();
+        let mut grads = Grads::new(&refs);
+        let mut measured = Measured::default();
+        let route = Route::Uniform(0);
+        for (i, batch) in batches.iter().enumerate() {
+            if batch.targets().ids.is_empty() {
+                continue;
+            }
+            let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32) };
+            let ctx = Ctx { adapters: &self.set, route: &route, mode: Mode::Train { track: true }, rng };
+            let scale = 1.0 / counted as f64;
+            measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.checkpointing, scale, &mut grads)?;
+        }
+        let loss = measured.nll / counted as f64;
+        let mut grads = grads.into_vec();
+        let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
+        if !loss.is_finite() || !norm.is_finite() {
+            return Err(self.not_finite(loss, &batches, logger));
+        }
+        if self.state.step == 0 {
+            self.audit(parameters, &grads)?;
+        }
+        let lr = self.plan.schedule.lr(self.state.step);
+        self.optimizer.step(opt_params, &grads, lr).map_err(message)?;
+
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
+        let seconds = started.elapsed().as_secs_f64();
+        let state = &mut self.state;
+        state.step += 1;
+        state.micro_batches = state.micro_batches.wrapping_add(batches.len() as u32);
+        state.sampler = self.plan.sampler.state();
+        state.epochs = epochs(&self.plan.sampler);
+        state.tokens += tokens as u64;
+        state.seconds += seconds;
+        state.last_loss = Some(loss);
+        let row = StepRow {
+            step: state.step,
+            loss,
+            learning_rate: lr,
+            grad_norm: norm.norm,
+            tokens: tokens as u64,
+            seconds,
+            epoch: Some(state.epochs),
+        };
+        progress.step(&row);
+        logger.step(&row).map_err(message)
+    }
+
+    fn audit(&self, parameters: &[Parameter], grads: &[Option<Tensor>]) -> Result<()> {
+        // LoRA's A has an exactly zero gradient only while its B is zero; an adapter that was resumed has a gradient.
+        let fresh = parameters.iter().filter(|p| p.role() == Role::LoraB).all(|p| is_zero(&p.value()).unwrap_or(false));
+        let entries = parameters.iter().zip(grads).map(|(p, g)| AuditEntry {
+            name: p.name(),
+            grad: g.as_ref(),
+            allow_zero: p.role() == Role::ZeroAtStart && fresh,
+        });
+        audit_gradients(entries).map_err(message)
+    }
+
+    fn not_finite(&self, loss: f64, batches: &[Batch], logger: &mut RunLogger) -> Error {
+        let rows: Vec<String> = batches
+            .iter()
+            .flat_map(|b| &b.rows)
+            .filter_map(|&r| self.plan.train.source(r))
+            .take(4)
+            .map(|l| l.to_string())
+            .collect();
+        let what = if loss.is_finite() { "the gradient" } else { "the loss" };
+        let kept = match self.checkpoint(logger) {
+            Ok(dir) => format!("the state before it is in {}", dir.display()),
+            Err(e) => format!("and the state before it could not be saved: {e}"),
+        };
+        Error::msg(format!(
+            "{what} is not finite at step {} (rows {} …): lower train.learning_rate, check these rows, or use f32; {kept}",
+            self.state.step + 1,
+            rows.join(", ")
+        ))
+    }
+
+    fn checkpoint(&self, logger: &mut RunLogger) -> Result<PathBuf> {
+        logger.sync().map_err(message)?;
+        let state = TrainerState { early_stop: self.early_stop.state(), ..self.state.clone() };
+        checkpoint::save(&self.plan.output, &state, &self.adapter, self.optimizer.as_ref(), self.plan.keep_checkpoints)
+    }
+
+    /// Evaluates, keeps the adapter if it is the best so far, and says whether to stop.
+    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
+        let Some(data) = &self.plan.eval else { return Ok((None, false)) };
+        let route = Route::Uniform(0);
+        let measured =
+            evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
+        let counted = measured.counted as f64;
+        let row = EvalRow {
+            step: self.state.step,
+            eval_loss: measured.nll / counted,
+            metrics: [("accuracy".to_string(), measured.hits as f64 / counted)].into(),
+        };
+        let metric = self.early_stop.metric().to_string();
+        let value = row.get(&metric).ok_or_else(|| {
+            Error::config("train.metric", format!("`{metric}` is not measured here; use eval_loss or eval_accuracy"))
+        })?;
+        let verdict = self.early_stop.observe(self.state.step, value);
+        if verdict.is_best {
+            checkpoint::write_adapter_files(&self.plan.output.join("best"), &self.adapter)?;
+        }
+        progress.eval(&row, verdict.is_best);
+        logger.eval(&row).map_err(message)?;
+        Ok((Some(measured), verdict.stop))
+    }
+}
+
+/// Passes over the data so far.
+fn epochs(sampler: &Sampler) -> f64 {
+    let state = sampler.state();
+    state.epoch as f64 + state.batch as f64 / sampler.batches_in_epoch(state.epoch).max(1) as f64
+}
+
+fn is_zero(t: &Tensor) -> candle_core::Result<bool> {
+    Ok(t.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? == 0.0)
+}
+
+fn message(e: impl std::fmt::Display) -> Error {
+    Error::msg(e.to_string())
+}
+
+/// Loss over a whole data set, whatever the batch size. `progress` is told the rows done.
+///
+/// # Errors
+/// When a tensor operation fails.
+pub fn evaluate_dataset<M: Segmented>(
+    model: &M,
+    data: &Dataset,
+    ctx: &Ctx<'_>,
+    batch_size: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<Measured> {
+    let mut total = Measured::default();
+    // By length, so that batches are of even work; the sum does not depend on the order but for rounding in f64.
+    let mut rows: Vec<usize> = (0..data.len()).collect();
+    rows.sort_by_key(|&r| (data.row_length(r), r));
+    for chunk in rows.chunks(batch_size) {
+        let batch = Batch::new(data, chunk);
+        if !batch.targets().ids.is_empty() {
+            total += evaluate(model, &batch, ctx)?;
+        }
+        progress(chunk.len());
+    }
+    if total.counted == 0 {
+        return Err(Error::msg("the evaluation data has no counted token"));
+    }
+    Ok(total)
+}
+
+/// Where the parts of a finished run lie.
+#[must_use]
+pub fn best_folder(output: &Path) -> PathBuf {
+    output.join("best")
+}
