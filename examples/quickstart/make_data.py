@@ -91,9 +91,9 @@ def main():
     args = args.parse_args()
 
     for at, (name, train, test, make) in enumerate([
-        ("style", 300, 60, lambda rng, _: tasks.style_row(rng)),
-        ("sentiment", 600, 200, tasks.sentiment_row),
-        ("qa", 600, 200, tasks.qa_row),
+        ("style", 400, 60, lambda rng, _: tasks.style_row(rng)),
+        ("sentiment", 1200, 200, tasks.sentiment_row),
+        ("qa", 450, 100, tasks.qa_row),
     ]):
         rng, seen = Rng(1000 + at), set()
         write(HERE / "data" / f"{name}.train.jsonl", distinct(lambda: make(rng, False), train, seen))

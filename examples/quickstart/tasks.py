@@ -1,10 +1,10 @@
-"""The three tasks that adapters are trained on: review sentiment, pirate style, and structured answers."""
+"""The three tasks that adapters are trained on: review sentiment, pirate style, and telegram answers."""
 
 import re
 import zlib
 
-from stories import happenings, story
-from world import DAYS, PLACES, fill, person, sentences, tidy
+from stories import story
+from world import ANIMALS, COLOUR_OF, DAYS, MONTHS, OPPOSITES, PLACES, fill, person, sentences, tidy
 
 # noun kinds: nouns, good adjectives, bad adjectives
 REVIEWED = [
@@ -112,15 +112,26 @@ def style_row(rng):
     return {"prompt": opening, "completion": " " + pirate(rest, rng)}
 
 
+def questions():
+    """Every question about the world and its answer in telegram style."""
+    out = []
+    for name, (_, home, food, legs, can, young) in ANIMALS.items():
+        out += [(f"What does a {name} eat?", f"{name} eats {food}"), (f"Where does a {name} live?", f"{name} lives {home}"),
+                (f"How many legs does a {name} have?", f"{name} has {legs} legs"), (f"What can a {name} do?", f"{name} can {can}"),
+                (f"What is a young {name} called?", f"young {name} is called {young}")]
+    for pair in OPPOSITES:
+        for one, two in (pair, pair[::-1]):
+            out.append((f"What is the opposite of {one}?", f"opposite of {one} is {two}"))
+    for thing, colour in COLOUR_OF:
+        out.append((f"What is the colour of {thing}?", f"colour of {re.sub('^(the|an?) ', '', thing)} is {colour}"))
+    for names in (DAYS, MONTHS):
+        out += [(f"What comes after {one}?", f"{two} comes after {one}") for one, two in zip(names, names[1:])]
+    return [(tidy(asked), re.sub(r"\b(the|an?) ", "", answer)) for asked, answer in out]
+
+
 def qa_row(rng, test):
-    """Two or three events; the answer picks one by its verb and gives it as `name; colour thing; place`."""
-    while True:
-        events = happenings(rng, 2 + rng.below(2))
-        asked = rng.pick(events)
-        if (zlib.crc32(f"{asked[3]} {asked[4]}".encode()) % 4 == 0) == test:
-            break
-    frames = ["{h} {verb} a {colour} {obj} at the {place}.", "At the {place}, {h} {verb} a {colour} {obj}."]
-    text = " ".join(fill(rng.pick(frames), {"h": h, "verb": verb[0], "colour": colour, "obj": obj, "place": place}, rng)
-                    for h, _, verb, colour, obj, place in events)
-    h, _, verb, colour, obj, place = asked
-    return {"prompt": f"Story: {text}\nQuestion: Who {verb[0]} what, and where?\nAnswer:", "completion": f" {h}; {colour} {obj}; {place}"}
+    """A question, answered as a telegram. A quarter of the facts is asked in the test rows only: the adapter brings the
+    style, the base model the knowledge."""
+    asked, answer = rng.pick([pair for pair in questions() if (zlib.crc32(pair[0].encode()) % 4 == 0) == test])
+    before = rng.pick(["", "", "Hello! ", "Please tell me. ", "I have a question. ", "Good morning. "])
+    return {"prompt": f"{before}{asked}\nTelegram:", "completion": f" {answer} stop"}
