@@ -38,7 +38,11 @@ const ABSENT: &[(&str, &str, bool)] = &[
     ("mica", "trains A alone; use \"orthogonal\" or true", false),
     ("corda", "needs covariances of the training data; use \"pissa_niter_16\", which starts from the weights", true),
     ("lora_ga", "needs gradients of the training data; use \"pissa_niter_16\", which starts from the weights", true),
-    ("loftq", "quantises the base while it starts; use true or \"pissa_niter_16\" on a base that is quantised (GGUF)", true),
+    (
+        "loftq",
+        "quantises the base while it starts; use true or \"pissa_niter_16\" on a base that is quantised (GGUF)",
+        true,
+    ),
 ];
 
 /// A and B of one site.
@@ -71,12 +75,16 @@ impl Init {
         }
         if let Some(n) = name.strip_prefix("pissa_niter_") {
             let iterations = n.parse().ok().filter(|n| (0..=1000).contains(n));
-            let iterations = iterations
-                .ok_or_else(|| Error::config(KEY, format!("`{name}` has no count up to 1000; such as \"pissa_niter_16\"")))?;
+            let iterations = iterations.ok_or_else(|| {
+                Error::config(KEY, format!("`{name}` has no count up to 1000; such as \"pissa_niter_16\""))
+            })?;
             return Ok(Self::Pissa { iterations: Some(iterations) });
         }
         if let Some((_, why, _)) = ABSENT.iter().find(|(n, ..)| *n == name) {
-            return Err(Error::config(KEY, format!("`{name}` is not built here: it {why}; known: {}", NAMES.join(", "))));
+            return Err(Error::config(
+                KEY,
+                format!("`{name}` is not built here: it {why}; known: {}", NAMES.join(", ")),
+            ));
         }
         let near = did_you_mean(&name, NAMES.iter().copied());
         Err(Error::config(KEY, format!("`{name}` is not a known initialisation{near}; known: {}", NAMES.join(", "))))
@@ -146,7 +154,10 @@ impl Init {
             )),
             Self::Pissa { iterations } => {
                 if scale.is_nan() || scale <= 0.0 {
-                    return Err(Error::config("lora_alpha", "must be above zero for pissa, which divides by the scale"));
+                    return Err(Error::config(
+                        "lora_alpha",
+                        "must be above zero for pissa, which divides by the scale",
+                    ));
                 }
                 let svd = match iterations {
                     Some(n) => linalg::randomised_svd(layer.weight(), r, n, stream)?,
@@ -164,9 +175,8 @@ fn orthogonal(out: usize, inp: usize, r: usize, [q, a, b]: [Stream; 3]) -> Resul
     if !r.is_multiple_of(2) {
         return Err(Error::config(KEY, format!("orthogonal needs an even rank, not {r}")));
     }
-    let normal = |stream: Stream, rows, cols| {
-        Tensor::from_vec(stream.normal_vec(rows * cols, 1.0), (rows, cols), &Device::Cpu)
-    };
+    let normal =
+        |stream: Stream, rows, cols| Tensor::from_vec(stream.normal_vec(rows * cols, 1.0), (rows, cols), &Device::Cpu);
     let basis = linalg::orthonormal_rows(&normal(q, r, r)?)?.reshape((r / 2, 2, r))?;
     let share = |i: usize| basis.narrow(1, i, 1)?.reshape((r / 2, r))?.contiguous();
     let a = (share(0)?.t()?.matmul(&normal(a, r / 2, inp)?)? / 10.0)?;
@@ -263,7 +273,8 @@ mod tests {
     fn orthogonal_has_no_product() {
         let s = start(Init::Orthogonal, 30, 50, 6);
         assert!(std(&flat(&s.a)) > 0.03 && std(&flat(&s.b)) > 0.03);
-        close("BA", &s.b.matmul(&s.a).unwrap(), &Tensor::zeros((30, 50), DType::F32, &Device::Cpu).unwrap(), 1e-6).unwrap();
+        close("BA", &s.b.matmul(&s.a).unwrap(), &Tensor::zeros((30, 50), DType::F32, &Device::Cpu).unwrap(), 1e-6)
+            .unwrap();
         let e = Init::Orthogonal.start(&layer(4, 4), 3, 1.0, STREAM, &Device::Cpu).unwrap_err().to_string();
         assert!(e.contains("even"), "{e}");
     }
@@ -304,7 +315,8 @@ mod tests {
         }
         let e = Init::Olora.start(&layer(4, 9), 5, 1.0, STREAM, &Device::Cpu).unwrap_err().to_string();
         assert!(e.contains("at most 4"), "{e}");
-        let e = Init::Pissa { iterations: None }.start(&layer(4, 9), 2, 0.0, STREAM, &Device::Cpu).unwrap_err().to_string();
+        let e =
+            Init::Pissa { iterations: None }.start(&layer(4, 9), 2, 0.0, STREAM, &Device::Cpu).unwrap_err().to_string();
         assert!(e.contains("lora_alpha"), "{e}");
     }
 }

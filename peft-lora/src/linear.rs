@@ -151,8 +151,7 @@ mod tests {
         let (out, inp, r, s) = (7, 9, 3, 1.5);
         let w = randn(1, (out, inp), 0.5).unwrap();
         let bias = randn(2, out, 0.5).unwrap();
-        let base =
-            FrozenLinear::new(SiteId(4), "layer", FrozenWeight::dense(&w).unwrap(), Some(bias.clone())).unwrap();
+        let base = FrozenLinear::new(SiteId(4), "layer", FrozenWeight::dense(&w).unwrap(), Some(bias.clone())).unwrap();
         let x = candle_core::Var::from_tensor(&randn(3, (5, inp), 1.0).unwrap()).unwrap();
         let dy = randn(9, (5, out), 1.0).unwrap();
         for subtracts in [false, true] {

@@ -85,7 +85,11 @@ pub fn write_adapter_files(dir: &Path, adapter: &Adapter) -> Result<()> {
     write_files(dir, config, &tensors)
 }
 
-fn write_files(dir: &Path, config: serde_json::Map<String, serde_json::Value>, tensors: &[(String, Tensor)]) -> Result<()> {
+fn write_files(
+    dir: &Path,
+    config: serde_json::Map<String, serde_json::Value>,
+    tensors: &[(String, Tensor)],
+) -> Result<()> {
     write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }
 

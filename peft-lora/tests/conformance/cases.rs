@@ -75,7 +75,11 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case("saved head", UNTIED, json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]})),
         case("saved table", UNTIED, json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]})),
-        case("saved table, tied", TIED, json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]})),
+        case(
+            "saved table, tied",
+            TIED,
+            json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+        ),
         case("saved norm", UNTIED, json!({"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["norm"]})),
         case("embedding", UNTIED, json!({"r": 4, "target_modules": ["embed_tokens", "v_proj"]})),
         case("embedding, tied", TIED, json!({"r": 4, "target_modules": ["embed_tokens"]})),
@@ -88,7 +92,11 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [7, 3]}}),
         ),
         case("dropout", UNTIED, json!({"r": 4, "lora_dropout": 0.3, "target_modules": "all-linear"})),
-        case("dropout, dora", BIASED, json!({"r": 4, "lora_dropout": 0.3, "use_dora": true, "target_modules": attention})),
+        case(
+            "dropout, dora",
+            BIASED,
+            json!({"r": 4, "lora_dropout": 0.3, "use_dora": true, "target_modules": attention}),
+        ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),
     ]

@@ -13,8 +13,8 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use peft_core::kernels::testing::{close, max_difference, randn};
 use peft_core::{
-    Adapter, AdapterSet, BaseModel, Ctx, Delta, FrozenLinear, Mode, Parameter, PeftModule, Result, Role, Route, SiteAdapter,
-    SiteModule, StepRng,
+    Adapter, AdapterSet, BaseModel, Ctx, Delta, FrozenLinear, Mode, Parameter, PeftModule, Result, Role, Route,
+    SiteAdapter, SiteModule, StepRng,
 };
 use peft_models::Decoder;
 use peft_train::audit::{AuditEntry, audit_gradients};
@@ -55,8 +55,9 @@ fn a_fresh_adapter_changes_nothing_and_a_trained_one_does() {
         let plain = eval(model, None)?;
         let fresh = Arc::new(create(&case.method, model, 1)?);
         let difference = max_difference(&eval(model, Some(&fresh))?, &plain)?;
-        // PiSSA and OLoRA add and subtract a part of the weight, which rounds.
-        let tolerance = if fresh.frozen().is_empty() { 1e-6 } else { 4e-6 };
+        // Some starts cancel only up to rounding: PiSSA and OLoRA against what they subtract, orthogonal ones in BA.
+        let cancels = !fresh.frozen().is_empty() || case.method.get("init_lora_weights") == Some(&json!("orthogonal"));
+        let tolerance = if cancels { 4e-6 } else { 1e-6 };
         ensure((difference <= tolerance) == case.identity, format!("fresh differs by {difference:.1e}"))?;
         let trained = trained(create(&case.method, model, 1)?, 2)?;
         let difference = max_difference(&eval(model, Some(&trained))?, &plain)?;
@@ -157,7 +158,10 @@ fn group(name: &str) -> String {
 
 fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
     let one = |(a, b): (&Tensor, &Tensor)| -> Result<f64> {
-        Ok(a.to_dtype(candle_core::DType::F64)?.mul(&b.to_dtype(candle_core::DType::F64)?)?.sum_all()?.to_scalar::<f64>()?)
+        Ok(a.to_dtype(candle_core::DType::F64)?
+            .mul(&b.to_dtype(candle_core::DType::F64)?)?
+            .sum_all()?
+            .to_scalar::<f64>()?)
     };
     a.iter().zip(b).map(one).sum()
 }
@@ -200,14 +204,17 @@ fn compare_with_differences(run: &Run<'_>, name: &str, members: &[(&Parameter, T
         let noise = noise.collect::<Result<Vec<_>>>()?;
         let noise_length = dot(&noise, &noise)?.sqrt();
         let direction = gradient.iter().zip(&noise);
-        let direction = direction.map(|(g, n)| Ok(((g / length)? + (n / noise_length)?)?)).collect::<Result<Vec<_>>>()?;
+        let direction =
+            direction.map(|(g, n)| Ok(((g / length)? + (n / noise_length)?)?)).collect::<Result<Vec<_>>>()?;
         let at = |h: f64| -> Result<f64> {
             for (((p, _), s), d) in members.iter().zip(&start).zip(&direction) {
                 p.set(&(s + (d * h)?)?)?;
             }
             run.loss()
         };
-        let numeric = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
+        let central = |h: f64| -> Result<f64> { Ok((at(h)? - at(-h)?) / (2.0 * h)) };
+        // Extrapolated to h = 0: the loss curves much where singular vectors meet.
+        let numeric = (4.0 * central(STEP / 2.0)? - central(STEP)?) / 3.0;
         let analytic = dot(&gradient, &direction)?;
         for ((p, _), s) in members.iter().zip(&start) {
             p.set(s)?;
@@ -338,7 +345,8 @@ fn nan_in_a_file_is_refused_by_name() {
             last.set(&Tensor::full(f32::NAN, last.value().shape(), &Device::Cpu)?)?;
             last.name().to_string()
         };
-        let opened = write_adapter_files(dir.path(), &adapter).and_then(|()| methods::open(dir.path(), model).map(|_| ()));
+        let opened =
+            write_adapter_files(dir.path(), &adapter).and_then(|()| methods::open(dir.path(), model).map(|_| ()));
         let text = opened.err().ok_or("NaN was accepted")?.to_string();
         ensure(text.contains(&name), text)
     });
