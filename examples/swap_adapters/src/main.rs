@@ -1,9 +1,6 @@
 //! Loads one base, opens several adapters, and answers a batch whose rows use different adapters, in one forward pass a
 //! token. Then swaps an adapter while a request that began earlier keeps the old one.
-//!
-//! ```sh
-//! cargo run --release -p swap-adapters [-- NAME=PATH ...]    # without names, the quickstart's three adapters
-//! ```
+//! `cargo run --release -p swap-adapters [-- NAME=PATH ...]`; without names, the quickstart's three adapters.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -63,7 +60,7 @@ impl Server {
 }
 
 fn main() -> Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let named = adapters(&root)?;
     let files = ModelFiles::open(&root.join("examples/quickstart/base"))?;
     let model = files.load(&Placement::cpu(None), 0)?;
