@@ -228,8 +228,6 @@ pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weig
     let options =
         GgufWriteOptions { weights, name: files.path().file_stem().map(|n| n.to_string_lossy().into_owned()) };
     let tokenizer = files.tokenizer()?;
-    write_gguf(out, &config, &tokenizer, &specs, &options, |spec| {
-        merged.tensor(&spec.name)?.to_device(&Device::Cpu)
-    })
-    .map_err(|e| Error::msg(e.to_string()))
+    write_gguf(out, &config, &tokenizer, &specs, &options, |spec| merged.tensor(&spec.name)?.to_device(&Device::Cpu))
+        .map_err(|e| Error::msg(e.to_string()))
 }

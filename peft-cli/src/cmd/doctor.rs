@@ -26,20 +26,20 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
         "hub": hub.endpoint, "hub_cache": hub.cache, "offline": hub.offline
     });
     if args.json {
-        println!("{facts}");
+        out!("{facts}");
         return Ok(());
     }
-    println!("peft-cli          {}", env!("CARGO_PKG_VERSION"));
-    println!("built with        {}", features.join(", "));
-    println!("threads           {} (RAYON_NUM_THREADS sets it)", peft_core::kernels::threads());
-    println!("vector units      {}", cpu_features().join(", "));
+    out!("peft-cli          {}", env!("CARGO_PKG_VERSION"));
+    out!("built with        {}", features.join(", "));
+    out!("threads           {} (RAYON_NUM_THREADS sets it)", peft_core::kernels::threads());
+    out!("vector units      {}", cpu_features().join(", "));
     if let Some(bytes) = sample::available_memory() {
-        println!("memory available  {:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+        out!("memory available  {:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
     }
-    println!("devices           {}", devices.join(", "));
-    println!("hub               {}{}", hub.endpoint, if hub.offline { " (offline)" } else { "" });
+    out!("devices           {}", devices.join(", "));
+    out!("hub               {}{}", hub.endpoint, if hub.offline { " (offline)" } else { "" });
     if let Some(cache) = &hub.cache {
-        println!("hub cache         {}", cache.display());
+        out!("hub cache         {}", cache.display());
     }
     Ok(())
 }

@@ -53,12 +53,12 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
             "loss": loss, "perplexity": loss.exp(), "tokens": measured.counted, "examples": data.len(),
             "token_accuracy": accuracy
         });
-        println!("{result}");
+        out!("{result}");
     } else {
-        println!("loss            {loss:.6}");
-        println!("perplexity      {:.4}", loss.exp());
-        println!("token accuracy  {:.2} %", 100.0 * accuracy);
-        println!("tokens          {} counted, in {} examples", measured.counted, data.len());
+        out!("loss            {loss:.6}");
+        out!("perplexity      {:.4}", loss.exp());
+        out!("token accuracy  {:.2} %", 100.0 * accuracy);
+        out!("tokens          {} counted, in {} examples", measured.counted, data.len());
     }
     Ok(())
 }
@@ -106,10 +106,10 @@ fn choices(
         let result = json!({
             "accuracy": accuracy, "loss": loss, "perplexity": loss.exp(), "tokens": tokens, "examples": rows
         });
-        println!("{result}");
+        out!("{result}");
     } else {
-        println!("accuracy  {:.2} % ({right} of {rows})", 100.0 * accuracy);
-        println!("loss      {loss:.6} on the rows' own completions");
+        out!("accuracy  {:.2} % ({right} of {rows})", 100.0 * accuracy);
+        out!("loss      {loss:.6} on the rows' own completions");
     }
     Ok(())
 }

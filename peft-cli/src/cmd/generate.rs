@@ -85,7 +85,7 @@ fn converse(session: &Session<'_>, template: &ChatTemplate, messages: &mut Vec<V
         }
         messages.push(json!({"role": "user", "content": line}));
         let answer = session.turn(template, messages)?;
-        println!();
+        out!("");
         messages.push(json!({"role": "assistant", "content": answer.text}));
     }
 }
@@ -119,8 +119,7 @@ impl Session<'_> {
         }
         let text = self.tokenizer.decode(&ids, true)?;
         if self.stream {
-            print!("{}", text.get(shown..).unwrap_or_default());
-            std::io::stdout().flush()?;
+            out_part!("{}", text.get(shown..).unwrap_or_default());
         }
         Ok(Answer { text, tokens: ids.len(), prompt_tokens, seconds: started.elapsed().as_secs_f64() })
     }
@@ -131,8 +130,7 @@ impl Session<'_> {
         if !text.ends_with('\u{FFFD}')
             && let Some(new) = text.get(*shown..)
         {
-            print!("{new}");
-            std::io::stdout().flush()?;
+            out_part!("{new}");
             *shown = text.len();
         }
         Ok(())
@@ -145,9 +143,9 @@ fn finish(args: &GenerateArgs, answer: &Answer) -> Result<()> {
         let result = json!({
             "text": answer.text, "tokens": answer.tokens, "prompt_tokens": answer.prompt_tokens, "tokens_per_second": rate
         });
-        println!("{result}");
+        out!("{result}");
     } else {
-        println!();
+        out!("");
         eprintln!("{} tokens after {} of prompt, {rate:.1} tokens/s", answer.tokens, answer.prompt_tokens);
     }
     Ok(())

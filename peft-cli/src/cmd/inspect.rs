@@ -26,20 +26,20 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
         }
     };
     if args.json {
-        println!("{facts}");
+        out!("{facts}");
         return Ok(());
     }
     if let Value::Object(map) = &facts {
         for (key, value) in map {
             match value {
-                Value::String(s) => println!("{key:<22} {s}"),
+                Value::String(s) => out!("{key:<22} {s}"),
                 Value::Array(items) => {
-                    println!("{key:<22} {}", items.len());
+                    out!("{key:<22} {}", items.len());
                     for item in items {
-                        println!("  {}", item.as_str().map_or_else(|| item.to_string(), str::to_string));
+                        out!("  {}", item.as_str().map_or_else(|| item.to_string(), str::to_string));
                     }
                 }
-                other => println!("{key:<22} {other}"),
+                other => out!("{key:<22} {other}"),
             }
         }
     }

@@ -53,7 +53,7 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
         other => bail!("`{other}` is not a format; use safetensors or gguf"),
     };
     if args.json {
-        println!("{}", json!({"output": args.output, "dtype": written, "format": args.format, "tied": merged.tied()}));
+        out!("{}", json!({"output": args.output, "dtype": written, "format": args.format, "tied": merged.tied()}));
     } else {
         eprintln!("merged {} into {} ({written})", args.adapter.join(", "), args.output.display());
     }

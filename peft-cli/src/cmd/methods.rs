@@ -7,16 +7,16 @@ use crate::args::MethodsArgs;
 
 pub(crate) fn run(args: &MethodsArgs) -> Result<()> {
     if args.json {
-        println!("{}", serde_json::to_string(METHODS)?);
+        out!("{}", serde_json::to_string(METHODS)?);
         return Ok(());
     }
     let yes = |b: bool| if b { "yes" } else { "no" };
-    println!("{:<8} {:<10} {:<10} {:<10} {:<9} paper", "name", "peft_type", "trainable", "mergeable", "servable");
+    out!("{:<8} {:<10} {:<10} {:<10} {:<9} paper", "name", "peft_type", "trainable", "mergeable", "servable");
     for m in METHODS {
         let flags = (yes(m.trainable), yes(m.mergeable), yes(m.servable));
-        println!("{:<8} {:<10} {:<10} {:<10} {:<9} {}", m.name, m.peft_type, flags.0, flags.1, flags.2, m.paper);
+        out!("{:<8} {:<10} {:<10} {:<10} {:<9} {}", m.name, m.peft_type, flags.0, flags.1, flags.2, m.paper);
         if !m.variants.is_empty() {
-            println!("{:<8} keys: {}", "", m.variants);
+            out!("{:<8} keys: {}", "", m.variants);
         }
     }
     Ok(())

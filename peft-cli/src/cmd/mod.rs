@@ -24,7 +24,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Methods(a) => methods::run(&a),
         Command::Doctor(a) => doctor::run(&a),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "peft-cli", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "peft-cli", &mut script);
+            out_part!("{}", String::from_utf8_lossy(&script));
             Ok(())
         }
     }

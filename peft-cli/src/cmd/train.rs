@@ -98,8 +98,7 @@ impl Run {
             ..EncodeOptions::new(format.unwrap_or(Format::Text))
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
-        let spec =
-            |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
+        let spec = |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
         let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
         let (train, format) = Dataset::load(&train, format, text, &options)?;
         let eval = match &recipe.data.eval {
@@ -234,24 +233,20 @@ impl Run {
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
                 "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.checkpointing), "preview": rows
             });
-            println!("{result}");
+            out!("{result}");
             return Ok(());
         }
-        println!("method      {} on {} sites", self.prepared.method, sites.len());
+        out!("method      {} on {} sites", self.prepared.method, sites.len());
         for (key, pattern, n) in &hits {
-            println!("  {key:<18} {pattern:<24} {n} sites");
+            out!("  {key:<18} {pattern:<24} {n} sites");
         }
-        println!("trainable   {trainable} of {total} parameters ({share:.3} %)");
-        println!("data        {} ({})", self.train.stats(), self.format.name());
-        println!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
-        println!(
-            "memory      about {:.0} MB at the peak, blocks recomputed: {:?}",
-            peak as f64 / 1e6,
-            plan.checkpointing
-        );
-        println!("first rows, counted tokens in ⟦ ⟧:");
+        out!("trainable   {trainable} of {total} parameters ({share:.3} %)");
+        out!("data        {} ({})", self.train.stats(), self.format.name());
+        out!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
+        out!("memory      about {:.0} MB at the peak, blocks recomputed: {:?}", peak as f64 / 1e6, plan.checkpointing);
+        out!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
-            println!("{row}");
+            out!("{row}");
         }
         Ok(())
     }
@@ -494,7 +489,7 @@ impl Finished<'_> {
                 "trainable_parameters": self.facts.trainable_parameters, "peak_memory": self.facts.peak_memory,
                 "early_stop": outcome.ended == Ended::EarlyStop
             });
-            println!("{result}");
+            out!("{result}");
         }
         Ok(())
     }
