@@ -383,8 +383,24 @@ fn resolve_paths(table: &mut Table, folder: &Path) {
 fn resolve(path: &mut String, folder: &Path, always: bool) {
     let relative: PathBuf = folder.join(&*path);
     if Path::new(&*path).is_relative() && (always || relative.exists() || path.starts_with('.')) {
-        *path = relative.to_string_lossy().into_owned();
+        *path = without_detours(&relative).to_string_lossy().into_owned();
     }
+}
+
+/// `a/b/../c` as `a/c`, so that messages are short. Only names that are there to be cut are cut.
+fn without_detours(path: &Path) -> PathBuf {
+    use std::path::Component;
+    let mut short = PathBuf::new();
+    for part in path.components() {
+        match (part, short.components().next_back()) {
+            (Component::ParentDir, Some(Component::Normal(_))) => {
+                short.pop();
+            }
+            (Component::CurDir, _) => {}
+            _ => short.push(part),
+        }
+    }
+    short
 }
 
 #[cfg(test)]
@@ -415,6 +431,12 @@ mod tests {
         let train = r.data.train.unwrap().as_str().unwrap().to_string();
         assert!(train.ends_with("/rows.jsonl") && train.starts_with('/'), "{train}");
         assert_eq!(r.model.path.as_deref(), Some("org/name"));
+    }
+
+    #[test]
+    fn detours_are_cut() {
+        assert_eq!(without_detours(Path::new("examples/q/../../target/x")), Path::new("target/x"));
+        assert_eq!(without_detours(Path::new("../a/./b")), Path::new("../a/b"));
     }
 
     #[test]
