@@ -1,0 +1,8 @@
+//! The program as its users run it: the binary, its files, its messages and its exit status.
+#![allow(missing_docs, unreachable_pub, missing_debug_implementations)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod harness;
+mod resume;
+mod road;
+mod wrong_input;

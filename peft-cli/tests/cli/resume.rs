@@ -1,0 +1,117 @@
+//! A run that was stopped ends as if it had not been.
+#![cfg(unix)]
+
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::harness::{Dir, Ran, steps};
+
+const STEPS: usize = 60;
+
+fn settings() -> Vec<&'static str> {
+    vec!["--set", "train.max_steps=60", "--set", "train.gradient_accumulation=2", "--set", "output.save_every=2"]
+}
+
+fn start(dir: &Dir, resume: bool) -> Child {
+    let mut more = settings();
+    if resume {
+        more.push("--resume");
+    }
+    let args = dir.train_args(&more);
+    let mut command = dir.command(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+fn rows(dir: &Dir) -> usize {
+    std::fs::read(dir.path("out/metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&b| b == b'\n').count())
+}
+
+/// Waits until `metrics.jsonl` has more than `beyond` rows; false if the run ended before.
+fn wait_for_rows(dir: &Dir, child: &mut Child, beyond: usize) -> bool {
+    let started = Instant::now();
+    while rows(dir) <= beyond {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        assert!(started.elapsed() < Duration::from_secs(300), "no step for five minutes");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+fn undisturbed() -> Vec<u8> {
+    let dir = Dir::new();
+    dir.train(&settings()).ok();
+    dir.read("out/adapter_model.safetensors")
+}
+
+fn assert_one_row_a_step(dir: &Dir) {
+    let numbers: Vec<_> = steps(dir, "out").iter().map(|s| s["step"].as_u64().unwrap() as usize).collect();
+    assert_eq!(numbers, (1..=STEPS).collect::<Vec<_>>());
+}
+
+#[test]
+fn killed_at_random_moments() {
+    let whole = undisturbed();
+    let dir = Dir::new();
+    let mut kills = 0;
+    for i in 0..5 {
+        let mut child = start(&dir, true);
+        // The times differ from run to run: a little random, and nothing more is asked of it.
+        let noise = u64::from(std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().subsec_nanos());
+        let beyond = rows(&dir) + (noise % 5) as usize;
+        if i != 1 && !wait_for_rows(&dir, &mut child, beyond) {
+            break;
+        }
+        std::thread::sleep(Duration::from_micros(noise % 20_000));
+        child.kill().unwrap();
+        kills += usize::from(child.wait().unwrap().code().is_none());
+    }
+    assert!(kills >= 3, "only {kills} kills before the run ended");
+    let mut more = settings();
+    more.push("--resume");
+    let last = dir.train(&more).ok();
+    assert!(last.stderr.contains("resuming after step"), "{}", last.stderr);
+    assert!(dir.read("out/adapter_model.safetensors") == whole, "the adapter differs after {kills} kills");
+    assert_one_row_a_step(&dir);
+}
+
+#[test]
+fn interrupted_once() {
+    let dir = Dir::new();
+    let mut child = start(&dir, false);
+    assert!(wait_for_rows(&dir, &mut child, 4), "the run was over before it could be interrupted");
+    let kill = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let out = child.wait_with_output().unwrap();
+    let ran = Ran { code: out.status.code(), stdout: String::new(), stderr: String::from_utf8(out.stderr).unwrap() };
+    ran.fails(&["interrupted", "--resume", "checkpoints/step-"]);
+    assert!(!dir.path("out/adapter_model.safetensors").exists());
+
+    let mut more = settings();
+    more.push("--resume");
+    dir.train(&more).ok();
+    assert!(dir.read("out/adapter_model.safetensors") == undisturbed(), "the adapter differs");
+    assert_one_row_a_step(&dir);
+}
+
+#[test]
+fn a_checkpoint_of_another_recipe_is_refused() {
+    let dir = Dir::new();
+    dir.train(&["--set", "output.save_every=2"]).ok();
+    dir.train(&["--resume", "--set", "output.save_every=2", "--set", "train.learning_rate=0.5"]).fails(&["step-6", "another run"]);
+    // Resuming a finished run changes nothing.
+    let before = dir.read("out/adapter_model.safetensors");
+    dir.train(&["--resume", "--set", "output.save_every=2"]).ok();
+    assert!(dir.read("out/adapter_model.safetensors") == before);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_named() {
+    let dir = Dir::new();
+    dir.train(&["--set", "output.save_every=2"]).ok();
+    let file = dir.path("out/checkpoints/step-6/adapter_model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+    dir.train(&["--resume", "--set", "output.save_every=2"]).fails(&["step-6"]);
+}

@@ -1,0 +1,107 @@
+//! Recipe → adapter → evaluation, merge, generation.
+
+use crate::harness::{Dir, base, eval_loss, rows, steps};
+
+#[test]
+fn from_rows_to_a_merged_model() {
+    let dir = Dir::new();
+    let model = base().to_str().unwrap();
+    let result = dir
+        .train(&["--json", "--set", "train.max_steps=40", "--set", "output.save_every=20", "--set", "method.target_modules=all-linear"])
+        .json();
+    assert_eq!(result["steps"], 40);
+
+    for file in ["adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.toml", "report.html"] {
+        assert!(!dir.read(&format!("out/{file}")).is_empty(), "{file}");
+    }
+    assert!(dir.path("out/checkpoints/step-40").is_dir());
+    let events = std::fs::read_dir(dir.path("out/runs")).unwrap().flatten();
+    assert!(events.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("events.out.tfevents")));
+    let steps = steps(&dir, "out");
+    let numbers: Vec<u64> = steps.iter().map(|s| s["step"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, (1..=40).collect::<Vec<_>>());
+    for key in ["loss", "learning_rate", "grad_norm", "tokens", "seconds"] {
+        assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
+    }
+    let mean = |part: &[serde_json::Value]| part.iter().map(|s| s["loss"].as_f64().unwrap()).sum::<f64>() / part.len() as f64;
+    assert!(mean(&steps[35..]) < 0.8 * mean(&steps[..5]), "{} then {}", mean(&steps[..5]), mean(&steps[35..]));
+
+    let (before, after) = (eval_loss(&dir, model, None), eval_loss(&dir, model, Some("out")));
+    assert!(after < 0.8 * before, "{before} then {after}");
+
+    dir.run(&["merge", "--model", model, "--adapter", "out", "--output", "merged"]).ok();
+    let merged = eval_loss(&dir, "merged", None);
+    assert!((merged - after).abs() < 1e-4, "{after} with the adapter, {merged} merged");
+
+    let generate =
+        ["generate", "--model", model, "--adapter", "out", "--prompt", "say a ", "--max-new-tokens", "8", "--json"];
+    let (first, second) = (dir.run(&generate).json(), dir.run(&generate).json());
+    assert_eq!(first["text"], second["text"]);
+    assert_eq!(first["prompt_tokens"], 6);
+    assert!(first["tokens"].as_u64().unwrap() <= 8 && first["tokens_per_second"].is_number());
+    let merged = dir.run(&["generate", "--model", "merged", "--prompt", "say a ", "--max-new-tokens", "8", "--json"]);
+    assert_eq!(merged.json()["text"], first["text"]);
+
+    let adapter = dir.run(&["inspect", "out", "--json"]).json();
+    assert_eq!((adapter["kind"].as_str(), adapter["r"].as_u64()), (Some("adapter"), Some(4)));
+    assert_eq!(adapter["sites"].as_array().unwrap().len(), 2 * 7);
+    let of_base = dir.run(&["inspect", model, "--json"]).json();
+    assert_eq!((of_base["kind"].as_str(), of_base["hidden_size"].as_u64()), (Some("model"), Some(32)));
+    dir.run(&["inspect", "merged"]).ok();
+
+    // A second run starts from the first one's adapter; its loss goes on from there.
+    let again = dir.train(&["--adapter", "out", "--output", "again", "--set", "train.max_steps=1", "--json"]).json();
+    assert!(again["loss"].as_f64().unwrap() < 0.8 * before, "{again}");
+}
+
+#[test]
+fn a_dry_run_shows_the_plan_and_writes_nothing() {
+    let dir = Dir::new();
+    let plan = dir.train(&["--dry-run", "--set", r#"method.target_modules=["q_proj", "v_proj"]"#]).ok();
+    for part in ["4 sites", "q_proj", "trainable", "⟦", "memory"] {
+        assert!(plan.stdout.contains(part), "{part} in {}", plan.stdout);
+    }
+    assert!(!dir.path("out").exists());
+    let plan = dir.train(&["--dry-run", "--json"]).json();
+    assert_eq!(plan["rows"], 24);
+    assert!(plan["trainable_parameters"].as_u64().unwrap() > 0 && plan["estimated_peak_bytes"].is_number());
+    assert!(!dir.path("out").exists());
+}
+
+#[test]
+fn a_recipe_file_counts_its_paths_from_its_own_folder() {
+    let dir = Dir::new();
+    dir.write("recipes/data/rows.jsonl", &rows());
+    let recipe = format!(
+        "[model]\npath = {:?}\n[method]\ntype = \"lora\"\nr = 2\n[data]\ntrain = \"data/rows.jsonl\"\n\
+         [train]\nmax_steps = 1\n[output]\ndir = \"../there\"\n",
+        base()
+    );
+    dir.write("recipes/r.toml", &recipe);
+    dir.run(&["train", "recipes/r.toml"]).ok();
+    assert!(dir.path("there/adapter_model.safetensors").is_file());
+    // The recipe that the run leaves is a recipe.
+    dir.run(&["train", "there/recipe.toml", "--dry-run"]).ok();
+}
+
+#[test]
+fn help_catalogue_and_completions() {
+    let dir = Dir::new();
+    let verbs = ["train", "eval", "generate", "merge", "inspect", "methods", "doctor", "completions"];
+    dir.run(&["--version"]).ok();
+    let help = dir.run(&["--help"]).ok();
+    for verb in verbs {
+        assert!(help.stdout.contains(verb), "{verb}");
+        assert!(dir.run(&[verb, "--help"]).ok().stdout.contains("Usage:"), "{verb}");
+    }
+    let methods = dir.run(&["methods", "--json"]).json();
+    let lora = methods.as_array().unwrap().iter().find(|m| m["name"] == "lora").unwrap();
+    assert_eq!(lora["peft_type"], "LORA");
+    for key in ["trainable", "mergeable", "servable"] {
+        assert!(lora[key].is_boolean(), "{key}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(dir.run(&["completions", shell]).ok().stdout.contains("peft-cli"), "{shell}");
+    }
+    dir.run(&["doctor", "--json"]).json();
+}
