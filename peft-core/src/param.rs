@@ -14,6 +14,8 @@ pub enum Role {
     LoraB,
     /// A parameter whose gradient is exactly zero while its partner is zero at the start (LoRA's A under B = 0).
     ZeroAtStart,
+    /// Rows of a table of which a batch may touch none, so that a gradient of zeros is no fault.
+    Rows,
     /// A bias, norm weight or magnitude, which weight decay leaves alone.
     NoDecay,
 }

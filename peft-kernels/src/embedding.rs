@@ -47,7 +47,8 @@ pub fn replace_rows(base: &Tensor, rows: &Tensor, which: &[(usize, usize)]) -> R
             candle_core::bail!("replace_rows: token {token} is replaced twice");
         }
     }
-    if which.is_empty() {
+    // Tracked rows that no token shows still belong to the graph: their gradient is zero, not absent.
+    if which.is_empty() && !rows.track_op() {
         return Ok(base.clone());
     }
     apply(ReplaceRows { source }, &[base, &rows.to_dtype(base.dtype())?])

@@ -227,7 +227,7 @@ impl Builder<'_> {
             };
             let BaseLayer::Embedding(layer) = self.base.layer(site.id)? else { continue };
             let rows = layer.weight().rows(ids).with_context(|| key)?.to_dtype(DType::F32)?;
-            let rows = self.parameter(site, "token_adapter.trainable_tokens_delta", &rows, Role::Plain)?;
+            let rows = self.parameter(site, "token_adapter.trainable_tokens_delta", &rows, Role::Rows)?;
             let tied = self.base.tied_embedding() == Some(site.path.as_str());
             let module = TrainedTokens { ids: ids.clone(), rows, tied };
             modules.push((*site, SiteModule::Embedding(Arc::new(module))));

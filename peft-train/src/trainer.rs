@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use peft_core::{Adapter, AdapterSet, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng};
+use peft_core::{Adapter, AdapterSet, BaseLayer, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng};
 use std::sync::Arc;
 
 use crate::audit::{AuditEntry, audit_gradients};
@@ -239,7 +239,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let entries = parameters.iter().zip(grads).map(|(p, g)| AuditEntry {
             name: p.name(),
             grad: g.as_ref(),
-            allow_zero: p.role() == Role::ZeroAtStart && fresh,
+            allow_zero: p.role() == Role::Rows || (p.role() == Role::ZeroAtStart && fresh),
         });
         audit_gradients(entries).map_err(message)
     }
@@ -252,6 +252,9 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             .take(4)
             .map(|l| l.to_string())
             .collect();
+        if let Some(weight) = broken_weight(self.model) {
+            return Error::msg(format!("{weight}; the base model is damaged: fetch or convert it again"));
+        }
         let what = if loss.is_finite() { "the gradient" } else { "the loss" };
         let kept = match self.checkpoint(logger) {
             Ok(dir) => format!("the state before it is in {}", dir.display()),
@@ -302,6 +305,19 @@ fn epochs(sampler: &Sampler) -> f64 {
     state.epoch as f64 + state.batch as f64 / sampler.batches_in_epoch(state.epoch).max(1) as f64
 }
 
+/// The first base weight that holds NaN or infinity, in words. Looked for only when a loss is not finite.
+fn broken_weight<M: Segmented>(model: &M) -> Option<String> {
+    let f32 = candle_core::DType::F32;
+    let checked = |path: &str, t: candle_core::Result<Tensor>| {
+        t.ok().and_then(|t| peft_core::check_finite(&format!("{path}.weight"), &t).err()).map(|e| e.to_string())
+    };
+    model.sites().iter().find_map(|site| match model.layer(site.id).ok()? {
+        BaseLayer::Linear(l) => checked(&site.path, l.weight().to_dense(f32)),
+        BaseLayer::Embedding(e) => checked(&site.path, e.weight().to_dense(f32)),
+        BaseLayer::Norm(n) => checked(&site.path, n.weight().to_dtype(f32)),
+    })
+}
+
 fn is_zero(t: &Tensor) -> candle_core::Result<bool> {
     Ok(t.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? == 0.0)
 }
@@ -334,6 +350,10 @@ pub fn evaluate_dataset<M: Segmented>(
     }
     if total.counted == 0 {
         return Err(Error::msg("the evaluation data has no counted token"));
+    }
+    if !total.nll.is_finite() {
+        let cause = broken_weight(model).unwrap_or_else(|| "some rows have a probability of zero; try f32".into());
+        return Err(Error::msg(format!("the evaluation loss is not finite: {cause}")));
     }
     Ok(total)
 }

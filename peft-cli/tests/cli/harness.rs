@@ -161,8 +161,7 @@ pub fn config(hidden_size: usize) -> String {
 
 /// A byte-level tokenizer without merges: one id a byte, and `<eos>` at 0.
 pub fn write_tokenizer(folder: &Path) {
-    let mut alphabet: Vec<char> =
-        tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+    let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
     alphabet.sort_unstable();
     let mut vocab = serde_json::Map::new();
     vocab.insert("<eos>".into(), 0.into());
@@ -188,8 +187,23 @@ pub fn pretrain(dir: &Dir, hidden_size: usize) -> PathBuf {
     let text: String = (0..16).map(|i| json!({"text": format!("say {i} say {}", i * 7)}).to_string() + "\n").collect();
     dir.write("text.jsonl", &text);
     dir.run(&[
-        "train", "--model", "blank", "--data", "text.jsonl", "--format", "text", "--method", "full", "--output",
-        "pretrained", "--set", "model.init=random", "--set", "train.max_steps=10", "--set", "train.learning_rate=1e-2",
+        "train",
+        "--model",
+        "blank",
+        "--data",
+        "text.jsonl",
+        "--format",
+        "text",
+        "--method",
+        "full",
+        "--output",
+        "pretrained",
+        "--set",
+        "model.init=random",
+        "--set",
+        "train.max_steps=10",
+        "--set",
+        "train.learning_rate=1e-2",
     ])
     .ok();
     dir.path("pretrained/model")

@@ -99,7 +99,8 @@ fn interrupted_once() {
 fn a_checkpoint_of_another_recipe_is_refused() {
     let dir = Dir::new();
     dir.train(&["--set", "output.save_every=2"]).ok();
-    dir.train(&["--resume", "--set", "output.save_every=2", "--set", "train.learning_rate=0.5"]).fails(&["step-6", "another run"]);
+    dir.train(&["--resume", "--set", "output.save_every=2", "--set", "train.learning_rate=0.5"])
+        .fails(&["step-6", "another run"]);
     // Resuming a finished run changes nothing.
     let before = dir.read("out/adapter_model.safetensors");
     dir.train(&["--resume", "--set", "output.save_every=2"]).ok();

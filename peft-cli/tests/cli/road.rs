@@ -7,7 +7,15 @@ fn from_rows_to_a_merged_model() {
     let dir = Dir::new();
     let model = base().to_str().unwrap();
     let result = dir
-        .train(&["--json", "--set", "train.max_steps=40", "--set", "output.save_every=20", "--set", "method.target_modules=all-linear"])
+        .train(&[
+            "--json",
+            "--set",
+            "train.max_steps=40",
+            "--set",
+            "output.save_every=20",
+            "--set",
+            "method.target_modules=all-linear",
+        ])
         .json();
     assert_eq!(result["steps"], 40);
 
@@ -23,7 +31,8 @@ fn from_rows_to_a_merged_model() {
     for key in ["loss", "learning_rate", "grad_norm", "tokens", "seconds"] {
         assert!(steps.iter().all(|s| s[key].is_number()), "{key}");
     }
-    let mean = |part: &[serde_json::Value]| part.iter().map(|s| s["loss"].as_f64().unwrap()).sum::<f64>() / part.len() as f64;
+    let mean =
+        |part: &[serde_json::Value]| part.iter().map(|s| s["loss"].as_f64().unwrap()).sum::<f64>() / part.len() as f64;
     assert!(mean(&steps[35..]) < 0.8 * mean(&steps[..5]), "{} then {}", mean(&steps[..5]), mean(&steps[35..]));
 
     let (before, after) = (eval_loss(&dir, model, None), eval_loss(&dir, model, Some("out")));

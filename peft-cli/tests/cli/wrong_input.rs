@@ -29,7 +29,8 @@ fn usage() {
     dir.run(&["trian"]).misused(&["train"]);
     dir.run(&["eval", "--data", "rows.jsonl"]).misused(&["--model"]);
     dir.run(&["merge", "--model", "m", "--output", "o"]).misused(&["--adapter"]);
-    dir.run(&["generate", "--model", "m", "--prompt", "p", "--temperature", "warm"]).misused(&["warm", "--temperature"]);
+    dir.run(&["generate", "--model", "m", "--prompt", "p", "--temperature", "warm"])
+        .misused(&["warm", "--temperature"]);
     dir.run(&["train", "--no-such-flag"]).misused(&["--no-such-flag"]);
     assert_eq!(dir.run(&[]).code, Some(2));
 }
@@ -81,7 +82,10 @@ fn models() {
 fn weights_that_are_not_numbers() {
     let dir = Dir::new();
     let sick = dir.copy_of_base("sick");
-    edit(&sick.join("model.safetensors"), |name, t| if name.contains("layers.1.mlp.up_proj") { with_nan(&t) } else { t });
+    edit(
+        &sick.join("model.safetensors"),
+        |name, t| if name.contains("layers.1.mlp.up_proj") { with_nan(&t) } else { t },
+    );
     dir.train(&["--model", "sick"]).fails(&[]);
     assert!(!dir.path("out/adapter_model.safetensors").exists());
 }
@@ -145,7 +149,10 @@ fn rows_of_data() {
     tokens("{\"input_ids\": [1, 2, 3], \"labels\": [1, 2]}\n", &["ids.jsonl:1"]);
     tokens("{\"input_ids\": [], \"labels\": []}\n", &["ids.jsonl"]);
 
-    dir.write("chat.jsonl", "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n");
+    dir.write(
+        "chat.jsonl",
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, {\"role\": \"assistant\", \"content\": \"b\"}]}\n",
+    );
     dir.train(&["--data", "chat.jsonl", "--format", "chat"]).fails(&["chat template"]);
     let model = base().to_str().unwrap();
     dir.run(&["generate", "--model", model, "--chat", "--prompt", "a"]).fails(&["chat template"]);
