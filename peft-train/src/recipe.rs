@@ -258,6 +258,36 @@ impl Recipe {
         toml::to_string_pretty(self).unwrap_or_default()
     }
 
+    /// The recipe with its paths made absolute, so that it means the same wherever it is kept. Hub ids stay.
+    #[must_use]
+    pub fn with_absolute_paths(&self) -> Self {
+        let absolute = |path: &mut String| {
+            if let Ok(full) = std::path::absolute(&*path)
+                && full.exists()
+            {
+                *path = full.to_string_lossy().into_owned();
+            }
+        };
+        let mut recipe = self.clone();
+        recipe.model.path.iter_mut().for_each(absolute);
+        recipe.output.dir.iter_mut().for_each(absolute);
+        let from = recipe.method.get_mut("init_from");
+        for value in from.into_iter().chain(&mut recipe.data.train).chain(&mut recipe.data.eval) {
+            match value {
+                Value::String(path) => absolute(path),
+                Value::Array(parts) => {
+                    for part in parts.iter_mut().filter_map(|p| p.as_table_mut()?.get_mut("path")) {
+                        if let Value::String(path) = part {
+                            absolute(path);
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+        recipe
+    }
+
     fn check(&self) -> Result<(), String> {
         let positive = [
             ("train.batch_size", self.train.batch_size),

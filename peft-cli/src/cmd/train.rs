@@ -269,7 +269,8 @@ impl Run {
         let Run { recipe, files, model, tokenizer, prepared, train, .. } = self;
         let method = prepared.method;
         let adapter = Arc::new(prepared.adapter);
-        peft_core::atomic::write_file(output.join("recipe.toml"), recipe.to_toml().as_bytes())?;
+        let resolved = recipe.with_absolute_paths();
+        peft_core::atomic::write_file(output.join("recipe.toml"), resolved.to_toml().as_bytes())?;
 
         let mut trainer = Trainer::new(&model, adapter.clone(), optimizer, early_stop, plan);
         let resumed = if args.resume { trainer.resume()? } else { clear_old_run(&output)? };

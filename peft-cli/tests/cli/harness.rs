@@ -30,15 +30,16 @@ impl Ran {
         serde_json::from_str(line).unwrap_or_else(|e| panic!("{e} in {line:?}"))
     }
 
-    /// Status 1 and one line `error: …` that names each of `names`.
+    /// Status 1 and one line `error: …`; it, or the list below it, names each of `names`.
     #[track_caller]
     pub fn fails(self, names: &[&str]) {
         let errors: Vec<&str> = self.stderr.lines().filter(|l| l.starts_with("error:")).collect();
         assert_eq!(self.code, Some(1), "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
         let [error] = errors[..] else { panic!("not one error line:\n{}", self.stderr) };
+        let message = &self.stderr[self.stderr.find(error).unwrap_or_default()..];
         for name in names {
-            assert!(error.contains(name), "`{name}` is not in: {error}");
+            assert!(message.contains(name), "`{name}` is not in: {message}");
         }
     }
 
@@ -53,7 +54,7 @@ impl Ran {
     }
 }
 
-/// Arguments, quoted nowhere: split at blanks, with `{}` standing for the folder.
+/// A temporary folder that the program runs in.
 pub struct Dir(tempfile::TempDir);
 
 impl Dir {

@@ -100,7 +100,11 @@ fn a_checkpoint_of_another_recipe_is_refused() {
     let dir = Dir::new();
     dir.train(&["--set", "output.save_every=2"]).ok();
     dir.train(&["--resume", "--set", "output.save_every=2", "--set", "train.learning_rate=0.5"])
+<<<<<<< HEAD
         .fails(&["step-6", "another run"]);
+=======
+        .fails(&["step-4", "another run"]);
+>>>>>>> b534d63 (Expect no checkpoint at the last step; read the whole message)
     // Resuming a finished run changes nothing.
     let before = dir.read("out/adapter_model.safetensors");
     dir.train(&["--resume", "--set", "output.save_every=2"]).ok();
@@ -111,8 +115,8 @@ fn a_checkpoint_of_another_recipe_is_refused() {
 fn a_damaged_checkpoint_is_named() {
     let dir = Dir::new();
     dir.train(&["--set", "output.save_every=2"]).ok();
-    let file = dir.path("out/checkpoints/step-6/adapter_model.safetensors");
+    let file = dir.path("out/checkpoints/step-4/adapter_model.safetensors");
     let bytes = std::fs::read(&file).unwrap();
     std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
-    dir.train(&["--resume", "--set", "output.save_every=2"]).fails(&["step-6"]);
+    dir.train(&["--resume", "--set", "output.save_every=2"]).fails(&["step-4"]);
 }

@@ -22,7 +22,7 @@ fn from_rows_to_a_merged_model() {
     for file in ["adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.toml", "report.html"] {
         assert!(!dir.read(&format!("out/{file}")).is_empty(), "{file}");
     }
-    assert!(dir.path("out/checkpoints/step-40").is_dir());
+    assert!(dir.path("out/checkpoints/step-20").is_dir());
     let events = std::fs::read_dir(dir.path("out/runs")).unwrap().flatten();
     assert!(events.into_iter().any(|e| e.file_name().to_string_lossy().starts_with("events.out.tfevents")));
     let steps = steps(&dir, "out");
