@@ -43,6 +43,9 @@ pub(crate) enum Kind {
     Wide,
 }
 
+/// Makes an operation with its captured tensors on a device.
+pub(crate) type Make = Box<dyn Fn(&Place) -> Result<Op>>;
+
 /// An operation on given inputs.
 pub(crate) struct Case {
     pub(crate) name: String,
@@ -51,7 +54,7 @@ pub(crate) struct Case {
     /// Whether the first output is differentiated for every input.
     pub(crate) gradients: bool,
     /// Puts the frozen parts in place.
-    pub(crate) make: Box<dyn Fn(&Place) -> Result<Op>>,
+    pub(crate) make: Make,
 }
 
 /// What a check found.
