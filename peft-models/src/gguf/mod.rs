@@ -1,6 +1,6 @@
 //! GGUF files: llama.cpp's container of weights, configuration and tokenizer.
 //!
-//! The header is read by our own bounded reader ([`read`]) because the file is untrusted; tensor data is memory-mapped
+//! The header is read by our own bounded reader (`read.rs`) because the file is untrusted; tensor data is memory-mapped
 //! and handed to candle as the blocks it holds. Names, and the row order of `q_proj` and `k_proj`, are translated to
 //! those of Hugging Face on the way in and back on the way out ([`write`]).
 //!

@@ -16,7 +16,7 @@ pub enum Format {
     Alpaca,
     /// `messages` or `conversations`: the assistant's turns count.
     Chat,
-    /// `text` [`text_pair`], `label`: on a causal LM, the label's words and the end token count.
+    /// `text`, perhaps `text_pair`, and `label`: on a causal LM, the label's words and the end token count.
     Classification,
     /// `source`, `target`: the target counts.
     Seq2seq,

@@ -1,8 +1,8 @@
 //! From rows on disk to packed batches: row → tokens + label mask → batch.
 //!
-//! [`source`] reads rows with their place in a file, [`format`] says what columns mean, [`render`] turns a row into text
+//! [`source`] reads rows with their place in a file, [`mod@format`] says what columns mean, [`render`] turns a row into text
 //! parts ([`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
-//! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`preview`] shows the
+//! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`mod@preview`] shows the
 //! result to a person.
 
 pub mod batch;
