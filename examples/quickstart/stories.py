@@ -246,8 +246,8 @@ WORDS = (OBJECTS + FOODS + DRINKS + COLOURS + PLACES + list(ANIMALS) + DAYS + MO
 
 
 def drill(rng):
-    """Random words, three times over. A model learns from this, within some 150 steps, to look back for what came next the
-    last time (Olsson et al. 2022, "In-context Learning and Induction Heads"); from stories alone it takes many times longer."""
+    """Random words, three times over: only looking back tells what comes next (Olsson et al. 2022, "In-context Learning and
+    Induction Heads")."""
     said = " ".join(rng.sample(WORDS, 14 + rng.below(8)))
     return f"{said}.\n{said}.\n{said}."
 
