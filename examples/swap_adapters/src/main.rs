@@ -18,12 +18,7 @@ use peft_train::methods;
 const TASKS: [(&str, &str, &str); 3] = [
     ("style", "lora.toml", "Once upon a time there was a brave dog named Rex."),
     ("sentiment", "sentiment.toml", "Review: The soup was not good.\nSentiment:"),
-    (
-        "qa",
-        "qa.toml",
-        "Story: Mia found a red kite at the school. Sam lost a blue hat in the park.\n\
-         Question: Who lost what, and where?\nAnswer:",
-    ),
+    ("qa", "qa.toml", "What does a bee eat?\nTelegram:"),
 ];
 
 /// What a server holds: the base never changes, the set is replaced as a whole.
