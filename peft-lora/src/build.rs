@@ -9,9 +9,8 @@ use peft_core::select_spec::TargetModules;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
     Adapter, BaseLayer, BaseModel, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
-    SiteAdapter, SiteKind, SiteModule, SiteTable, TrainedEmbedding, TrainedLinear, TrainedNorm,
+    SiteAdapter, SiteId, SiteKind, SiteModule, SiteTable, TrainedEmbedding, TrainedLinear, TrainedNorm,
 };
-use serde_json::Value;
 use std::sync::Arc;
 
 use crate::config::{BiasTraining, LoraConfig};
@@ -71,14 +70,15 @@ impl LoraConfig {
 
         let mut adapted = HashSet::new();
         for selected in &selection.sites {
-            let site = sites.iter().nth(selected.index).ok_or_else(|| Error::msg("a selected site does not exist"))?;
+            let site =
+                sites.get(SiteId(selected.index as u32)).ok_or_else(|| Error::msg("a selected site does not exist"))?;
             let (r, alpha) = (selected.rank.unwrap_or(self.r), selected.alpha.unwrap_or(self.lora_alpha));
             let module = builder.module(site, r, alpha).with_context(|| site.path.clone())?;
             adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
             adapted.insert(site.id);
         }
         for saved in &selection.saved {
-            for site in saved.members.iter().filter_map(|&i| sites.iter().nth(i)) {
+            for site in saved.members.iter().filter_map(|&i| sites.get(SiteId(i as u32))) {
                 adapter.insert(site.id, SiteAdapter::new(Some(builder.saved(site)?), None))?;
             }
         }
@@ -252,16 +252,4 @@ impl Builder<'_> {
         let suffix = if adapted { "base_layer.bias" } else { "bias" };
         bias.map(|b| self.parameter(site, suffix, &b.to_dtype(DType::F32)?, Role::NoDecay)).transpose()
     }
-}
-
-/// The rank and alpha of each adapted site, for reports: `(path, r, scale)`.
-#[must_use]
-pub fn describe(adapter: &Adapter, sites: &SiteTable) -> Vec<(String, Value)> {
-    adapter
-        .touched()
-        .filter_map(|(id, s)| {
-            let elements: usize = s.parameters().iter().map(|p| p.elem_count()).sum();
-            sites.get(id).map(|site| (site.path.clone(), Value::from(elements)))
-        })
-        .collect()
 }

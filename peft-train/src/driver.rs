@@ -65,7 +65,7 @@ fn tokens(batch: &Batch) -> TokenBatch<'_> {
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Measured> {
     let (hidden, targets) = (last_hidden(model, batch, ctx)?, batch.targets());
-    let head = Head::of(model, ctx, &hidden, &targets.positions, &targets.ids)?;
+    let head = Head::of(ctx, &hidden, &targets.positions, &targets.ids)?;
     let normed = model.final_norm(&head.rows, &head.ctx(ctx))?;
     head.loss(model, &normed, 1.0, None, ctx)
 }
@@ -76,7 +76,7 @@ pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
     let (hidden, targets) = (last_hidden(model, batch, ctx)?, batch.targets());
-    let head = Head::of(model, ctx, &hidden, &targets.positions, &targets.ids)?;
+    let head = Head::of(ctx, &hidden, &targets.positions, &targets.ids)?;
     let route = head.ctx(ctx);
     let normed = model.final_norm(&head.rows, &route)?;
     let mut losses = Vec::with_capacity(targets.ids.len());
@@ -137,7 +137,7 @@ pub fn forward_backward<M: Segmented>(
     let targets = batch.targets();
     let needs_below = first < blocks || lowest == 0;
     let top = leaf(&hidden, needs_below)?;
-    let head = Head::of(model, ctx, &top.detach(), &targets.positions, &targets.ids)?;
+    let head = Head::of(ctx, &top.detach(), &targets.positions, &targets.ids)?;
     let (measured, d_rows) = head.backward(model, ctx, scale, needs_below, grads)?;
     let Some(d_rows) = d_rows else { return Ok(measured) };
     let mut gradient = scatter_rows(&d_rows, &targets.positions, &hidden)?;
@@ -199,7 +199,7 @@ struct Head<'a> {
 }
 
 impl<'a> Head<'a> {
-    fn of<M: Segmented>(_: &M, ctx: &Ctx<'_>, hidden: &Tensor, positions: &[u32], targets: &'a [u32]) -> Result<Self> {
+    fn of(ctx: &Ctx<'_>, hidden: &Tensor, positions: &[u32], targets: &'a [u32]) -> Result<Self> {
         if targets.is_empty() {
             return Err(Error::msg("a batch has no counted token"));
         }

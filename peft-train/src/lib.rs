@@ -17,4 +17,4 @@ mod trainer;
 
 pub use driver::{Checkpointing, Measured, evaluate, forward_backward, token_losses};
 pub use grads::Grads;
-pub use trainer::{Ended, Outcome, Plan, Trainer, best_folder, evaluate_dataset};
+pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset};

@@ -1,6 +1,6 @@
 //! The training loop: batches, steps, evaluations, checkpoints.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -356,10 +356,4 @@ pub fn evaluate_dataset<M: Segmented>(
         return Err(Error::msg(format!("the evaluation loss is not finite: {cause}")));
     }
     Ok(total)
-}
-
-/// Where the parts of a finished run lie.
-#[must_use]
-pub fn best_folder(output: &Path) -> PathBuf {
-    output.join("best")
 }

@@ -283,7 +283,7 @@ impl Run {
         };
         let mut progress = Progress::stderr(resumed.unwrap_or(0), planned);
         let outcome = trainer.run(&mut logger, &mut progress, stop_flag()?)?;
-        let (state, _) = (&outcome.state, ());
+        let state = &outcome.state;
         progress.finish(&format!("{} steps, last loss {:.4}", state.step, state.last_loss.unwrap_or(f64::NAN)));
         if let Ended::Interrupted(dir) = &outcome.ended {
             bail!("interrupted after step {}; go on with --resume (checkpoint {})", state.step, dir.display());
@@ -300,8 +300,9 @@ impl Run {
             before,
             facts,
         };
-        finished.write(&output)?;
-        finished.say(&output, args, &outcome)
+        let samples = finished.samples()?;
+        finished.write(&output, &samples)?;
+        finished.say(&output, &samples, args, &outcome)
     }
 
     fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
@@ -414,7 +415,7 @@ struct Finished<'a> {
 }
 
 impl Finished<'_> {
-    fn write(&self, output: &Path) -> Result<()> {
+    fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
         if self.facts.method == "full" {
             let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
             let dtype = self.files.config().dtype.unwrap_or(candle_core::DType::F32);
@@ -422,12 +423,12 @@ impl Finished<'_> {
         } else {
             checkpoint::write_adapter_files(output, &self.adapter)?;
         }
-        let (title, recipe, samples) = (open::title(output), self.recipe.to_toml(), self.samples()?);
+        let (title, recipe) = (open::title(output), self.recipe.to_toml());
         let card = ModelCard {
             title: &title,
             facts: &self.facts,
             recipe: &recipe,
-            samples: &samples,
+            samples,
             loads_in_peft: self.facts.method != "full",
         };
         card.write(&output.join("README.md"))?;
@@ -439,7 +440,7 @@ impl Finished<'_> {
             recipe: &recipe,
             steps: &metrics.steps,
             evals: &metrics.evals,
-            samples: &samples,
+            samples,
             next: &next,
         };
         Ok(report.write(&output.join("report.html"))?)
@@ -474,8 +475,8 @@ impl Finished<'_> {
         next
     }
 
-    fn say(&self, output: &Path, args: &TrainArgs, outcome: &Outcome) -> Result<()> {
-        for s in self.samples()? {
+    fn say(&self, output: &Path, samples: &[Sample], args: &TrainArgs, outcome: &Outcome) -> Result<()> {
+        for s in samples {
             eprintln!("\nprompt  {}\nbefore  {}\nafter   {}", s.prompt.trim_end(), s.before.trim(), s.after.trim());
         }
         eprintln!("\nresults in {} (report.html shows the curves); next:", output.display());
