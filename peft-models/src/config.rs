@@ -30,6 +30,9 @@ pub enum ConfigError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// What the core crate found.
+    #[error(transparent)]
+    Core(#[from] peft_core::Error),
     /// The file is not a JSON object.
     #[error("{}: not a JSON object: {reason}", path.display())]
     Json {

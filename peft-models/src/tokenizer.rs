@@ -17,7 +17,10 @@ mod to_gguf;
 /// Why a tokenizer could not be loaded, used or saved.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// A file cannot be read or written.
+    /// A file cannot be written.
+    #[error(transparent)]
+    Write(#[from] peft_core::Error),
+    /// A file cannot be read, or a folder not made.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.

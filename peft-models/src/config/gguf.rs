@@ -26,6 +26,7 @@ impl From<GgufError> for ConfigError {
             GgufError::Metadata { path, key, reason } => Self::Invalid { path, key, reason },
             GgufError::Tensor { path, name, reason } => Self::Invalid { path, key: name, reason },
             GgufError::Io { path, source } => Self::Io { path, source },
+            GgufError::Write(error) => Self::Core(error),
             GgufError::Candle { path, name, source } => Self::Invalid { path, key: name, reason: source.to_string() },
             GgufError::Malformed { path, reason } | GgufError::Inexpressible { path, reason } => {
                 Self::Invalid { path, key: "header".into(), reason }

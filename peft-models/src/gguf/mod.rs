@@ -31,14 +31,15 @@ pub use types::{block_type, type_name};
 pub use value::{Array, Value};
 pub use write::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 
-pub(crate) use write::write_atomically;
-
 use crate::config::FAMILIES;
 
 /// Why a GGUF file could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
-    /// The file cannot be opened, mapped, created or renamed.
+    /// The file cannot be written.
+    #[error(transparent)]
+    Write(#[from] peft_core::Error),
+    /// The file cannot be opened or mapped.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file.

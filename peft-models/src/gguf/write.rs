@@ -8,18 +8,13 @@
 //! **Streaming.** The header needs all names and shapes, so those are given up front, and each tensor is asked for when
 //! its turn comes; one is in memory at a time.
 
-use std::{
-    collections::HashSet,
-    fs::File,
-    io::{BufWriter, Write},
-    path::Path,
-    thread,
-};
+use std::{collections::HashSet, io::Write, path::Path, thread};
 
 use candle_core::{
     DType, Device, Tensor,
     quantized::{GgmlDType, QTensor},
 };
+use peft_core::atomic::write_file_with;
 
 use super::{
     Array, GgufError, Value,
@@ -159,8 +154,7 @@ pub fn write_gguf(
 
     // Failures inside the closure are not all I/O errors; they are carried out here.
     let mut failure = None;
-    let written = write_atomically(path, |file| {
-        let mut out = BufWriter::with_capacity(1 << 20, file);
+    let written = write_file_with(path, |mut out| {
         out.write_all(&head)?;
         if let Some(factors) = &factors {
             let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
@@ -177,11 +171,11 @@ pub fn write_gguf(
             }
             pad(&mut out, tensor.bytes)?;
         }
-        out.flush()
+        Ok(())
     });
     match (failure, written) {
         (Some(error), _) => Err(error),
-        (None, Err(source)) => Err(GgufError::Io { path: path.into(), source }),
+        (None, Err(error)) => Err(error.into()),
         (None, Ok(())) => Ok(()),
     }
 }
@@ -435,26 +429,4 @@ fn convert(values: &Tensor, start: usize, length: usize, block_type: GgmlDType) 
             .and_then(|blocks| blocks.data().map(std::borrow::Cow::into_owned))
             .map_err(text)?,
     })
-}
-
-/// Runs `write` on a new file that takes the place of `path` once it is complete and on disk; on failure `path` is as
-/// it was.
-pub(crate) fn write_atomically(
-    path: &Path,
-    write: impl FnOnce(&mut File) -> std::io::Result<()>,
-) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".peft-").suffix(".partial");
-    // What a file made by `File::create` would have; the process's mask applies.
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(folder)?;
-    write(file.as_file_mut())?;
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    // The rename itself is on disk when its folder is.
-    #[cfg(unix)]
-    File::open(folder)?.sync_all()?;
-    Ok(())
 }

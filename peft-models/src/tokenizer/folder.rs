@@ -6,7 +6,6 @@ use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 
 use super::{Origin, Tokenizer, TokenizerError, invalid};
-use crate::gguf::write_atomically;
 
 /// Larger than any published tokenizer.json (Gemma's is 33 MB).
 const MAX_FILE_BYTES: u64 = 1 << 29;
@@ -100,14 +99,9 @@ impl Tokenizer {
     /// The folder cannot be written.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<(), TokenizerError> {
         let folder = folder.as_ref();
-        let io = |path: &Path| {
-            let path = path.to_path_buf();
-            move |source| TokenizerError::Io { path, source }
-        };
-        std::fs::create_dir_all(folder).map_err(io(folder))?;
+        std::fs::create_dir_all(folder).map_err(|source| TokenizerError::Io { path: folder.into(), source })?;
         let write = |name: &str, bytes: &[u8]| {
-            let path = folder.join(name);
-            write_atomically(&path, |file| std::io::Write::write_all(file, bytes)).map_err(io(&path))
+            peft_core::atomic::write_file(folder.join(name), bytes).map_err(TokenizerError::from)
         };
         if let Origin::Folder(source) = &self.origin
             && source.join("tokenizer.json").is_file()

@@ -31,6 +31,7 @@ impl From<GgufError> for TokenizerError {
     fn from(error: GgufError) -> Self {
         match error {
             GgufError::Io { path, source } => Self::Io { path, source },
+            GgufError::Write(error) => Self::Write(error),
             GgufError::Malformed { path, reason } | GgufError::Inexpressible { path, reason } => {
                 Self::Invalid { path, reason }
             }

@@ -1,11 +1,12 @@
 //! The model card: `README.md` in the adapter folder, with the front matter that PEFT's
 //! `create_or_update_model_card` writes (`base_model`, `library_name`, `pipeline_tag`, `tags`) and this run's facts.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use super::facts::{RunFacts, Sample};
-use super::{Result, write_atomic};
+use peft_core::atomic::write_file;
+
+use super::Result;
 
 /// Samples that the card shows.
 const MAX_SAMPLES: usize = 3;
@@ -32,7 +33,7 @@ impl ModelCard<'_> {
     /// The file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let text = self.to_markdown();
-        write_atomic(path, |f| f.write_all(text.as_bytes()))
+        Ok(write_file(path, text.as_bytes())?)
     }
 
     /// The card.

@@ -4,12 +4,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use super::{Result, io_error, write_atomic};
+use peft_core::atomic::write_file_with;
+
+use super::{Result, io_error};
 
 /// A line longer than this is not ours.
 const MAX_LINE: u64 = 1 << 16;
@@ -145,8 +147,7 @@ impl MetricsWriter {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Self::create(path),
             Err(e) => return Err(io_error(path)(e)),
         };
-        write_atomic(path, |new| {
-            let mut new = BufWriter::new(new);
+        write_file_with(path, |new| {
             let mut result = Ok(());
             for_each_line(BufReader::new(old), |line| {
                 let keep = parse(line).is_some_and(|(s, _)| s <= step);
@@ -154,8 +155,7 @@ impl MetricsWriter {
                     result = new.write_all(line).and_then(|()| new.write_all(b"\n"));
                 }
             })?;
-            result?;
-            new.flush()
+            result
         })?;
         let mut file = OpenOptions::new().write(true).open(path).map_err(io_error(path))?;
         let len = file.seek(SeekFrom::End(0)).map_err(io_error(path))?;

@@ -15,8 +15,7 @@ pub use progress::Progress;
 pub use report::Report;
 pub use tensorboard::EventWriter;
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// What can go wrong while logging.
@@ -31,6 +30,9 @@ pub enum LogError {
         /// The system's error.
         source: io::Error,
     },
+    /// A whole file could not be written.
+    #[error(transparent)]
+    Write(#[from] peft_core::Error),
     /// A chart could not be drawn.
     #[error("chart `{name}`: {why}")]
     Chart {
@@ -47,22 +49,6 @@ pub type Result<T, E = LogError> = std::result::Result<T, E>;
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> LogError {
     let path = path.to_owned();
     |source| LogError::Io { path, source }
-}
-
-/// Writes a whole file so that a kill at any moment leaves the old or the new content, never a part.
-fn write_atomic(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temp = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let result = File::create(&temp).and_then(|mut f| {
-        write(&mut f)?;
-        f.flush()?;
-        f.sync_all()?;
-        fs::rename(&temp, path)
-    });
-    if result.is_err() {
-        let _ = fs::remove_file(&temp);
-    }
-    result.map_err(io_error(path))
 }
 
 /// The metrics file and the TensorBoard events of one run, kept in step.
@@ -149,6 +135,8 @@ impl RunLogger {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use std::fs;
+
     use super::*;
 
     fn row(step: u64) -> StepRow {
@@ -188,20 +176,5 @@ mod tests {
         );
         assert_eq!(m.evals.len(), 1);
         assert_eq!(fs::read_dir(out.join(RunLogger::EVENTS)).unwrap().count(), 2);
-    }
-
-    #[test]
-    fn an_atomic_write_that_fails_keeps_the_old_file() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("a.txt");
-        write_atomic(&path, |f| f.write_all(b"old")).unwrap();
-        let fail = |f: &mut File| {
-            f.write_all(b"ne")?;
-            Err(io::Error::other("disk full"))
-        };
-        assert!(write_atomic(&path, fail).unwrap_err().to_string().contains("a.txt"));
-        assert_eq!(fs::read(&path).unwrap(), b"old");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(write_atomic(&dir.path().join("no/a.txt"), |_| Ok(())).is_err());
     }
 }

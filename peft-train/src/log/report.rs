@@ -1,13 +1,14 @@
 //! `report.html`: one self-contained page about a run, readable without a network. It holds no script, and its
 //! content policy forbids any, so nothing in a recipe or a generated sample can act in the reader's browser.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use super::charts::{Curve, Look, chart, smooth};
 use super::facts::{RunFacts, Sample, count, duration, number};
 use super::metrics::{EvalRow, StepRow};
-use super::{Result, write_atomic};
+use peft_core::atomic::write_file;
+
+use super::Result;
 
 const STYLE: &str = include_str!("report.css");
 /// Rows of the evaluation table; more are thinned evenly, the best and the last always shown.
@@ -39,7 +40,7 @@ impl Report<'_> {
     /// A chart cannot be drawn or the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let html = self.to_html()?;
-        write_atomic(path, |f| f.write_all(html.as_bytes()))
+        Ok(write_file(path, html.as_bytes())?)
     }
 
     /// The page.
