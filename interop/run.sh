@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py.
+# Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
+# without options of that, interop/inits.py too.
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
 #
@@ -28,4 +29,5 @@ if [ "$(cat "$cases/.stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "$stamp" >"$cases/.stamp"
     echo "interop: made the cases in $SECONDS s" >&2
 fi
-exec "$python" interop/check.py "$program" "$cases" "$@"
+"$python" interop/check.py "$program" "$cases" "$@"
+[ $# -gt 0 ] || "$python" interop/inits.py "$program" --seed "$seed"

@@ -120,6 +120,11 @@ fn saves_embeddings(targets: &Option<TargetModules>, trains_tokens: bool) -> boo
     named && !trains_tokens
 }
 
+/// The key of a site's tensor in the adapter file.
+pub(crate) fn parameter_name(path: &str, suffix: &str) -> String {
+    format!("{PREFIX}{path}.{suffix}")
+}
+
 struct Builder<'a> {
     config: &'a LoraConfig,
     base: &'a dyn BaseModel,
@@ -128,7 +133,7 @@ struct Builder<'a> {
 
 impl Builder<'_> {
     fn parameter(&self, site: &Site, suffix: &str, value: &Tensor, role: Role) -> Result<Parameter> {
-        Parameter::new(format!("{PREFIX}{}.{suffix}", site.path), &value.to_device(self.base.device())?, role)
+        Parameter::new(parameter_name(&site.path, suffix), &value.to_device(self.base.device())?, role)
     }
 
     fn module(&self, site: &Site, r: usize, alpha: f64) -> Result<SiteModule> {

@@ -7,6 +7,7 @@ use peft_core::suggest::did_you_mean;
 use peft_core::{Error, Result};
 use serde_json::{Map, Value, json};
 
+use crate::eva::EvaConfig;
 use crate::init::Init;
 
 /// Which biases are trained.
@@ -48,6 +49,8 @@ pub struct LoraConfig {
     pub lora_bias: bool,
     /// How A and B start.
     pub init: Init,
+    /// How EVA finds A and the ranks, where `init` says so.
+    pub eva: EvaConfig,
     /// Embedding rows trained beside the low-rank part.
     pub trainable_tokens: Option<TrainableTokens>,
     /// The config as read, from which it is written back with PEFT's defaults filled in.
@@ -163,6 +166,7 @@ impl LoraConfig {
             use_dora: flag("use_dora")?,
             lora_bias: flag("lora_bias")?,
             init: init(get("init_lora_weights"))?,
+            eva: EvaConfig::parse(get("eva_config"))?,
             trainable_tokens: get("trainable_token_indices").map(parse_tokens).transpose()?,
             raw: config.clone(),
         };
@@ -174,6 +178,16 @@ impl LoraConfig {
             return Err(Error::config("lora_bias", "goes with init_lora_weights = true or false only"));
         }
         Ok(parsed)
+    }
+
+    /// This config with other values for some of its keys.
+    ///
+    /// # Errors
+    /// A value of the wrong type or out of range; the message names the key.
+    pub(crate) fn with_keys(&self, keys: Map<String, Value>) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        raw.extend(keys);
+        Self::parse(&raw, Init::parse)
     }
 
     /// The scale of the delta for a rank and an alpha.
@@ -267,7 +281,8 @@ mod tests {
             let Value::Object(map) = json!({ "init_lora_weights": name }) else { unreachable!() };
             LoraConfig::from_adapter_config(&map)
         };
-        assert_eq!(read("eva").unwrap().init, Init::Default);
+        assert_eq!(read("eva").unwrap().init, Init::Eva);
+        assert_eq!(read("mica").unwrap().init, Init::Default);
         assert_eq!(read("pissa_niter_4").unwrap().init, Init::Pissa { iterations: Some(4) });
         for name in ["corda", "loftq", "lora_ga"] {
             let e = read(name).unwrap_err().to_string();
@@ -305,7 +320,9 @@ mod tests {
             (r#"{"trainable_token_indices": [1, 1]}"#, "twice"),
             (r#"{"init_lora_weights": "psisa"}"#, "pissa"),
             (r#"{"init_lora_weights": "pissa_niter_x"}"#, "pissa_niter_16"),
-            (r#"{"init_lora_weights": "eva"}"#, "pissa_niter_16"),
+            (r#"{"init_lora_weights": "lora_ga"}"#, "pissa_niter_16"),
+            (r#"{"eva_config": {"rho": 0.5}}"#, "eva_config.rho"),
+            (r#"{"eva_config": {"tua": 0.5}}"#, "tau"),
             (r#"{"init_lora_weights": "loftq"}"#, "GGUF"),
             (r#"{"init_lora_weights": "corda"}"#, "not built here"),
             (r#"{"init_lora_weights": "orthogonal", "lora_bias": true}"#, "lora_bias"),

@@ -28,15 +28,21 @@ pub enum Init {
     },
     /// The first columns of the weight's QR factorisation (Büyükakyüz, "OLoRA", 2024), which are taken out of the base.
     Olora,
+    /// The leading principal components of the layer's inputs, B zero: see [`crate::eva`], which has the data. Layers that
+    /// it did not look at start by default.
+    Eva,
 }
 
-const NAMES: &[&str] = &["true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"];
+const NAMES: &[&str] = &["true", "false", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva"];
 
 /// PEFT's initialisations that are not built here: what they need, whether they change the base, and what to use.
 const ABSENT: &[(&str, &str, bool)] = &[
-    ("eva", "needs activations of the training data; use \"pissa_niter_16\", which starts from the weights", false),
     ("mica", "trains A alone; use \"orthogonal\" or true", false),
-    ("corda", "needs covariances of the training data; use \"pissa_niter_16\", which starts from the weights", true),
+    (
+        "corda",
+        "needs covariances of the training data; use \"eva\", or \"pissa_niter_16\", which starts from the weights",
+        true,
+    ),
     ("lora_ga", "needs gradients of the training data; use \"pissa_niter_16\", which starts from the weights", true),
     (
         "loftq",
@@ -70,6 +76,7 @@ impl Init {
             "gaussian" => return Ok(Self::Gaussian),
             "orthogonal" => return Ok(Self::Orthogonal),
             "olora" => return Ok(Self::Olora),
+            "eva" => return Ok(Self::Eva),
             "pissa" => return Ok(Self::Pissa { iterations: None }),
             _ => {}
         }
@@ -114,7 +121,7 @@ impl Init {
     /// Whether B starts at zero, so that A's first gradient is exactly zero.
     #[must_use]
     pub fn starts_at_zero(self) -> bool {
-        matches!(self, Self::Default | Self::Gaussian)
+        matches!(self, Self::Default | Self::Gaussian | Self::Eva)
     }
 
     /// Whether the product of the first A and B is taken out of the base, so that training starts from its weights.
@@ -138,7 +145,7 @@ impl Init {
         let next = |n: u32| Stream { step: stream.step.wrapping_add(n), ..stream };
         let zero_b = || Tensor::zeros((out, r), DType::F32, device);
         match self {
-            Self::Default => Ok(Start { a: uniform(r, inp, stream)?, b: zero_b()? }),
+            Self::Default | Self::Eva => Ok(Start { a: uniform(r, inp, stream)?, b: zero_b()? }),
             Self::Random => Ok(Start { a: uniform(r, inp, stream)?, b: uniform(out, r, next(1))? }),
             Self::Gaussian => {
                 Ok(Start { a: tensor(stream.normal_vec(r * inp, 1.0 / r as f32), (r, inp))?, b: zero_b()? })
@@ -160,7 +167,7 @@ impl Init {
                     ));
                 }
                 let svd = match iterations {
-                    Some(n) => linalg::randomised_svd(layer.weight(), r, n, stream)?,
+                    Some(n) => linalg::randomised_svd(layer.weight(), r, linalg::OVERSAMPLING, n, stream)?,
                     None => linalg::svd(&layer.weight().to_dense(DType::F32)?, r)?,
                 };
                 pissa(&svd, scale)

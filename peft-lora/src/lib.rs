@@ -2,13 +2,14 @@
 LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
-modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA and OLoRA as starts), [`LoraEmbedding`], [`TrainedTokens`].
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`LoraEmbedding`], [`TrainedTokens`].
 */
 
 mod build;
 mod config;
 mod dora;
 mod embedding;
+pub mod eva;
 mod init;
 mod linalg;
 mod linear;

@@ -7,9 +7,9 @@ use nalgebra::DMatrix;
 use peft_core::kernels::{FrozenWeight, Stream};
 use peft_core::{Error, Result};
 
-/// Directions beyond the rank that a randomised factorisation follows: with a few more, its error comes close to the
-/// best possible (Halko, Martinsson and Tropp, 2011, section 10).
-const OVERSAMPLING: usize = 8;
+/// Directions beyond the rank that suffice for a randomised factorisation of a weight: with a few more, its error comes
+/// close to the best possible (Halko, Martinsson and Tropp, 2011, section 10).
+pub(crate) const OVERSAMPLING: usize = 8;
 
 /// The leading part of `W = Σ sᵢ·uᵢ·vᵢᵀ`, singular values in descending order, on the CPU in `f32`.
 #[derive(Debug)]
@@ -66,14 +66,20 @@ pub(crate) fn svd(w: &Tensor, r: usize) -> Result<Svd> {
     })
 }
 
-/// The first `r` singular triplets of a weight by subspace iteration from a random start: `iterations` times there and
-/// back through W, which is read as it is stored and never widened.
+/// The first `r` singular triplets of a weight by subspace iteration from a random start of `r + oversampling`
+/// directions: `iterations` times there and back through W, which is read as it is stored and never widened.
 ///
 /// # Errors
 /// When a product fails.
-pub(crate) fn randomised_svd(weight: &FrozenWeight, r: usize, iterations: usize, stream: Stream) -> Result<Svd> {
+pub(crate) fn randomised_svd(
+    weight: &FrozenWeight,
+    r: usize,
+    oversampling: usize,
+    iterations: usize,
+    stream: Stream,
+) -> Result<Svd> {
     let (out, inp) = (weight.out_features(), weight.in_features());
-    let q = (r + OVERSAMPLING).min(out).min(inp);
+    let q = (r + oversampling).min(out).min(inp);
     let device = weight.device();
     let start = Tensor::from_vec(stream.normal_vec(q * inp, 1.0), (q, inp), &device)?;
     let mut left = orthonormal_rows(&weight.matmul_t(&start)?)?;
@@ -127,13 +133,13 @@ mod tests {
         let w = product(&falling);
         let exact = svd(&w, 4).unwrap();
         let stream = Stream { seed: 3, step: 0, site: 1 };
-        let found = randomised_svd(&FrozenWeight::dense(&w).unwrap(), 4, 4, stream).unwrap();
+        let found = randomised_svd(&FrozenWeight::dense(&w).unwrap(), 4, OVERSAMPLING, 4, stream).unwrap();
         for (a, b) in exact.s.iter().zip(&found.s) {
             assert!((a - b).abs() < 1e-5 * a, "{a} {b}");
         }
         close("W₄", &product(&found), &product(&exact), 1e-5).unwrap();
         // A rank as large as the matrix leaves no room for oversampling.
-        let all = randomised_svd(&FrozenWeight::dense(&w).unwrap(), out, 1, stream).unwrap();
+        let all = randomised_svd(&FrozenWeight::dense(&w).unwrap(), out, OVERSAMPLING, 1, stream).unwrap();
         close("W", &product(&all), &w, 1e-4).unwrap();
     }
 

@@ -88,7 +88,8 @@ pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Re
     Ok(losses)
 }
 
-fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
+/// The hidden states `[tokens, hidden]` after the last block, without a graph.
+pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch))?;
     let mut hidden = model.embed(tokens(batch), &ctx)?;

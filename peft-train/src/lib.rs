@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod data;
 mod driver;
 pub mod early_stop;
+pub mod eva;
 mod grads;
 pub mod log;
 pub mod methods;

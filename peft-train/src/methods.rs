@@ -4,10 +4,13 @@ use std::path::Path;
 
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
-use peft_core::{Adapter, AdapterFolder, BaseModel, Error, ExpectedTensor, Result, Unmatched};
-use peft_lora::LoraConfig;
+use peft_core::{Adapter, AdapterFolder, BaseModel, Error, ExpectedTensor, Result, Segmented, Unmatched};
+use peft_lora::{Init, LoraConfig};
 use serde::Serialize;
 use serde_json::{Map, Value};
+
+use crate::data::Batch;
+use crate::eva;
 
 /// One method of the catalogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -59,6 +62,8 @@ pub struct Prepared {
     pub selection: Option<Selection>,
     /// Its method's name.
     pub method: &'static str,
+    /// What was found out while it was made, in words.
+    pub notes: Vec<String>,
 }
 
 fn method(name: &str) -> Result<&'static MethodInfo> {
@@ -69,26 +74,75 @@ fn method(name: &str) -> Result<&'static MethodInfo> {
     })
 }
 
+/// A recipe's `[method]` table, read.
+enum Config {
+    Lora(Box<LoraConfig>),
+    Full(Map<String, Value>),
+}
+
+impl Config {
+    fn parse(table: &Map<String, Value>) -> Result<(Self, &'static MethodInfo)> {
+        let mut keys = table.clone();
+        let name = match keys.remove("type") {
+            None => "lora".to_string(),
+            Some(Value::String(s)) => s,
+            Some(v) => return Err(Error::config("method.type", format!("{v} is not a name"))),
+        };
+        let info = method(&name)?;
+        let config = match info.name {
+            "full" => Self::Full(keys),
+            _ => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
+        };
+        Ok((config, info))
+    }
+}
+
 /// Makes a fresh adapter from a recipe's `[method]` table.
 ///
 /// # Errors
-/// An unknown method or key, or a pattern that matches nothing.
+/// An unknown method or key, a pattern that matches nothing, or a start that needs training data ([`create_on`]).
 pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Result<Prepared> {
-    let mut keys = table.clone();
-    let name = match keys.remove("type") {
-        None => "lora".to_string(),
-        Some(Value::String(s)) => s,
-        Some(v) => return Err(Error::config("method.type", format!("{v} is not a name"))),
+    let (config, info) = Config::parse(table)?;
+    let (adapter, selection) = match config {
+        Config::Full(keys) => (peft_selective::full::build(&keys, base)?, None),
+        Config::Lora(config) if config.init == Init::Eva => {
+            return Err(Error::config("init_lora_weights", "eva looks at the training data, and there is none here"));
+        }
+        Config::Lora(config) => {
+            let built = config.build(base, seed, Unmatched::Error)?;
+            (built.adapter, Some(built.selection))
+        }
     };
-    let info = method(&name)?;
-    match info.name {
-        "full" => {
-            Ok(Prepared { adapter: peft_selective::full::build(&keys, base)?, selection: None, method: info.name })
+    Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
+}
+
+/// Whether a `[method]` table starts from the training data, so that only [`create_on`] makes it.
+///
+/// # Errors
+/// An unknown method or key.
+pub fn looks_at_data(table: &Map<String, Value>) -> Result<bool> {
+    Ok(matches!(Config::parse(table)?.0, Config::Lora(config) if config.init == Init::Eva))
+}
+
+/// Like [`create`], with the training data at hand for starts that look at it. `next_batch` gives it without end.
+///
+/// # Errors
+/// Those of [`create`] and [`eva::start`].
+pub fn create_on<M: Segmented>(
+    table: &Map<String, Value>,
+    model: &M,
+    seed: u64,
+    next_batch: impl FnMut() -> Batch,
+) -> Result<Prepared> {
+    match Config::parse(table)? {
+        (Config::Lora(config), info) if config.init == Init::Eva => {
+            let eva::Found { built, batches, inputs, settled } = eva::start(*config, model, seed, next_batch)?;
+            let note =
+                format!("eva: principal components of {inputs} inputs from {batches} batches, {settled} settled");
+            let (adapter, selection) = (built.adapter, Some(built.selection));
+            Ok(Prepared { adapter, selection, method: info.name, notes: vec![note] })
         }
-        _ => {
-            let built = LoraConfig::from_recipe(&keys)?.build(base, seed, Unmatched::Error)?;
-            Ok(Prepared { adapter: built.adapter, selection: Some(built.selection), method: info.name })
-        }
+        _ => create(table, model, seed),
     }
 }
 
@@ -137,5 +191,5 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
             parameter.set(value)?;
         }
     }
-    Ok(Prepared { adapter, selection, method: info.name })
+    Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }

@@ -6,26 +6,30 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use peft_core::{Adapter, AdapterSet, BaseModel};
-use peft_models::merge::{MAX_SHARD_BYTES, Merged, write_folder};
+use peft_core::{AdapterSet, BaseModel};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{Decoder, ModelFiles};
-use peft_train::data::{DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, preview};
+use peft_train::data::{
+    Batch, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, preview,
+};
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
-use peft_train::log::{ModelCard, Progress, Report, RunFacts, RunLogger, Sample, read_metrics};
+use peft_train::log::{Progress, RunLogger};
 use peft_train::methods::{self, Prepared};
 use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
 use peft_train::recipe::{Recipe, parse_value};
 use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
-use peft_train::{Checkpointing, Ended, Outcome, Plan, Trainer, checkpoint};
+use peft_train::{Checkpointing, Ended, Plan, Trainer, checkpoint};
 use serde_json::{Map, Value, json};
 
 use crate::args::TrainArgs;
 use crate::{memory, open, sample};
+use results::{Finished, facts};
+
+mod results;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     let recipe = load_recipe(args)?;
-    let run = Run::open(recipe)?;
+    let run = Run::open(recipe, args.resume)?;
     if args.dry_run {
         return run.describe(args.json);
     }
@@ -75,7 +79,7 @@ struct Run {
 }
 
 impl Run {
-    fn open(recipe: Recipe) -> Result<Self> {
+    fn open(recipe: Recipe, resume: bool) -> Result<Self> {
         let started = Instant::now();
         let path = recipe.model.path.as_deref().unwrap_or_default();
         let random = recipe.model.init == "random";
@@ -106,7 +110,10 @@ impl Run {
             None => None,
         };
         let model = files.load(&placement, recipe.train.seed)?;
-        let prepared = prepare_adapter(&recipe, &model)?;
+        let prepared = prepare_adapter(&recipe, &model, &train, resume)?;
+        for note in &prepared.notes {
+            eprintln!("{note}");
+        }
         eprintln!(
             "base {} ({}, {} parameters), data {} rows, loaded in {:.1} s",
             path,
@@ -120,18 +127,6 @@ impl Run {
 
     fn output(&self) -> PathBuf {
         PathBuf::from(self.recipe.output.dir.as_deref().unwrap_or_default())
-    }
-
-    fn sampler(&self) -> Result<Sampler> {
-        let (t, d) = (&self.recipe.train, &self.recipe.data);
-        let options = SamplerOptions {
-            batch_size: t.batch_size,
-            shuffle: d.shuffle,
-            seed: t.seed,
-            group_by_length: d.group_by_length,
-            packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
-        };
-        Ok(Sampler::new(&self.train, options)?)
     }
 
     fn steps(&self, sampler: &Sampler) -> u64 {
@@ -148,7 +143,7 @@ impl Run {
 
     fn plan(&self) -> Result<Plan> {
         let t = &self.recipe.train;
-        let sampler = self.sampler()?;
+        let sampler = sampler(&self.recipe, &self.train)?;
         let steps = self.steps(&sampler);
         let warmup = t.warmup_steps.unwrap_or_else(|| warmup_steps_from_ratio(t.warmup_ratio, steps));
         let kind: ScheduleKind = t.scheduler.parse()?;
@@ -323,11 +318,24 @@ impl Run {
     }
 }
 
-fn prepare_adapter(recipe: &Recipe, model: &Decoder) -> Result<Prepared> {
+fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
+    let (t, d) = (&recipe.train, &recipe.data);
+    let options = SamplerOptions {
+        batch_size: t.batch_size,
+        shuffle: d.shuffle,
+        seed: t.seed,
+        group_by_length: d.group_by_length,
+        packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
+    };
+    Ok(Sampler::new(train, options)?)
+}
+
+fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bool) -> Result<Prepared> {
     let mut table: Map<String, Value> = match serde_json::to_value(&recipe.method)? {
         Value::Object(map) => map,
         _ => Map::new(),
     };
+    let output = Path::new(recipe.output.dir.as_deref().unwrap_or_default());
     let mut prepared = match table.remove("init_from") {
         Some(Value::String(from)) => {
             if let Some(key) = table.keys().find(|k| *k != "type") {
@@ -338,6 +346,14 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder) -> Result<Prepared> {
             methods::open(&open::adapter(&from)?, model)?
         }
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
+        None if methods::looks_at_data(&table)? => match checkpoint::list(output)?.pop().filter(|_| resume) {
+            // What was found in the data is in the checkpoint, ranks included.
+            Some((_, dir)) => methods::open(&dir, model)?,
+            None => {
+                let mut batches = sampler(recipe, train)?;
+                methods::create_on(&table, model, recipe.train.seed, || Batch::new(train, &batches.next_batch()))?
+            }
+        },
         None => methods::create(&table, model, recipe.train.seed)?,
     };
     if let Some(path) = &recipe.model.path {
@@ -367,134 +383,6 @@ fn stop_flag() -> Result<&'static AtomicBool> {
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(&STOP)
-}
-
-fn facts(
-    recipe: &Recipe,
-    model: &Decoder,
-    adapter: &Adapter,
-    method: &str,
-    train: &Dataset,
-    outcome: &Outcome,
-    planned: u64,
-) -> RunFacts {
-    let trainable = adapter.trainable_elements() as u64;
-    let full = if method == "full" { 0 } else { trainable };
-    RunFacts {
-        base_model: recipe.model.path.clone().unwrap_or_default(),
-        method: method.to_string(),
-        task_type: adapter.config.get("task_type").and_then(Value::as_str).map(str::to_string),
-        trainable_parameters: trainable,
-        total_parameters: model.parameter_count() as u64 + full,
-        steps: outcome.state.step,
-        planned_steps: planned,
-        epochs: outcome.state.epochs,
-        train_examples: train.len() as u64,
-        tokens: outcome.state.tokens,
-        final_loss: outcome.state.last_loss,
-        best_metric: Some(recipe.train.metric.clone()),
-        best: outcome.best,
-        seconds: outcome.state.seconds,
-        peak_memory: sample::peak_memory(),
-        device: recipe.model.device.clone(),
-        dtype: recipe.model.dtype.clone(),
-        seed: recipe.train.seed,
-        ended: (outcome.ended == Ended::EarlyStop).then(|| format!("early stop after step {}", outcome.state.step)),
-    }
-}
-
-/// A run that reached its end, with what its results are made of.
-struct Finished<'a> {
-    recipe: &'a Recipe,
-    files: &'a ModelFiles,
-    model: &'a Decoder,
-    tokenizer: Option<&'a Tokenizer>,
-    adapter: Arc<Adapter>,
-    before: Vec<String>,
-    facts: RunFacts,
-}
-
-impl Finished<'_> {
-    fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
-        if self.facts.method == "full" {
-            let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
-            let dtype = self.files.config().dtype.unwrap_or(candle_core::DType::F32);
-            write_folder(self.files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?;
-        } else {
-            checkpoint::write_adapter_files(output, &self.adapter)?;
-        }
-        let (title, recipe) = (open::title(output), self.recipe.to_toml());
-        let card = ModelCard {
-            title: &title,
-            facts: &self.facts,
-            recipe: &recipe,
-            samples,
-            loads_in_peft: self.facts.method != "full",
-        };
-        card.write(&output.join("README.md"))?;
-        let metrics = read_metrics(&output.join(RunLogger::METRICS))?;
-        let next = self.next(output);
-        let report = Report {
-            title: &title,
-            facts: &self.facts,
-            recipe: &recipe,
-            steps: &metrics.steps,
-            evals: &metrics.evals,
-            samples,
-            next: &next,
-        };
-        Ok(report.write(&output.join("report.html"))?)
-    }
-
-    fn samples(&self) -> Result<Vec<Sample>> {
-        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, self.tokenizer) else { return Ok(Vec::new()) };
-        let set = AdapterSet::one("trained", self.adapter.clone());
-        let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
-        let both = prompts.iter().zip(&self.before).zip(after);
-        Ok(both
-            .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
-            .collect())
-    }
-
-    fn next(&self, output: &Path) -> Vec<String> {
-        let out = output.display();
-        if self.facts.method == "full" {
-            return vec![format!("peft-cli generate --model {out}/model --prompt \"…\"")];
-        }
-        let model = &self.facts.base_model;
-        let mut next = Vec::new();
-        if let Some(eval) = self.recipe.data.eval.as_ref().and_then(toml::Value::as_str) {
-            next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
-        }
-        let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
-        next.push(format!(
-            "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
-            prompt.replace('\'', "\\'")
-        ));
-        next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
-        next
-    }
-
-    fn say(&self, output: &Path, samples: &[Sample], args: &TrainArgs, outcome: &Outcome) -> Result<()> {
-        for s in samples {
-            eprintln!("\nprompt  {}\nbefore  {}\nafter   {}", s.prompt.trim_end(), s.before.trim(), s.after.trim());
-        }
-        eprintln!("\nresults in {} (report.html shows the curves); next:", output.display());
-        for line in self.next(output) {
-            eprintln!("  {line}");
-        }
-        if args.json {
-            let eval = outcome.eval.map(|m| m.nll / m.counted as f64);
-            let result = json!({
-                "output": output, "steps": outcome.state.step, "loss": outcome.state.last_loss, "eval_loss": eval,
-                "best": outcome.best, "tokens": outcome.state.tokens, "seconds": outcome.state.seconds,
-                "trainable_parameters": self.facts.trainable_parameters, "peak_memory": self.facts.peak_memory,
-                "early_stop": outcome.ended == Ended::EarlyStop
-            });
-            out!("{result}");
-        }
-        Ok(())
-    }
 }
 
 fn plain_text(value: &toml::Value) -> String {

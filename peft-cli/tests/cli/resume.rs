@@ -116,3 +116,21 @@ fn a_damaged_checkpoint_is_named() {
     std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
     dir.train(&["--resume", "--set", "output.save_every=2"]).fails(&["step-4"]);
 }
+
+/// What EVA found in the data, ranks included, comes from the checkpoint: the data is not looked at again.
+#[test]
+fn a_start_from_data_resumes() {
+    let eva = ["--set", "method.init_lora_weights=eva", "--set", "output.save_every=2"];
+    let whole = Dir::new();
+    let first = whole.train(&eva).ok();
+    assert!(first.stderr.contains("eva: principal components"), "{}", first.stderr);
+    let dir = Dir::new();
+    dir.train(&eva).ok();
+    let file = dir.path("out/adapter_model.safetensors");
+    std::fs::remove_file(&file).unwrap();
+    let mut more = eva.to_vec();
+    more.push("--resume");
+    let resumed = dir.train(&more).ok();
+    assert!(!resumed.stderr.contains("eva: principal components"), "{}", resumed.stderr);
+    assert!(std::fs::read(&file).unwrap() == whole.read("out/adapter_model.safetensors"));
+}

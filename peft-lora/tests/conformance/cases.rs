@@ -62,6 +62,13 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": "olora", "use_dora": true,
                 "lora_dropout": 0.3}),
         ),
+        case("eva", BIASED, json!({"r": 3, "target_modules": "all-linear", "init_lora_weights": "eva"})),
+        case(
+            "eva, dora, some layers",
+            UNTIED,
+            json!({"r": 4, "target_modules": ["v_proj", "down_proj"], "init_lora_weights": "eva", "use_dora": true,
+                "eva_config": {"rho": 1.5, "whiten": true, "use_label_mask": false, "adjust_scaling_factors": false}}),
+        ),
         case("rslora", UNTIED, json!({"r": 4, "lora_alpha": 3, "use_rslora": true, "target_modules": "all-linear"})),
         case("dora", BIASED, json!({"r": 4, "use_dora": true, "target_modules": "all-linear"})),
         case("lora_bias", BIASED, json!({"r": 4, "lora_bias": true, "target_modules": attention})),

@@ -29,7 +29,7 @@ type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
 
 fn create(method: &Value, base: &Decoder, seed: u64) -> Result<Adapter> {
     let Value::Object(table) = method else { panic!("a method is a table") };
-    Ok(methods::create(table, base, seed)?.adapter)
+    Ok(methods::create_on(table, base, seed, batch)?.adapter)
 }
 
 /// Runs `check` for every case on every kind of weight and lists all that fail.
@@ -400,4 +400,42 @@ fn a_subtracted_start_is_exported_as_a_plain_lora() {
         close(name, &value.narrow(dim, rank, rank).unwrap(), &initial, 0.0).unwrap();
     }
     assert_eq!((tensors.len(), state.len()), (4, 8));
+}
+
+/// Components of all layers compete for the sum of all ranks; layers that read the same tensor have the same directions.
+#[test]
+fn eva_moves_ranks_and_keeps_their_sum() {
+    let model = base(Default::default(), Kind::F32);
+    let eva = |config: Value| {
+        let method = json!({"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "init_lora_weights": "eva",
+            "eva_config": config});
+        let adapter = Arc::new(create(&method, &model, 1).unwrap());
+        let a = adapter.tensors().into_iter().filter(|(name, _)| name.ends_with("lora_A.weight"));
+        (a.collect::<BTreeMap<String, Tensor>>(), adapter)
+    };
+    let (moved, adapter) = eva(json!({"rho": 1.5}));
+    let ranks: Vec<usize> = moved.values().map(|a| a.dim(0).unwrap()).collect();
+    assert_eq!(ranks.iter().sum::<usize>(), 14 * 4);
+    assert!(ranks.iter().all(|r| *r <= 6) && ranks.iter().any(|r| *r != 4), "{ranks:?}");
+    for (name, a) in &moved {
+        let (path, r) =
+            (name.trim_start_matches("base_model.model.").trim_end_matches(".lora_A.weight"), a.dim(0).unwrap());
+        if r != 4 {
+            assert_eq!(adapter.config["rank_pattern"][path], json!(r));
+            assert_eq!(adapter.config["alpha_pattern"][path], json!(r as f64 * 1.5), "{path}");
+        }
+        let gram = a.matmul(&a.t().unwrap()).unwrap();
+        close(name, &gram, &Tensor::eye(r, candle_core::DType::F32, &Device::Cpu).unwrap(), 1e-4).unwrap();
+    }
+
+    let (still, adapter) = eva(json!({"rho": 1.0}));
+    assert!(still.values().all(|a| a.dim(0).unwrap() == 4));
+    assert_eq!(adapter.config["rank_pattern"], json!({}));
+    let at = |name: &str| &still[&format!("base_model.model.model.layers.1.{name}.lora_A.weight")];
+    close("q and v", at("self_attn.q_proj"), at("self_attn.v_proj"), 0.0).unwrap();
+    assert!(max_difference(at("self_attn.q_proj"), at("mlp.up_proj")).unwrap() > 1e-2);
+
+    let table = json!({"init_lora_weights": "eva", "target_modules": "all-linear"});
+    let e = methods::create(table.as_object().unwrap(), &model, 1).unwrap_err().to_string();
+    assert!(e.contains("training data"), "{e}");
 }

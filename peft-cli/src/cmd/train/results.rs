@@ -1,0 +1,146 @@
+//! What a run leaves behind: the adapter, the model card, the report, and what to run next.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Result;
+use peft_core::{Adapter, AdapterSet};
+use peft_models::merge::{MAX_SHARD_BYTES, Merged, write_folder};
+use peft_models::tokenizer::Tokenizer;
+use peft_models::{Decoder, ModelFiles};
+use peft_train::data::Dataset;
+use peft_train::log::{ModelCard, Report, RunFacts, RunLogger, Sample, read_metrics};
+use peft_train::recipe::Recipe;
+use peft_train::{Ended, Outcome, checkpoint};
+use serde_json::{Value, json};
+
+use crate::args::TrainArgs;
+use crate::{open, sample};
+
+pub(super) fn facts(
+    recipe: &Recipe,
+    model: &Decoder,
+    adapter: &Adapter,
+    method: &str,
+    train: &Dataset,
+    outcome: &Outcome,
+    planned: u64,
+) -> RunFacts {
+    let trainable = adapter.trainable_elements() as u64;
+    let full = if method == "full" { 0 } else { trainable };
+    RunFacts {
+        base_model: recipe.model.path.clone().unwrap_or_default(),
+        method: method.to_string(),
+        task_type: adapter.config.get("task_type").and_then(Value::as_str).map(str::to_string),
+        trainable_parameters: trainable,
+        total_parameters: model.parameter_count() as u64 + full,
+        steps: outcome.state.step,
+        planned_steps: planned,
+        epochs: outcome.state.epochs,
+        train_examples: train.len() as u64,
+        tokens: outcome.state.tokens,
+        final_loss: outcome.state.last_loss,
+        best_metric: Some(recipe.train.metric.clone()),
+        best: outcome.best,
+        seconds: outcome.state.seconds,
+        peak_memory: sample::peak_memory(),
+        device: recipe.model.device.clone(),
+        dtype: recipe.model.dtype.clone(),
+        seed: recipe.train.seed,
+        ended: (outcome.ended == Ended::EarlyStop).then(|| format!("early stop after step {}", outcome.state.step)),
+    }
+}
+
+/// A run that reached its end, with what its results are made of.
+pub(super) struct Finished<'a> {
+    pub(super) recipe: &'a Recipe,
+    pub(super) files: &'a ModelFiles,
+    pub(super) model: &'a Decoder,
+    pub(super) tokenizer: Option<&'a Tokenizer>,
+    pub(super) adapter: Arc<Adapter>,
+    pub(super) before: Vec<String>,
+    pub(super) facts: RunFacts,
+}
+
+impl Finished<'_> {
+    pub(super) fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
+        if self.facts.method == "full" {
+            let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
+            let dtype = self.files.config().dtype.unwrap_or(candle_core::DType::F32);
+            write_folder(self.files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?;
+        } else {
+            checkpoint::write_adapter_files(output, &self.adapter)?;
+        }
+        let (title, recipe) = (open::title(output), self.recipe.to_toml());
+        let card = ModelCard {
+            title: &title,
+            facts: &self.facts,
+            recipe: &recipe,
+            samples,
+            loads_in_peft: self.facts.method != "full",
+        };
+        card.write(&output.join("README.md"))?;
+        let metrics = read_metrics(&output.join(RunLogger::METRICS))?;
+        let next = self.next(output);
+        let report = Report {
+            title: &title,
+            facts: &self.facts,
+            recipe: &recipe,
+            steps: &metrics.steps,
+            evals: &metrics.evals,
+            samples,
+            next: &next,
+        };
+        Ok(report.write(&output.join("report.html"))?)
+    }
+
+    pub(super) fn samples(&self) -> Result<Vec<Sample>> {
+        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, self.tokenizer) else { return Ok(Vec::new()) };
+        let set = AdapterSet::one("trained", self.adapter.clone());
+        let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
+        let both = prompts.iter().zip(&self.before).zip(after);
+        Ok(both
+            .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
+            .collect())
+    }
+
+    fn next(&self, output: &Path) -> Vec<String> {
+        let out = output.display();
+        if self.facts.method == "full" {
+            return vec![format!("peft-cli generate --model {out}/model --prompt \"…\"")];
+        }
+        let model = &self.facts.base_model;
+        let mut next = Vec::new();
+        if let Some(eval) = self.recipe.data.eval.as_ref().and_then(toml::Value::as_str) {
+            next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
+        }
+        let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
+        next.push(format!(
+            "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
+            prompt.replace('\'', "\\'")
+        ));
+        next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
+        next
+    }
+
+    pub(super) fn say(&self, output: &Path, samples: &[Sample], args: &TrainArgs, outcome: &Outcome) -> Result<()> {
+        for s in samples {
+            eprintln!("\nprompt  {}\nbefore  {}\nafter   {}", s.prompt.trim_end(), s.before.trim(), s.after.trim());
+        }
+        eprintln!("\nresults in {} (report.html shows the curves); next:", output.display());
+        for line in self.next(output) {
+            eprintln!("  {line}");
+        }
+        if args.json {
+            let eval = outcome.eval.map(|m| m.nll / m.counted as f64);
+            let result = json!({
+                "output": output, "steps": outcome.state.step, "loss": outcome.state.last_loss, "eval_loss": eval,
+                "best": outcome.best, "tokens": outcome.state.tokens, "seconds": outcome.state.seconds,
+                "trainable_parameters": self.facts.trainable_parameters, "peak_memory": self.facts.peak_memory,
+                "early_stop": outcome.ended == Ended::EarlyStop
+            });
+            out!("{result}");
+        }
+        Ok(())
+    }
+}
