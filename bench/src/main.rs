@@ -9,7 +9,7 @@ use peft_models::ModelFiles;
 
 /// As in `peft-cli`. Both steps get it.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: peft_alloc::MiMalloc = peft_alloc::MiMalloc;
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum What {
@@ -50,6 +50,7 @@ struct Args {
 const STACK_BYTES: usize = 256 << 20;
 
 fn main() -> Result<()> {
+    peft_alloc::keep_pages();
     let args = Args::parse();
     let measured = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || -> Result<_> {
         let files = ModelFiles::open(&args.model)?;

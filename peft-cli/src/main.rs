@@ -20,11 +20,11 @@ mod memory;
 mod open;
 mod sample;
 
-/// Large tensors are made and dropped at every step; mimalloc keeps their pages instead of returning them.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: peft_alloc::MiMalloc = peft_alloc::MiMalloc;
 
 fn main() -> ExitCode {
+    peft_alloc::keep_pages();
     let args = args::Args::parse();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())

@@ -16,7 +16,7 @@ use peft_kernels::{
 };
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: peft_alloc::MiMalloc = peft_alloc::MiMalloc;
 
 const TOKENS: usize = 1024;
 const HIDDEN: usize = 576;
@@ -24,6 +24,7 @@ const INTERMEDIATE: usize = 1536;
 const VOCAB: usize = 49_152;
 
 fn copies(c: &mut Criterion) {
+    peft_alloc::keep_pages();
     let mut group = c.benchmark_group("copy");
     for width in [HIDDEN, INTERMEDIATE, VOCAB] {
         let x = vec![1f32; TOKENS * width];

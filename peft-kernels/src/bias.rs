@@ -4,7 +4,7 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use crate::cpu::{self, View, for_row_blocks};
+use crate::cpu::{self, View, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide};
 use crate::simd;
@@ -31,8 +31,7 @@ pub fn scale_columns(x: &Tensor, s: &Tensor) -> Result<Tensor> {
 fn each_row(args: &[View<'_>], f: impl Fn(f32, f32) -> f32 + Sync + Send) -> Result<(Vec<f32>, Shape)> {
     let (x, v) = (args[0], args[1].data);
     let (_, width) = x.rows()?;
-    let mut out = vec![0f32; x.data.len()];
-    for_row_blocks(&mut out, width, width, |first, rows| {
+    let out = new_rows(x.data.len(), width, width, |first, rows| {
         let x = &x.data[first * width..first * width + rows.len()];
         simd::run(
             #[inline(always)]

@@ -1,7 +1,11 @@
 //! Slices, GEMM and row-parallel loops: what the CPU kernels are written with.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
+
+use crate::thin;
 
 /// A contiguous `f32` argument of a CPU kernel.
 #[derive(Debug, Clone, Copy)]
@@ -52,6 +56,15 @@ pub(crate) fn tensor(data: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> 
     Tensor::from_vec(data, shape.into(), &candle_core::Device::Cpu)
 }
 
+/// The transpose of a row-major `[rows, cols]`.
+pub(crate) fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for j in 0..cols {
+        out.extend(x.get(j..).unwrap_or_default().iter().step_by(cols).take(rows));
+    }
+    out
+}
+
 /// Elements below which a loop stays on one thread.
 pub(crate) const PARALLEL_ELEMENTS: usize = 16 * 1024;
 
@@ -70,6 +83,37 @@ pub(crate) fn for_row_blocks(out: &mut [f32], width: usize, cost: usize, f: impl
     // Four blocks a thread even out what the scheduler or uneven rows take.
     let block = n.div_ceil(threads * 4).max(1);
     out.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| f(i * block, rows));
+}
+
+/// A new buffer of `len` elements that `f(first_row, rows)` fills, as in [`for_row_blocks`]. Each block is zeroed by the
+/// thread that fills it just before it does, so that the buffer goes through the cache once.
+pub(crate) fn new_rows(len: usize, width: usize, cost: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
+    let mut out = Vec::with_capacity(len);
+    if width == 0 || !len.is_multiple_of(width) {
+        out.resize(len, 0.0);
+        return out;
+    }
+    let fill = |first: usize, block: &mut [MaybeUninit<f32>]| {
+        block.fill(MaybeUninit::new(0.0));
+        #[allow(unsafe_code)]
+        // SAFETY: all elements were initialised just above, and MaybeUninit<f32> has the layout of f32.
+        let rows = unsafe { &mut *(std::ptr::from_mut(block) as *mut [f32]) };
+        f(first, rows);
+    };
+    let room = out.spare_capacity_mut().get_mut(..len).unwrap_or_default();
+    let n = len / width;
+    if threads() == 1 || n * cost < PARALLEL_ELEMENTS {
+        fill(0, room);
+    } else {
+        let block = n.div_ceil(threads() * 4).max(1);
+        room.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| fill(i * block, rows));
+    }
+    #[allow(unsafe_code)]
+    // SAFETY: `fill` initialised every one of the `len` elements, which the capacity holds.
+    unsafe {
+        out.set_len(len);
+    }
+    out
 }
 
 /// Threads that the kernels use: rayon's pool, whose size `RAYON_NUM_THREADS` sets.
@@ -104,6 +148,19 @@ impl<'a> Mat<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The elements from row `i` on, and how far apart rows and columns lie.
+    pub(crate) fn beyond(&self, i: usize) -> (&'a [f32], usize, usize) {
+        (self.data.get(i * self.row_stride..).unwrap_or_default(), self.row_stride, self.col_stride)
+    }
+
     fn reach(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
@@ -125,36 +182,79 @@ pub(crate) fn gemm_into(
     scale: f32,
     parallel: bool,
 ) -> Result<()> {
-    let (m, k, n) = (lhs.rows, lhs.cols, rhs.cols);
+    let (m, n) = (lhs.rows, rhs.cols);
     if m == 0 || n == 0 {
         return Ok(());
     }
     let dst_reach = (m - 1) * stride + n;
-    if rhs.rows != k
-        || stride < n
-        || dst.len() < dst_reach
-        || lhs.data.len() < lhs.reach()
-        || rhs.data.len() < rhs.reach()
-    {
+    if stride < n || dst.len() < dst_reach {
+        candle_core::bail!("gemm: [{m}, {n}] does not fit into {} elements in rows of {stride}", dst.len());
+    }
+    check_factors(lhs, rhs)?;
+    if (keep == 0.0 || keep == 1.0) && thin::suits(lhs, rhs) {
+        thin::gemm(dst, stride, keep == 1.0, lhs, rhs, scale, parallel);
+        return Ok(());
+    }
+    #[allow(unsafe_code)]
+    // SAFETY: the checks above keep every element that is touched inside the three slices; dst is exclusively borrowed,
+    // so it overlaps neither source.
+    unsafe {
+        packed_gemm(dst.as_mut_ptr(), stride, keep, lhs, rhs, scale, parallel);
+    }
+    Ok(())
+}
+
+/// `lhs × rhs` into a new row-major buffer, over the thread pool.
+pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
+    let (m, k, n) = (lhs.rows, lhs.cols, rhs.cols);
+    check_factors(lhs, rhs)?;
+    if m == 0 || n == 0 || k == 0 || thin::suits(lhs, rhs) {
+        let mut out = vec![0f32; m * n];
+        gemm_into(&mut out, n, 0.0, lhs, rhs, scale, true)?;
+        return Ok(out);
+    }
+    let mut out = Vec::with_capacity(m * n);
+    #[allow(unsafe_code)]
+    // SAFETY: the buffer has room for m rows of n elements, all of which a product that keeps nothing writes and none of
+    // which it reads; the factors were checked.
+    unsafe {
+        packed_gemm(out.as_mut_ptr(), n, 0.0, lhs, rhs, scale, true);
+        out.set_len(m * n);
+    }
+    Ok(out)
+}
+
+fn check_factors(lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+    if rhs.rows != lhs.cols || lhs.data.len() < lhs.reach() || rhs.data.len() < rhs.reach() {
         candle_core::bail!(
-            "gemm: [{m}, {k}] × [{}, {n}] into {} elements does not fit (slices of {} and {})",
+            "gemm: [{}, {}] × [{}, {}] does not fit (slices of {} and {})",
+            lhs.rows,
+            lhs.cols,
             rhs.rows,
-            dst.len(),
+            rhs.cols,
             lhs.data.len(),
             rhs.data.len()
         );
     }
+    Ok(())
+}
+
+/// The product by the `gemm` crate. Where `keep` is 0, `dst` is not read.
+///
+/// # Safety
+/// Both factors lie inside their slices; `dst` is valid for as many rows and columns, `stride` apart, and overlaps
+/// neither.
+#[allow(unsafe_code)]
+unsafe fn packed_gemm(dst: *mut f32, stride: usize, keep: f32, lhs: Mat<'_>, rhs: Mat<'_>, scale: f32, parallel: bool) {
     let parallelism =
         if parallel && threads() > 1 { gemm::Parallelism::Rayon(threads()) } else { gemm::Parallelism::None };
-    #[allow(unsafe_code)]
-    // SAFETY: the checks above keep every (row, column) that gemm touches inside the three slices; dst is exclusively
-    // borrowed, so it overlaps neither source.
+    // SAFETY: as the caller promises.
     unsafe {
         gemm::gemm(
-            m,
-            n,
-            k,
-            dst.as_mut_ptr(),
+            lhs.rows,
+            rhs.cols,
+            lhs.cols,
+            dst,
             1,
             stride as isize,
             keep != 0.0,
@@ -172,12 +272,4 @@ pub(crate) fn gemm_into(
             parallelism,
         );
     }
-    Ok(())
-}
-
-/// `lhs × rhs` into a new row-major buffer, over the thread pool.
-pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
-    let mut out = vec![0f32; lhs.rows * rhs.cols];
-    gemm_into(&mut out, rhs.cols, 0.0, lhs, rhs, scale, true)?;
-    Ok(out)
 }

@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Shape, Tensor};
 
-use crate::cpu::{self, View, for_row_blocks};
+use crate::cpu::{self, View, for_row_blocks, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 
 /// Rows `ids` of `table` (`[vocab, hidden]`), as `[tokens, hidden]` in the table's type.
@@ -101,8 +101,7 @@ impl DiffOp for Embedding {
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (table, (_, width)) = (args[0].data, args[0].rows()?);
-        let mut out = vec![0f32; self.0.len() * width];
-        for_row_blocks(&mut out, width, width, |first, rows| {
+        let out = new_rows(self.0.len() * width, width, width, |first, rows| {
             for (out, &id) in rows.chunks_exact_mut(width).zip(&self.0[first..]) {
                 out.copy_from_slice(&table[id as usize * width..][..width]);
             }

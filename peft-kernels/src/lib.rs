@@ -29,6 +29,8 @@ mod simd;
 #[cfg(test)]
 mod test_support;
 pub mod testing;
+mod thin;
+mod tile;
 pub mod weight;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};

@@ -4,6 +4,9 @@
 //! `dx = dy·W + drop'(g·A)`, `dA = gᵀ·drop(x)`, `dB = s·dyᵀ·(drop(x)·Aᵀ)`, `dW` never.
 //! The dropout mask is recomputed in the backward pass. Source: Hu et al., "LoRA", 2021; PEFT `tuners/lora/layer.py`.
 
+use std::borrow::Cow;
+use std::sync::OnceLock;
+
 use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::cpu::{self, Mat, View};
@@ -52,6 +55,7 @@ pub fn lora_linear(
         base: Some((weight.clone(), bias.map(Tensor::detach))),
         scale,
         dropout: dropout.filter(|d| d.p > 0.0),
+        xa: OnceLock::new(),
     };
     diff_op::apply(op, &[x, a, b])
 }
@@ -61,17 +65,20 @@ pub fn lora_linear(
 /// # Errors
 /// When shapes do not fit.
 pub fn lora_delta(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32, dropout: Option<Dropout>) -> Result<Tensor> {
-    diff_op::apply(LoraLinear { base: None, scale, dropout: dropout.filter(|d| d.p > 0.0) }, &[x, a, b])
+    let dropout = dropout.filter(|d| d.p > 0.0);
+    diff_op::apply(LoraLinear { base: None, scale, dropout, xa: OnceLock::new() }, &[x, a, b])
 }
 
 struct LoraLinear {
     base: Option<(FrozenWeight, Option<Tensor>)>,
     scale: f32,
     dropout: Option<Dropout>,
+    /// `drop(x)·Aᵀ`, `[tokens, r]`: kept from the CPU's forward pass, since it is small and dB needs it.
+    xa: OnceLock<Vec<f32>>,
 }
 
 impl LoraLinear {
-    fn dropped<'a>(&self, x: &'a [f32]) -> Result<std::borrow::Cow<'a, [f32]>> {
+    fn dropped<'a>(&self, x: &'a [f32]) -> Result<Cow<'a, [f32]>> {
         let Some(d) = self.dropout else { return Ok(x.into()) };
         let mut x = x.to_vec();
         dropout::apply_in_place(&mut x, d.p, d.stream)?;
@@ -94,17 +101,25 @@ impl LoraLinear {
                     cpu::with(grad, |dy| {
                         let dy = Mat::new(dy.data, tokens, out);
                         let (a, b) = (Mat::new(a.data, r, inp), Mat::new(b.data, out, r));
-                        let dropped = if needs[1] || needs[2] { self.dropped(x.data)? } else { x.data.into() };
-                        let dropped = Mat::new(&dropped, tokens, inp);
                         let db = if needs[2] {
-                            let xa = cpu::gemm(dropped, a.t(), 1.0)?;
-                            Some(cpu::gemm(dy.t(), Mat::new(&xa, tokens, r), self.scale)?)
+                            let xa = match self.xa.get() {
+                                Some(xa) => Cow::from(xa),
+                                None => cpu::gemm(Mat::new(&self.dropped(x.data)?, tokens, inp), a.t(), 1.0)?.into(),
+                            };
+                            // dBᵀ reads dy along its rows.
+                            let transposed = cpu::gemm(Mat::new(&xa, tokens, r).t(), dy, self.scale)?;
+                            Some(cpu::transposed(&transposed, r, out))
                         } else {
                             None
                         };
                         let g = cpu::gemm(dy, b, self.scale)?;
                         let g = Mat::new(&g, tokens, r);
-                        let da = if needs[1] { Some(cpu::gemm(g.t(), dropped, 1.0)?) } else { None };
+                        let da = if needs[1] {
+                            let dropped = self.dropped(x.data)?;
+                            Some(cpu::gemm(g.t(), Mat::new(&dropped, tokens, inp), 1.0)?)
+                        } else {
+                            None
+                        };
                         let dx = if needs[0] { Some(self.input_gradient(grad, g, a, tokens, inp)?) } else { None };
                         Ok(vec![
                             dx.map(|d| cpu::tensor(d, (tokens, inp))).transpose()?,
@@ -158,6 +173,7 @@ impl DiffOp for LoraLinear {
             self.scale,
             true,
         )?;
+        let _ = self.xa.set(xa);
         if let Some((_, bias)) = &self.base {
             add_bias_rows(&mut y, bias.as_ref(), out)?;
         }
@@ -245,7 +261,7 @@ mod tests {
     fn fused_and_neutral_backward_agree() {
         let (x, w, bias, a, b) = parts(9, 12, 10, 3);
         let dropout = Some(Dropout { p: 0.3, stream: Stream { seed: 1, step: 2, site: 3 } });
-        let op = LoraLinear { base: Some((w, Some(bias))), scale: 0.7, dropout };
+        let op = LoraLinear { base: Some((w, Some(bias))), scale: 0.7, dropout, xa: OnceLock::new() };
         let args = [x, a, b];
         let dy = randn(9, (9, 10), 1.0).unwrap();
         let fused = op.backward_cpu(&args, &dy, &[true; 3]).unwrap();

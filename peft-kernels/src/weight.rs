@@ -213,8 +213,11 @@ impl FrozenWeight {
 
     pub(crate) fn matmul_t_cpu(&self, x: &[f32], tokens: usize) -> Result<Vec<f32>> {
         let (n, k) = (self.out_features, self.in_features);
-        let mut y = vec![0f32; tokens * n];
         let x = Mat::new(x, tokens, k);
+        if let Some(w) = self.as_f32() {
+            return cpu::with(w, |w| cpu::gemm(x, Mat::new(w.data, n, k).t(), 1.0));
+        }
+        let mut y = vec![0f32; tokens * n];
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
             cpu::gemm_into(&mut y[first..], n, 0.0, x, Mat::new(panel, rows, k).t(), 1.0, true)
@@ -224,6 +227,9 @@ impl FrozenWeight {
 
     pub(crate) fn matmul_cpu(&self, dy: &[f32], tokens: usize) -> Result<Vec<f32>> {
         let (n, k) = (self.out_features, self.in_features);
+        if let Some(w) = self.as_f32() {
+            return cpu::with(w, |w| cpu::gemm(Mat::new(dy, tokens, n), Mat::new(w.data, n, k), 1.0));
+        }
         let mut dx = vec![0f32; tokens * k];
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
@@ -234,15 +240,21 @@ impl FrozenWeight {
         Ok(dx)
     }
 
+    /// The matrix where it is `f32` as it lies.
+    fn as_f32(&self) -> Option<&Tensor> {
+        match &self.storage {
+            WeightStorage::Dense(w) if w.dtype() == DType::F32 => Some(w),
+            _ => None,
+        }
+    }
+
     /// Calls `f(first_row, rows)` on the matrix in `f32`, panel by panel in order: all of it at once where it is `f32`
     /// already, else widened into one buffer that is reused.
     fn for_panels(&self, mut f: impl FnMut(usize, &[f32]) -> Result<()>) -> Result<()> {
         if self.out_features == 0 || self.in_features == 0 {
             return Ok(());
         }
-        if let WeightStorage::Dense(w) = &self.storage
-            && w.dtype() == DType::F32
-        {
+        if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| f(0, w.data));
         }
         let rows = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::Activation;
-use crate::cpu::{PARALLEL_ELEMENTS, for_row_blocks, threads};
+use crate::cpu::{PARALLEL_ELEMENTS, new_rows, threads};
 use crate::simd::{self, exp, normal, sigmoid, tanh};
 
 /// An activation as code that a loop inlines.
@@ -168,14 +168,12 @@ pub(super) fn gated_forward(act: Activation, gate: &[f32], up: &[f32]) -> Vec<f3
 
 /// A new buffer of `n` elements, filled block by block with `f(first_element, block)`.
 fn generate(n: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
-    let mut out = vec![0f32; n];
-    for_row_blocks(&mut out, 1, 4, |first, block| {
+    new_rows(n, 1, 4, |first, block| {
         simd::run(
             #[inline(always)]
             || f(first, block),
         );
-    });
-    out
+    })
 }
 
 /// Gradients of gate and up.

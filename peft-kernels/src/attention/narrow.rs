@@ -11,7 +11,9 @@ use super::SequenceSpan;
 use super::cpu::{Problem, Scratch, Shared, filled, for_items, room};
 use super::forward::{finish, online_softmax};
 use super::plan::Sight;
-use super::simd::{Gemm, PAD, dot};
+use crate::tile::Gemm;
+
+use super::simd::{PAD, dot};
 
 /// Queries up to which a sequence is served here.
 const MAX_QUERIES: usize = 4;
@@ -158,6 +160,7 @@ impl WithSimd for Chunk<'_> {
             b_row,
             c: out,
             c_row: dim,
+            scale: 1.0,
             add: false,
         });
         for (part, out) in part.chunks_exact_mut(width).zip(out.chunks_exact(dim)) {

@@ -3,7 +3,7 @@
 
 use candle_core::{D, Result, Shape, Tensor};
 
-use crate::cpu::{self, View, for_row_blocks};
+use crate::cpu::{self, View, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide};
 use crate::simd;
@@ -91,8 +91,7 @@ impl DiffOp for RmsNorm {
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (x, w) = (args[0], args[1].data);
         let (_, width) = x.rows()?;
-        let mut out = vec![0f32; x.data.len()];
-        for_row_blocks(&mut out, width, width, |first, rows| {
+        let out = new_rows(x.data.len(), width, width, |first, rows| {
             simd::run(
                 #[inline(always)]
                 || {

@@ -1,7 +1,7 @@
 //! One pass over the rows.
 
 use super::RotaryLayout;
-use crate::cpu::for_row_blocks;
+use crate::cpu::new_rows;
 
 /// The shape of a head.
 #[derive(Debug, Clone, Copy)]
@@ -15,9 +15,8 @@ pub(super) struct Heads {
 /// Turns rows of `width` elements by the angles in the rows of `cos` and `sin`, or back.
 pub(super) fn turn(x: &[f32], width: usize, cos: &[f32], sin: &[f32], heads: Heads, back: bool) -> Vec<f32> {
     let Heads { layout, dim, half } = heads;
-    let mut out = vec![0f32; x.len()];
     let sign = if back { -1.0 } else { 1.0 };
-    for_row_blocks(&mut out, width, 2 * width, |first, rows| {
+    new_rows(x.len(), width, 2 * width, |first, rows| {
         let x = &x[first * width..][..rows.len()];
         for (i, (x, y)) in x.chunks_exact(width).zip(rows.chunks_exact_mut(width)).enumerate() {
             let angles = (first + i) * half..(first + i + 1) * half;
@@ -45,6 +44,5 @@ pub(super) fn turn(x: &[f32], width: usize, cos: &[f32], sin: &[f32], heads: Hea
                 y[2 * half..].copy_from_slice(&x[2 * half..]);
             }
         }
-    });
-    out
+    })
 }
