@@ -8,6 +8,7 @@ use crate::cpu::{self, View, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide};
 use crate::simd;
+use crate::tape::Keeps;
 
 /// `x + b` for every row of `x` (`[tokens, n]`), `b` `[n]`. The gradient of `b`, if it is tracked, is the sum of rows.
 ///
@@ -25,6 +26,43 @@ pub fn add_bias(x: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub fn scale_columns(x: &Tensor, s: &Tensor) -> Result<Tensor> {
     check_vector("scale_columns", "the scale", x, s)?;
     apply(ScaleColumns, &[x, &beside(x, s)?])
+}
+
+/// `a + b` of one shape, as for a residual.
+///
+/// # Errors
+/// When shapes or types differ.
+pub fn add(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.shape() != b.shape() || a.dtype() != b.dtype() {
+        candle_core::bail!("add: {:?} {:?} and {:?} {:?}", a.dtype(), a.shape(), b.dtype(), b.shape());
+    }
+    apply(Add, &[a, b])
+}
+
+struct Add;
+
+impl DiffOp for Add {
+    const NAME: &'static str = "add";
+    const KEEPS: Keeps = Keeps::Nothing;
+
+    fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
+        let (a, b) = (args[0].data, args[1].data);
+        let sum = new_rows(a.len(), 1, 3, |first, out| {
+            let n = out.len();
+            for ((o, a), b) in out.iter_mut().zip(&a[first..first + n]).zip(&b[first..first + n]) {
+                *o = a + b;
+            }
+        });
+        Ok((sum, args[0].shape.clone()))
+    }
+
+    fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
+        &args[0] + &args[1]
+    }
+
+    fn backward(&self, _: &[Tensor], _: &Tensor, grad: &Tensor, _: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        Ok(vec![Some(grad.clone()), Some(grad.clone())])
+    }
 }
 
 /// `f(x, v)` with `v` beside every row.
@@ -51,6 +89,7 @@ struct AddBias;
 
 impl DiffOp for AddBias {
     const NAME: &'static str = "add_bias";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         each_row(
@@ -95,6 +134,7 @@ struct ScaleColumns;
 
 impl DiffOp for ScaleColumns {
     const NAME: &'static str = "scale_columns";
+    const KEEPS: Keeps = Keeps::Arguments;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         each_row(

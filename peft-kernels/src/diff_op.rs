@@ -1,4 +1,4 @@
-//! How an operation of this crate becomes a node of candle's graph.
+//! How an operation of this crate is run and differentiated.
 //!
 //! A [`DiffOp`] states the same function twice, once as a fused CPU kernel over `f32` slices and once in candle tensor
 //! operations that run on any device and float type, and gives its gradient. [`apply`] makes it one graph node, so that
@@ -13,16 +13,23 @@ use std::sync::Arc;
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result, Shape, Storage,
-    Tensor,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, MetalStorage, Result, Shape,
+    Storage, Tensor, Var,
 };
 
 use crate::cpu::View;
+use crate::tape::{self, Keeps};
 
 /// A differentiable function of one to three tensors.
 pub(crate) trait DiffOp: Send + Sync + 'static {
     /// The name that errors and profiles show.
     const NAME: &'static str;
+
+    /// What the backward pass reads. Of what it does not, it sees the shape only.
+    const KEEPS: Keeps;
+
+    /// Whether making the result again costs less than keeping it until the backward pass.
+    const CHEAP: bool = false;
 
     /// The fused CPU kernel: contiguous `f32` arguments, the result's elements and shape.
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)>;
@@ -34,14 +41,63 @@ pub(crate) trait DiffOp: Send + Sync + 'static {
     fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>>;
 }
 
-/// Adds `op` to the graph of its arguments (one to three of them, all on one device).
+/// Applies `op` to one to three tensors, all on one device: as an entry of a recording ([`crate::record`]) where one is
+/// under way, as a node of candle's graph otherwise, and without either where nothing is tracked.
 pub(crate) fn apply<T: DiffOp>(op: T, args: &[&Tensor]) -> Result<Tensor> {
-    match args {
-        [a] => a.contiguous()?.apply_op1(Node(op)),
-        [a, b] => a.contiguous()?.apply_op2(&b.contiguous()?, Node(op)),
-        [a, b, c] => a.contiguous()?.apply_op3(&b.contiguous()?, &c.contiguous()?, Node(op)),
+    let args = args.iter().map(|a| a.contiguous()).collect::<Result<Vec<_>>>()?;
+    if !args.iter().any(Tensor::track_op) {
+        return compute(&op, &args)?.tensor();
+    }
+    let op = match tape::run(op, &args) {
+        Ok(result) => return result,
+        Err(op) => op,
+    };
+    match args.as_slice() {
+        [a] => a.apply_op1(Node(op)),
+        [a, b] => a.apply_op2(b, Node(op)),
+        [a, b, c] => a.apply_op3(b, c, Node(op)),
         _ => candle_core::bail!("{}: an operation takes one to three tensors, not {}", T::NAME, args.len()),
     }
+}
+
+/// What an operation made, before it is a tensor.
+pub(crate) enum Value {
+    Fused(Vec<f32>, Shape),
+    Neutral(Tensor),
+}
+
+impl Value {
+    /// An untracked tensor.
+    pub(crate) fn tensor(self) -> Result<Tensor> {
+        match self {
+            Self::Fused(data, shape) => Tensor::from_vec(data, shape, &Device::Cpu),
+            Self::Neutral(t) => Ok(t),
+        }
+    }
+
+    /// A variable without a history.
+    pub(crate) fn variable(self) -> Result<Tensor> {
+        match self {
+            Self::Fused(data, shape) => {
+                Ok(Tensor::from_storage(Storage::Cpu(CpuStorage::F32(data)), shape, BackpropOp::none(), true))
+            }
+            Self::Neutral(t) => Ok(Var::from_tensor(&t)?.into_inner()),
+        }
+    }
+}
+
+/// Runs an operation on untracked contiguous arguments, fused where that is possible.
+pub(crate) fn compute<T: DiffOp>(op: &T, args: &[Tensor]) -> Result<Value> {
+    if !args.iter().all(is_cpu_f32) {
+        return Ok(Value::Neutral(op.neutral(args)?.contiguous()?));
+    }
+    let storages: Vec<_> = args.iter().map(Tensor::storage_and_layout).collect();
+    let views = storages.iter().map(|(s, l)| match &**s {
+        Storage::Cpu(s) => View::new(s, l),
+        _ => candle_core::bail!("{}: a CPU kernel got a tensor of another device", T::NAME),
+    });
+    let (data, shape) = op.cpu(&views.collect::<Result<Vec<_>>>()?)?;
+    Ok(Value::Fused(data, shape))
 }
 
 /// Whether the fused CPU kernels apply to `t`.

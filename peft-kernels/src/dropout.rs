@@ -10,6 +10,7 @@ use crate::cpu::{PARALLEL_ELEMENTS, View, threads};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::philox::Stream;
 use crate::simd;
+use crate::tape::Keeps;
 
 /// Zeroes each element of `x` with probability `p` and multiplies the others by `1 / (1 − p)`.
 ///
@@ -145,6 +146,8 @@ fn philox_lanes<const N: usize>(c: &mut [[u64; N]; 4], mut key: [u32; 2]) {
 
 impl DiffOp for Mask {
     const NAME: &'static str = "dropout";
+    const KEEPS: Keeps = Keeps::Nothing;
+    const CHEAP: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let x = args[0].data;

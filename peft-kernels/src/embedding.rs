@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 
 use crate::cpu::{self, View, for_row_blocks, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
+use crate::tape::Keeps;
 
 /// Rows `ids` of `table` (`[vocab, hidden]`), as `[tokens, hidden]` in the table's type.
 ///
@@ -98,6 +99,7 @@ struct Embedding(Vec<u32>);
 
 impl DiffOp for Embedding {
     const NAME: &'static str = "embedding";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (table, (_, width)) = (args[0].data, args[0].rows()?);
@@ -140,6 +142,7 @@ struct ReplaceRows {
 
 impl DiffOp for ReplaceRows {
     const NAME: &'static str = "replace_rows";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (base, rows) = (args[0], args[1].data);
@@ -206,6 +209,7 @@ struct ReplaceColumns {
 
 impl DiffOp for ReplaceColumns {
     const NAME: &'static str = "replace_columns";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (logits, cols) = (args[0], args[1].data);

@@ -26,6 +26,7 @@ mod reduce;
 mod rotary;
 mod serving;
 mod simd;
+mod tape;
 #[cfg(test)]
 mod test_support;
 pub mod testing;
@@ -35,7 +36,7 @@ pub mod weight;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
 pub use attention::{AttentionPlan, SequenceSpan, attention};
-pub use bias::{add_bias, scale_columns};
+pub use bias::{add, add_bias, scale_columns};
 pub use cpu::threads;
 pub use cross_entropy::{
     CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,
@@ -49,4 +50,5 @@ pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use tape::{Record, record};
 pub use weight::{FrozenWeight, WeightStorage};

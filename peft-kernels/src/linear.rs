@@ -4,6 +4,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::cpu::{self, View};
 use crate::diff_op::{self, DiffOp};
+use crate::tape::Keeps;
 use crate::weight::FrozenWeight;
 
 /// `x·Wᵀ + bias` for `x: [tokens, in]`, with a gradient for `x` alone.
@@ -55,6 +56,7 @@ pub(crate) fn add_bias_rows(y: &mut [f32], bias: Option<&Tensor>, width: usize) 
 
 impl DiffOp for FrozenLinearOp {
     const NAME: &'static str = "frozen_linear";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (n, k) = (self.weight.out_features(), self.weight.in_features());
@@ -81,6 +83,7 @@ struct TrainableLinear;
 
 impl DiffOp for TrainableLinear {
     const NAME: &'static str = "trainable_linear";
+    const KEEPS: Keeps = Keeps::Arguments;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (n, k) = args[1].shape.dims2()?;

@@ -14,6 +14,7 @@ use crate::diff_op::{self, DiffOp};
 use crate::dropout;
 use crate::linear::{add_bias_rows, matrix};
 use crate::philox::Stream;
+use crate::tape::Keeps;
 use crate::weight::FrozenWeight;
 
 /// Dropout of one site in one step: the probability and where its mask comes from.
@@ -151,6 +152,7 @@ impl LoraLinear {
 
 impl DiffOp for LoraLinear {
     const NAME: &'static str = "lora_linear";
+    const KEEPS: Keeps = Keeps::Arguments;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let ((r, inp), (out, rank)) = (args[1].shape.dims2()?, args[2].shape.dims2()?);

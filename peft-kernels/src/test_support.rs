@@ -4,6 +4,8 @@
 //! (neutral) is compared with a reference of twice the precision, forward and backward, and the reference itself with
 //! finite differences.
 
+use std::collections::HashMap;
+
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Result, Tensor, Var};
 
@@ -71,6 +73,22 @@ impl Check {
         Ok(all)
     }
 
+    /// The same through a recording.
+    fn evaluate_recorded(inputs: &[Tensor], f: &(impl Fn(&[Tensor]) -> Result<Tensor> + Sync)) -> Result<Vec<Tensor>> {
+        let vars = inputs.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
+        let tracked: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let (y, record) = crate::record(|| f(&tracked))?;
+        let grads: HashMap<_, _> = record.backward(&upstream(&y, DType::F32)?)?.into_iter().collect();
+        let mut all = vec![y.detach()];
+        for (i, v) in tracked.iter().enumerate() {
+            match grads.get(&v.id()) {
+                Some(g) => all.push(g.clone()),
+                None => candle_core::bail!("input {i} got no gradient from the recording"),
+            }
+        }
+        Ok(all)
+    }
+
     /// Holds `f` to everything at once; `inputs` are `f32` on the CPU.
     pub(crate) fn run(self, inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) -> Result<()> {
         let dims: Vec<_> = inputs.iter().map(|t| t.dims().to_vec()).collect();
@@ -89,6 +107,7 @@ impl Check {
         let reference = Self::evaluate(&wide, DType::F32, &f)?;
         let fused = Self::evaluate(inputs, DType::F32, &f)?;
         compare("fused", &fused, &reference, self.tolerance)?;
+        compare("recorded", &Self::evaluate_recorded(inputs, &f)?, &reference, self.tolerance)?;
         if self.differences {
             check_gradients_with(&wide, 1e-4, 1e-5, &f)?;
         }
@@ -136,6 +155,7 @@ mod tests {
     use super::*;
     use crate::cpu::View;
     use crate::diff_op::{DiffOp, apply};
+    use crate::tape::Keeps;
     use crate::testing::check_gradients;
     use candle_core::Shape;
 
@@ -144,6 +164,7 @@ mod tests {
 
     impl DiffOp for Square {
         const NAME: &'static str = "square";
+        const KEEPS: Keeps = Keeps::Arguments;
         fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
             Ok((args[0].data.iter().map(|v| v * v).collect(), args[0].shape.clone()))
         }
@@ -169,6 +190,7 @@ mod tests {
         struct Forked;
         impl DiffOp for Forked {
             const NAME: &'static str = "forked";
+            const KEEPS: Keeps = Keeps::Nothing;
             fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
                 Ok((args[0].data.iter().map(|v| v * 1.001).collect(), args[0].shape.clone()))
             }

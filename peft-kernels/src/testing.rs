@@ -1,5 +1,7 @@
 //! What tests hold operations against: finite differences, and comparisons that say where they fail.
 
+use std::collections::HashMap;
+
 use candle_core::{DType, Result, Tensor, Var};
 
 use crate::philox::Stream;
@@ -44,7 +46,8 @@ pub fn close(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) -> Result<()> {
     Ok(())
 }
 
-/// Compares the gradients of `f` with central finite differences along random directions, one input at a time.
+/// Compares the gradients of `f`, by candle's graph and by a recording, with central finite differences along random
+/// directions, one input at a time.
 ///
 /// The objective is `Σ f(inputs) ⊙ w` for a fixed random `w`. `f` is evaluated in `f32`, so the step is large and the
 /// comparison is made relative to the sizes of both values.
@@ -73,9 +76,16 @@ pub fn check_gradients_with(
     let objective = |args: &[Tensor]| -> Result<f64> {
         f(args)?.to_dtype(DType::F64)?.mul(&w.to_dtype(DType::F64)?)?.sum_all()?.to_scalar::<f64>()
     };
+    let (_, record) = crate::record(|| f(&tracked))?;
+    let recorded: HashMap<_, _> = record.backward(&w)?.into_iter().collect();
     let plain: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
     for (i, var) in vars.iter().enumerate() {
         let Some(grad) = grads.get(var.as_tensor()) else { candle_core::bail!("input {i} got no gradient") };
+        let Some(again) = recorded.get(&var.as_tensor().id()) else {
+            candle_core::bail!("input {i} got no gradient from the recording")
+        };
+        let largest = grad.to_dtype(DType::F32)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        close(&format!("recorded gradient of input {i}"), again, grad, 1e-5 * f64::from(largest.max(1.0)))?;
         for direction in 0..3 {
             let d = randn(1000 + direction, plain[i].shape(), 1.0)?.to_device(plain[i].device())?;
             let norm = d.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt().max(1e-12);

@@ -41,7 +41,7 @@ impl LoraLinear {
     fn subtract(&self, y: Tensor, x: &Tensor) -> Result<Tensor> {
         let Some((a0, b0)) = &self.subtracted else { return Ok(y) };
         let share = kernels::lora_delta(x, &a0.value(), &b0.value(), -self.scale, None)?;
-        Ok((&y + share.to_dtype(y.dtype())?)?)
+        Ok(kernels::add(&y, &share.to_dtype(y.dtype())?)?)
     }
 
     /// `m / ‖W + s·BA‖` for each output.
@@ -78,7 +78,7 @@ impl PeftModule for LoraLinear {
                 let adapted = self.subtract(adapted, &dropped)?;
                 let frozen = self.subtract(kernels::frozen_linear(x, base.weight(), None)?, x)?;
                 let again = self.subtract(kernels::frozen_linear(&dropped, base.weight(), None)?, &dropped)?;
-                ((frozen - again)? + kernels::scale_columns(&adapted, &g)?)?
+                kernels::add(&(frozen - again)?, &kernels::scale_columns(&adapted, &g)?)?
             }
         };
         match base.bias() {

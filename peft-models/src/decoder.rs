@@ -242,10 +242,10 @@ impl Block {
     ) -> Result<Tensor> {
         let x = self.input_norm.forward(hidden, ctx)?;
         let attended = self.attend(&x, input, ctx, cache)?;
-        let hidden = (hidden + attended)?;
+        let hidden = kernels::add(hidden, &attended)?;
         let x = self.post_norm.forward(&hidden, ctx)?;
         let inner = gated_activation(&self.gate.forward(&x, ctx)?, &self.up.forward(&x, ctx)?, c.hidden_act.into())?;
-        Ok((&hidden + self.down.forward(&inner, ctx)?)?)
+        Ok(kernels::add(&hidden, &self.down.forward(&inner, ctx)?)?)
     }
 
     fn attend(

@@ -1,12 +1,12 @@
 //! One micro-batch, forward and backward, segment by segment.
 //!
-//! Each block's input is a fresh leaf. The forward pass keeps a block's graph or only its input; the backward pass goes
-//! through the blocks from the top, recomputes those that were not kept, takes the gradients out and drops the graph. So
-//! at most the kept graphs and one more are alive, recursion is bounded by one block, and nothing below the lowest
-//! adapted segment is differentiated at all.
+//! Each block is recorded by itself ([`kernels::record`]). The forward pass keeps a block's record or only its input; the
+//! backward pass goes through the blocks from the top, runs those again that were not kept, takes the gradients out and
+//! drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
+//! differentiated at all.
 
 use candle_core::{Tensor, Var};
-use peft_core::kernels::{self, LossSpec};
+use peft_core::kernels::{self, LossSpec, Record};
 use peft_core::{Ctx, Error, Result, Segmented, TokenBatch};
 
 use crate::data::Batch;
@@ -15,7 +15,7 @@ use crate::grads::Grads;
 /// Rows of logits that are held at a time.
 const LOGIT_ROWS: usize = 256;
 
-/// Which blocks keep their graph between forward and backward; the others are run again (gradient checkpointing).
+/// Which blocks keep their record between forward and backward; the others are run again (gradient checkpointing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checkpointing {
     /// All blocks keep theirs.
@@ -115,8 +115,12 @@ pub fn forward_backward<M: Segmented>(
 ) -> Result<Measured> {
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
     let input = model.prepare(tokens(batch))?;
-    let embedded = model.embed(tokens(batch), if lowest == 0 { ctx } else { &untracked })?;
-    let mut hidden = embedded.detach();
+    let (mut hidden, embedding) = if lowest == 0 {
+        let (hidden, record) = kernels::record(|| model.embed(tokens(batch), ctx))?;
+        (hidden, Some(record).filter(Record::is_tracked))
+    } else {
+        (model.embed(tokens(batch), &untracked)?, None)
+    };
 
     // What the backward pass needs of each block from the lowest adapted one up.
     let first = lowest.saturating_sub(1).min(blocks);
@@ -124,41 +128,37 @@ pub fn forward_backward<M: Segmented>(
     for i in 0..blocks {
         if i < first {
             hidden = model.block(i, &hidden, &input, &untracked)?;
-        } else if checkpointing.keeps(i, blocks) {
-            let leaf = leaf(&hidden, i > first || lowest == 0)?;
-            let out = model.block(i, &leaf, &input, ctx)?;
-            hidden = out.detach();
-            saved.push(Saved::Graph { leaf, out });
+            continue;
+        }
+        let x = leaf(&hidden, i > first || lowest == 0)?;
+        if checkpointing.keeps(i, blocks) {
+            let (out, record) = kernels::record(|| model.block(i, &x, &input, ctx))?;
+            saved.push(Saved { input: x, record: Some(record) });
+            hidden = out;
         } else {
-            let out = model.block(i, &hidden, &input, &untracked)?;
-            saved.push(Saved::Input(std::mem::replace(&mut hidden, out)));
+            hidden = model.block(i, &x.detach(), &input, &untracked)?;
+            saved.push(Saved { input: x, record: None });
         }
     }
 
     let targets = batch.targets();
     let needs_below = first < blocks || lowest == 0;
-    let top = leaf(&hidden, needs_below)?;
-    let head = Head::of(ctx, &top.detach(), &targets.positions, &targets.ids)?;
+    let head = Head::of(ctx, &hidden.detach(), &targets.positions, &targets.ids)?;
     let (measured, d_rows) = head.backward(model, ctx, scale, needs_below, grads)?;
     let Some(d_rows) = d_rows else { return Ok(measured) };
-    let mut gradient = scatter_rows(&d_rows, &targets.positions, &hidden)?;
-    drop((top, head, hidden));
+    let mut gradient = scatter_rows(&d_rows, &targets.positions, &hidden.detach())?;
+    drop((head, hidden));
 
     for (i, saved) in (first..blocks).zip(saved).rev().collect::<Vec<_>>() {
-        let (leaf, out) = match saved {
-            Saved::Graph { leaf, out } => (leaf, out),
-            Saved::Input(x) => {
-                let leaf = leaf(&x, i > first || lowest == 0)?;
-                let out = model.block(i, &leaf, &input, ctx)?;
-                (leaf, out)
-            }
+        let record = match saved.record {
+            Some(record) => record,
+            None => kernels::record(|| model.block(i, &saved.input, &input, ctx))?.1,
         };
-        if !out.track_op() {
+        if !record.is_tracked() {
             // No parameter in this block and none below: nothing further to find.
             break;
         }
-        let store = kernels::seed(&out, &gradient)?.backward()?;
-        match grads.drain(store, Some(&leaf))? {
+        match grads.collect(record.backward(&gradient)?, Some(&saved.input))? {
             Some(g) => gradient = g,
             None if i == first && lowest > 0 => return Ok(measured),
             None => {
@@ -166,21 +166,27 @@ pub fn forward_backward<M: Segmented>(
             }
         }
     }
-    if lowest == 0 && embedded.track_op() {
-        grads.drain(kernels::seed(&embedded, &gradient)?.backward()?, None)?;
+    if let Some(record) = embedding {
+        grads.collect(record.backward(&gradient)?, None)?;
     }
     Ok(measured)
 }
 
-enum Saved {
-    /// The block's graph, from its leaf to its output.
-    Graph { leaf: Tensor, out: Tensor },
-    /// The block's input, to run it again.
-    Input(Tensor),
+/// A block between its forward and its backward pass.
+struct Saved {
+    /// Tracked where there is something to find below.
+    input: Tensor,
+    /// What was kept of the forward pass; without it the block runs again.
+    record: Option<Record>,
 }
 
+/// `hidden` as the input of a block: a variable where its gradient is wanted.
 fn leaf(hidden: &Tensor, tracked: bool) -> Result<Tensor> {
-    Ok(if tracked { Var::from_tensor(hidden)?.into_inner() } else { hidden.clone() })
+    Ok(match (tracked, hidden.is_variable()) {
+        (true, true) => hidden.clone(),
+        (true, false) => Var::from_tensor(hidden)?.into_inner(),
+        (false, _) => hidden.detach(),
+    })
 }
 
 fn scatter_rows(rows: &Tensor, positions: &[u32], like: &Tensor) -> Result<Tensor> {

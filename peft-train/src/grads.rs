@@ -24,24 +24,32 @@ impl Grads {
         Self { index, sums: vec![None; parameters.len()] }
     }
 
-    /// Adds the parameters' gradients in `store`, and gives that of `leaf` where one is named.
+    /// Adds the parameters' gradients in candle's `store`, and gives that of `leaf` where one is named.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn drain(&mut self, mut store: GradStore, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let leaf = leaf.and_then(|l| store.remove(l)).map(|g| g.detach());
-        let ids: Vec<TensorId> = store.get_ids().copied().filter(|id| self.index.contains_key(id)).collect();
-        for id in ids {
-            let (Some(&i), Some(grad)) = (self.index.get(&id), store.get_id(id)) else { continue };
-            let grad = grad.detach();
-            if let Some(sum) = self.sums.get_mut(i) {
+    pub fn drain(&mut self, store: GradStore, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let all = store.get_ids().filter_map(|id| Some((*id, store.get_id(*id)?.detach()))).collect::<Vec<_>>();
+        self.collect(all, leaf)
+    }
+
+    /// Adds the parameters' gradients among `found`, and gives that of `leaf` where one is named.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn collect(&mut self, found: Vec<(TensorId, Tensor)>, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let mut of_leaf = None;
+        for (id, grad) in found {
+            if leaf.is_some_and(|l| l.id() == id) {
+                of_leaf = Some(grad);
+            } else if let Some(sum) = self.index.get(&id).and_then(|&i| self.sums.get_mut(i)) {
                 *sum = Some(match sum.take() {
                     Some(sum) => (sum + grad)?.detach(),
                     None => grad,
                 });
             }
         }
-        Ok(leaf)
+        Ok(of_leaf)
     }
 
     /// The sums, in the parameters' order; `None` where nothing reached a parameter.

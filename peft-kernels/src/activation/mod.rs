@@ -12,6 +12,7 @@ use candle_core::{Result, Shape, Tensor};
 use crate::cpu::{View, tensor, with};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::wide;
+use crate::tape::Keeps;
 
 /// An elementwise activation function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -109,6 +110,8 @@ struct Pointwise(Activation);
 
 impl DiffOp for Pointwise {
     const NAME: &'static str = "activation";
+    const KEEPS: Keeps = Keeps::Arguments;
+    const CHEAP: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         Ok((cpu::forward(self.0, args[0].data), args[0].shape.clone()))
@@ -136,6 +139,8 @@ struct Gated(Activation);
 
 impl DiffOp for Gated {
     const NAME: &'static str = "gated_activation";
+    const KEEPS: Keeps = Keeps::Arguments;
+    const CHEAP: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         Ok((cpu::gated_forward(self.0, args[0].data, args[1].data), args[0].shape.clone()))

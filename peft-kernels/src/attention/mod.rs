@@ -21,6 +21,7 @@ pub use plan::{AttentionPlan, SequenceSpan};
 
 use crate::cpu::View;
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
+use crate::tape::Keeps;
 
 /// `softmax(scale · q·kᵀ) · v` within each sequence of `plan`, heads side by side.
 ///
@@ -44,6 +45,7 @@ struct Attention {
 
 impl DiffOp for Attention {
     const NAME: &'static str = "attention";
+    const KEEPS: Keeps = Keeps::All;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let [q, k, v] = args else { candle_core::bail!("attention: {} arguments", args.len()) };

@@ -6,6 +6,7 @@ use crate::cpu::{self, View, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide};
 use crate::simd;
+use crate::tape::Keeps;
 
 /// `(x − mean) / √(var + eps) ⊙ weight + bias` over the last dimension of `x` (`[tokens, hidden]`); `weight` and `bias`
 /// are `[hidden]`.
@@ -101,6 +102,8 @@ impl LayerNorm {
 
 impl DiffOp for LayerNorm {
     const NAME: &'static str = "layer_norm";
+    const KEEPS: Keeps = Keeps::Arguments;
+    const CHEAP: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (x, w) = (args[0], args[1].data);

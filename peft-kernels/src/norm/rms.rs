@@ -7,6 +7,7 @@ use crate::cpu::{self, View, new_rows};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
 use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide};
 use crate::simd;
+use crate::tape::Keeps;
 
 /// `x / √(mean(x²) + eps) ⊙ (offset + weight)` over the last dimension of `x` (`[tokens, hidden]`), `weight` `[hidden]`.
 ///
@@ -87,6 +88,8 @@ impl RmsNorm {
 
 impl DiffOp for RmsNorm {
     const NAME: &'static str = "rms_norm";
+    const KEEPS: Keeps = Keeps::Arguments;
+    const CHEAP: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (x, w) = (args[0], args[1].data);

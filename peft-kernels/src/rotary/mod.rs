@@ -11,6 +11,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::cpu::View;
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
+use crate::tape::Keeps;
 
 /// Which elements of a head turn together. `rot` is the number of elements that turn at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +124,7 @@ impl Rotary {
 
 impl DiffOp for Rotary {
     const NAME: &'static str = "rotary";
+    const KEEPS: Keeps = Keeps::Nothing;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let [x] = args else { candle_core::bail!("rotary: {} arguments", args.len()) };

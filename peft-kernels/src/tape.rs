@@ -1,0 +1,449 @@
+//! A recording of the operations of one block, for a backward pass that costs no more than the operations' own.
+//!
+//! candle's `backward` starts every gradient as a tensor of zeros and adds to it, and its graph keeps the arguments of
+//! every operation. While [`record`] runs, operations of this crate are written down here instead:
+//!
+//! - what the backward pass does not read is dropped as soon as the block is done, and results that are cheaper to make
+//!   again than to keep (norms, activations, dropout) are made again when they are needed;
+//! - the first gradient of a tensor is taken as it is, further ones are added in place.
+//!
+//! Results are variables in candle's eyes, without a history. So candle's own operations may stand between: their results
+//! are tracked and no variables, and where such a tensor meets an operation of this crate, the part of candle's graph
+//! that made it becomes one entry of the recording, differentiated by candle. Nothing can be cut off unseen.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, TensorId, Var};
+
+use crate::cpu;
+use crate::diff_op::{DiffOp, compute, is_cpu_f32, seed};
+
+thread_local! {
+    static RECORDING: RefCell<Option<Record>> = const { RefCell::new(None) };
+}
+
+/// What of an operation its backward pass reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keeps {
+    /// Neither arguments nor result, beyond their shapes.
+    Nothing,
+    /// The arguments.
+    Arguments,
+    /// The arguments and the result.
+    All,
+}
+
+/// The operations of a block in the order in which they ran.
+#[derive(Debug, Default)]
+pub struct Record {
+    entries: Vec<Entry>,
+    slots: Vec<Slot>,
+    index: HashMap<TensorId, usize>,
+    out: Option<usize>,
+}
+
+#[derive(Clone)]
+enum Entry {
+    Op {
+        op: Arc<dyn Recorded>,
+        args: Vec<usize>,
+        out: usize,
+    },
+    /// A part of candle's graph, from variables to the tensor in this slot.
+    Foreign(usize),
+}
+
+/// A tensor of the recording.
+#[derive(Debug)]
+struct Slot {
+    id: TensorId,
+    value: Option<Tensor>,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+    tracked: bool,
+    /// The entry that makes it.
+    from: Option<usize>,
+}
+
+/// A [`DiffOp`] whose type is forgotten.
+trait Recorded: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn keeps(&self) -> Keeps;
+    fn is_cheap(&self) -> bool;
+    fn forward(&self, args: &[Tensor]) -> Result<Tensor>;
+    fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>>;
+}
+
+impl<T: DiffOp> Recorded for T {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+    fn keeps(&self) -> Keeps {
+        T::KEEPS
+    }
+    fn is_cheap(&self) -> bool {
+        T::CHEAP
+    }
+    fn forward(&self, args: &[Tensor]) -> Result<Tensor> {
+        compute(self, args)?.tensor()
+    }
+    fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        DiffOp::backward(self, args, res, grad, needs)
+    }
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Op { op, args, out } => write!(f, "{} {args:?} → {out}", op.name()),
+            Self::Foreign(slot) => write!(f, "candle → {slot}"),
+        }
+    }
+}
+
+/// Puts back what was being recorded before, however the block ends.
+struct Outer(Option<Record>);
+
+impl Drop for Outer {
+    fn drop(&mut self) {
+        RECORDING.set(self.0.take());
+    }
+}
+
+/// Runs a block and records it. The result is a variable where any tracked tensor went into it, so that it can be the
+/// tracked input of the next block as it is.
+///
+/// # Errors
+/// What `f` returns, or a tensor operation's.
+pub fn record<E: From<candle_core::Error>>(
+    f: impl FnOnce() -> std::result::Result<Tensor, E>,
+) -> std::result::Result<(Tensor, Record), E> {
+    let outer = Outer(RECORDING.replace(Some(Record::default())));
+    let out = f();
+    let record = RECORDING.take().unwrap_or_default();
+    drop(outer);
+    Ok(record.finished(out?)?)
+}
+
+/// Writes an operation down and runs it, if a recording is under way.
+pub(crate) fn run<T: DiffOp>(op: T, args: &[Tensor]) -> std::result::Result<Result<Tensor>, T> {
+    // The recording is not borrowed while the operation runs: one may be made of others.
+    if RECORDING.with_borrow(Option::is_none) {
+        return Err(op);
+    }
+    let detached: Vec<Tensor> = args.iter().map(Tensor::detach).collect();
+    Ok(compute(&op, &detached).and_then(|value| value.variable()).inspect(|out| {
+        RECORDING.with_borrow_mut(|record| {
+            if let Some(record) = record {
+                let args = args.iter().map(|a| record.slot(a)).collect();
+                let slot = record.insert(out, out.detach(), true, Some(record.entries.len()));
+                record.entries.push(Entry::Op { op: Arc::new(op), args, out: slot });
+            }
+        });
+    }))
+}
+
+impl Record {
+    fn insert(&mut self, tensor: &Tensor, value: Tensor, tracked: bool, from: Option<usize>) -> usize {
+        let slot = self.slots.len();
+        self.index.insert(tensor.id(), slot);
+        let (shape, dtype, device) = (tensor.shape().clone(), tensor.dtype(), tensor.device().clone());
+        self.slots.push(Slot { id: tensor.id(), value: Some(value), shape, dtype, device, tracked, from });
+        slot
+    }
+
+    fn slot(&mut self, t: &Tensor) -> usize {
+        if let Some(&slot) = self.index.get(&t.id()) {
+            return slot;
+        }
+        if !t.track_op() || t.is_variable() {
+            return self.insert(t, t.detach(), t.track_op(), None);
+        }
+        let entry = self.entries.len();
+        let slot = self.insert(t, t.clone(), true, Some(entry));
+        self.entries.push(Entry::Foreign(slot));
+        slot
+    }
+
+    /// Drops what the backward pass will not read.
+    fn finished(mut self, out: Tensor) -> Result<(Tensor, Self)> {
+        if !out.track_op() {
+            return Ok((out, Self::default()));
+        }
+        self.out = Some(self.slot(&out));
+        let out = if out.is_variable() { out } else { Var::from_tensor(&out.detach())?.into_inner() };
+        let mut read = vec![false; self.slots.len()];
+        let mut again = vec![false; self.slots.len()];
+        for entry in self.entries.iter().rev() {
+            match entry {
+                Entry::Foreign(slot) => read[*slot] = true,
+                Entry::Op { op, args, out } => {
+                    again[*out] = op.is_cheap() && (read[*out] || op.keeps() == Keeps::All);
+                    read[*out] |= op.keeps() == Keeps::All;
+                    for &arg in args {
+                        read[arg] |= op.keeps() != Keeps::Nothing || again[*out];
+                    }
+                }
+            }
+        }
+        for ((slot, read), again) in self.slots.iter_mut().zip(read).zip(again) {
+            if slot.tracked && (!read || again) {
+                slot.value = None;
+            }
+        }
+        Ok((out, self))
+    }
+
+    /// Whether anything tracked went into the result.
+    #[must_use]
+    pub fn is_tracked(&self) -> bool {
+        self.out.is_some()
+    }
+
+    /// The gradients of all variables that went into the block, by their ids, for the gradient `grad` of its result.
+    /// Variables that nothing flowed to are left out.
+    ///
+    /// # Errors
+    /// When `grad` has another shape than the result, or a tensor operation fails.
+    pub fn backward(mut self, grad: &Tensor) -> Result<Vec<(TensorId, Tensor)>> {
+        let Some(out) = self.out else { return Ok(Vec::new()) };
+        if grad.shape() != &self.slots[out].shape {
+            candle_core::bail!("backward: a gradient {:?} of a result {:?}", grad.shape(), self.slots[out].shape);
+        }
+        let mut grads: Vec<Option<Gradient>> = Vec::new();
+        grads.resize_with(self.slots.len(), || None);
+        grads[out] = Some(Gradient { value: grad.detach().contiguous()?, owned: false });
+        let mut found = Vec::new();
+        for entry in self.entries.clone().into_iter().rev() {
+            match entry {
+                Entry::Foreign(slot) => {
+                    let gradient = grads[slot].take();
+                    if let (Some(gradient), Some(value)) = (gradient, self.slots[slot].value.take()) {
+                        self.through_candle(&value, &gradient.value, &mut grads, &mut found)?;
+                    }
+                }
+                Entry::Op { op, args, out } => {
+                    if let Some(gradient) = grads[out].take() {
+                        self.through(op.as_ref(), &args, out, gradient, &mut grads)?;
+                    }
+                    // All that read it came later and are done.
+                    self.slots[out].value = None;
+                }
+            }
+        }
+        found.extend(self.slots.iter().zip(grads).filter_map(|(slot, g)| Some((slot.id, g?.value))));
+        Ok(found)
+    }
+
+    fn through_candle(
+        &self,
+        value: &Tensor,
+        grad: &Tensor,
+        grads: &mut [Option<Gradient>],
+        found: &mut Vec<(TensorId, Tensor)>,
+    ) -> Result<()> {
+        let store = seed(value, grad)?.backward()?;
+        for (id, grad) in store.get_ids().filter_map(|id| Some((*id, store.get_id(*id)?.detach()))) {
+            match self.index.get(&id) {
+                Some(&slot) if self.slots[slot].tracked => {
+                    // It may share its memory with another gradient.
+                    Gradient { value: grad.contiguous()?, owned: false }.add_to(&mut grads[slot])?;
+                }
+                Some(_) => {}
+                None => found.push((id, grad)),
+            }
+        }
+        Ok(())
+    }
+
+    fn through(
+        &mut self,
+        op: &dyn Recorded,
+        args: &[usize],
+        out: usize,
+        gradient: Gradient,
+        grads: &mut [Option<Gradient>],
+    ) -> Result<()> {
+        let needs: Vec<bool> = args.iter().map(|&a| self.slots[a].tracked).collect();
+        let reads = op.keeps() != Keeps::Nothing;
+        let values = args.iter().map(|&a| self.value(a, reads)).collect::<Result<Vec<Tensor>>>()?;
+        let res = self.value(out, op.keeps() == Keeps::All)?;
+        let results = op.backward(&values, &res, &gradient.value, &needs)?;
+        if results.len() != args.len() {
+            candle_core::bail!("{}: {} gradients for {} arguments", op.name(), results.len(), args.len());
+        }
+        // A gradient may be handed through, to several arguments even; then none of them owns it.
+        let memory: Vec<Option<usize>> = results.iter().map(|r| r.as_ref().map(address)).collect();
+        let handed = address(&gradient.value);
+        drop(gradient);
+        for (i, ((&arg, need), result)) in args.iter().zip(needs).zip(results).enumerate() {
+            let Some(value) = result.filter(|_| need) else { continue };
+            let alone = memory.iter().filter(|m| **m == memory[i]).count() == 1;
+            let owned = alone && memory[i] != Some(handed);
+            Gradient { value: value.detach().contiguous()?, owned }.add_to(&mut grads[arg])?;
+        }
+        Ok(())
+    }
+
+    /// The value in a slot, made again if it was dropped; something of its shape and of no memory where it is not read.
+    fn value(&mut self, slot: usize, read: bool) -> Result<Tensor> {
+        let Slot { value, shape, dtype, device, from, .. } = &self.slots[slot];
+        if let Some(value) = value {
+            return Ok(value.detach());
+        }
+        if !read {
+            return Tensor::zeros((), *dtype, device)?.broadcast_as(shape.clone());
+        }
+        let Some(Entry::Op { op, args, .. }) = from.and_then(|entry| self.entries.get(entry)).cloned() else {
+            candle_core::bail!("tape: a tensor that is read was dropped")
+        };
+        let args = args.into_iter().map(|a| self.value(a, true)).collect::<Result<Vec<_>>>()?;
+        let value = op.forward(&args)?;
+        self.slots[slot].value = Some(value.detach());
+        Ok(value)
+    }
+}
+
+/// Where a tensor's elements lie.
+fn address(t: &Tensor) -> usize {
+    let (storage, _) = t.storage_and_layout();
+    std::ptr::from_ref(&*storage).addr()
+}
+
+/// A gradient under way, and whether it may be added to in place.
+struct Gradient {
+    value: Tensor,
+    owned: bool,
+}
+
+impl Gradient {
+    fn add_to(self, to: &mut Option<Self>) -> Result<()> {
+        *to = Some(match to.take() {
+            None => self,
+            Some(sum) if sum.owned => sum.plus(&self.value)?,
+            Some(sum) if self.owned => self.plus(&sum.value)?,
+            Some(sum) => Self { value: crate::add(&sum.value, &self.value)?, owned: true },
+        });
+        Ok(())
+    }
+
+    fn plus(self, other: &Tensor) -> Result<Self> {
+        if is_cpu_f32(&self.value) && is_cpu_f32(other) {
+            self.value.inplace_op2(other, &AddInPlace)?;
+            return Ok(self);
+        }
+        Ok(Self { value: (&self.value + other)?.detach(), owned: true })
+    }
+}
+
+struct AddInPlace;
+
+impl InplaceOp2 for AddInPlace {
+    fn name(&self) -> &'static str {
+        "add_in_place"
+    }
+
+    fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
+        let range = |l: &Layout| match l.contiguous_offsets() {
+            Some((start, end)) => Ok(start..end),
+            None => candle_core::bail!("add_in_place: a gradient is not contiguous"),
+        };
+        let (to_range, from_range) = (range(to_layout)?, range(layout)?);
+        let CpuStorage::F32(to) = to else { candle_core::bail!("add_in_place: not f32") };
+        let (to, from) = (&mut to[to_range], &from.as_slice::<f32>()?[from_range]);
+        cpu::for_row_blocks(to, 1, 2, |first, block| {
+            block.iter_mut().zip(&from[first..]).for_each(|(t, f)| *t += f);
+        });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::testing::{close, randn};
+    use crate::{Activation, FrozenWeight, gated_activation, lora_linear, rms_norm};
+
+    fn var(seed: u64, shape: (usize, usize)) -> Tensor {
+        Var::from_tensor(&randn(seed, shape, 0.5).unwrap()).unwrap().into_inner()
+    }
+
+    /// Every kind of entry: own operations, a tensor with several readers, candle's operations between them, a parameter
+    /// that only candle sees, and one that nothing reads.
+    fn block(x: &Tensor, a: &Tensor, b: &Tensor, s: &Tensor) -> Result<Tensor> {
+        let norm = rms_norm(x, &randn(1, 8, 1.0)?, 1e-5, 0.0)?;
+        let weight = |seed| FrozenWeight::dense(&randn(seed, (8, 8), 0.4)?);
+        let gate = lora_linear(&norm, &weight(2)?, None, a, b, 0.7, None)?;
+        let up = lora_linear(&norm, &weight(3)?, None, a, b, 0.3, None)?;
+        let inner = gated_activation(&gate, &up, Activation::Silu)?;
+        let scaled = inner.broadcast_mul(&s.exp()?)?;
+        let down = lora_linear(&scaled, &weight(4)?, None, a, b, 1.0, None)?;
+        crate::add(&crate::add(x, &down)?, &(inner * 0.5)?)
+    }
+
+    #[test]
+    fn gradients_are_candles() {
+        let (x, a, b, s) = (var(11, (5, 8)), var(12, (2, 8)), var(13, (8, 2)), var(14, (1, 8)));
+        let unused = var(15, (1, 1));
+        let dy = randn(16, (5, 8), 1.0).unwrap();
+        let y = block(&x, &a, &b, &s).unwrap();
+        let want = seed(&y, &dy).unwrap().backward().unwrap();
+        let (out, record) = record(|| block(&x, &a, &b, &s)).unwrap();
+        close("value", &out, &y, 0.0).unwrap();
+        assert!(out.is_variable() && record.is_tracked());
+        let got = record.backward(&dy).unwrap();
+        for (name, v) in [("x", &x), ("a", &a), ("b", &b), ("s", &s)] {
+            let grad = &got.iter().find(|(id, _)| *id == v.id()).unwrap().1;
+            close(name, grad, want.get(v).unwrap(), 1e-6).unwrap();
+        }
+        assert!(got.iter().all(|(id, _)| *id != unused.id()));
+        // The gradient that was handed in is as it was.
+        close("dy", &dy, &randn(16, (5, 8), 1.0).unwrap(), 0.0).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_read_is_dropped() {
+        let (x, a, b, s) = (var(11, (5, 8)), var(12, (2, 8)), var(13, (8, 2)), var(14, (1, 8)));
+        let (_, record) = record(|| block(&x, &a, &b, &s)).unwrap();
+        let kept = |name: &str| {
+            let outs = record.entries.iter().filter_map(|e| match e {
+                Entry::Op { op, out, .. } if op.name() == name => Some(record.slots[*out].value.is_some()),
+                _ => None,
+            });
+            outs.collect::<Vec<_>>()
+        };
+        assert_eq!(kept("rms_norm"), [false]);
+        assert_eq!(kept("gated_activation"), [false]);
+        assert_eq!(kept("add"), [false, false]);
+        assert_eq!(kept("lora_linear"), [true, true, false]);
+    }
+
+    #[test]
+    fn a_result_of_candle_and_one_of_nothing_tracked() {
+        let x = var(1, (3, 4));
+        let (y, recorded) = record(|| x.sqr()).unwrap();
+        assert!(y.is_variable());
+        let got = recorded.backward(&y.ones_like().unwrap()).unwrap();
+        close("2x", &got[0].1, &(&x * 2.0).unwrap(), 1e-6).unwrap();
+
+        let constant = x.detach();
+        let (y, recorded) = record(|| crate::add(&constant, &constant)).unwrap();
+        assert!(!y.track_op() && !recorded.is_tracked());
+        assert!(recorded.backward(&y).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_failing_block_leaves_no_recording() {
+        let x = var(1, (3, 4));
+        assert!(record(|| crate::add(&x, &x.narrow(0, 0, 1)?)).is_err());
+        // Outside, operations are candle's again: tracked and no variables.
+        let y = crate::add(&x, &x).unwrap();
+        assert!(y.track_op() && !y.is_variable());
+        let (y, recorded) = record(|| crate::add(&x, &x)).unwrap();
+        assert!(recorded.backward(&y.narrow(0, 0, 1).unwrap()).is_err());
+    }
+}
