@@ -24,8 +24,8 @@ pub struct Settings {
     pub steps: usize,
     /// LoRA rank on every linear layer of the blocks.
     pub rank: usize,
-    /// Recompute every block in the backward pass (ours only).
-    pub checkpointing: bool,
+    /// Blocks that are not run again in the backward pass, from the top (ours only).
+    pub keep: usize,
     /// Weights as they lie in the file instead of `f32` (ours only).
     pub stored: bool,
 }

@@ -38,9 +38,12 @@ struct Args {
     /// LoRA rank
     #[arg(long, default_value_t = 16)]
     rank: usize,
-    /// Recompute every block in the backward pass (step only)
-    #[arg(long)]
+    /// Run every block again in the backward pass (step only)
+    #[arg(long, conflicts_with = "keep")]
     checkpointing: bool,
+    /// Blocks that are not run again, from the top; all by default (step only)
+    #[arg(long)]
+    keep: Option<usize>,
     /// Hold weights as they lie in the file, not in f32 (step only)
     #[arg(long)]
     stored: bool,
@@ -54,8 +57,9 @@ fn main() -> Result<()> {
     let args = Args::parse();
     let measured = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || -> Result<_> {
         let files = ModelFiles::open(&args.model)?;
-        let Args { batch, seq, steps, rank, checkpointing, stored, .. } = args;
-        let settings = Settings { batch, seq, steps, rank, checkpointing, stored };
+        let Args { batch, seq, steps, rank, checkpointing, keep, stored, .. } = args;
+        let keep = if checkpointing { 0 } else { keep.unwrap_or(usize::MAX) };
+        let settings = Settings { batch, seq, steps, rank, keep, stored };
         Ok(match args.what {
             What::Naive => naive::run(&files, &settings)?.1,
             What::Step => ours::run(&files, &settings)?.1,

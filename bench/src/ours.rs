@@ -39,7 +39,7 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
     let set = AdapterSet::one("default", Arc::new(adapter));
     let batch = packed(settings, files.config().vocab_size);
     let counted = batch.targets().ids.len() as f64;
-    let checkpointing = if settings.checkpointing { Checkpointing::Full } else { Checkpointing::Off };
+    let checkpointing = Checkpointing::KeepTop(settings.keep);
     let opt_params: Vec<OptParam> = parameters.iter().map(|p| OptParam::new(p.name(), p.var().clone())).collect();
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
     let route = Route::Uniform(0);

@@ -1,4 +1,4 @@
-//! How much memory a training step takes, and how many blocks may keep their graph within a budget.
+//! How much memory a training step takes, and how many blocks may keep their record within a budget.
 
 use anyhow::{Result, bail};
 use peft_core::{Adapter, Segmented};
@@ -7,16 +7,24 @@ use peft_train::Checkpointing;
 
 use crate::sample;
 
-/// Bytes that the graph of one block keeps for `tokens` tokens: what each operation holds for its backward pass.
+/// Bytes that the record of one block keeps for `tokens` tokens: what its operations read in the backward pass and do not
+/// make again.
 fn block_bytes(model: &Decoder, tokens: usize) -> u64 {
     let c = model.config();
-    // Residual stream: leaf, two normed inputs, two projections and two sums; queries and keys before and after the
-    // rotation, values, the attention's result and its row statistics; gate, up and their product.
-    let floats = 7 * c.hidden_size
-        + 3 * c.query_size()
-        + 3 * c.key_value_size()
+    // The residual stream before attention and before the MLP; rotated queries and keys, values, the attention's result
+    // and its row statistics; gate and up.
+    let floats = 2 * c.hidden_size
+        + 2 * c.query_size()
+        + 2 * c.key_value_size()
         + c.num_attention_heads
-        + 3 * c.intermediate_size;
+        + 2 * c.intermediate_size;
+    (tokens * floats * 4) as u64
+}
+
+/// Bytes that one block's backward pass has at a time besides its record: what is made again, and gradients.
+fn working_bytes(model: &Decoder, tokens: usize) -> u64 {
+    let c = model.config();
+    let floats = 6 * c.hidden_size + 2 * c.query_size() + 2 * c.key_value_size() + 4 * c.intermediate_size;
     (tokens * floats * 4) as u64
 }
 
@@ -25,7 +33,7 @@ fn input_bytes(model: &Decoder, tokens: usize) -> u64 {
     (tokens * model.config().hidden_size * 4) as u64
 }
 
-/// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept graphs, and the
+/// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
 /// working memory of one block's backward pass and of the logits.
 pub(crate) fn estimate(model: &Decoder, adapter: &Adapter, tokens: usize, checkpointing: Checkpointing) -> u64 {
     let blocks = model.num_blocks() as u64;
@@ -34,30 +42,44 @@ pub(crate) fn estimate(model: &Decoder, adapter: &Adapter, tokens: usize, checkp
         Checkpointing::Full => 0,
         Checkpointing::KeepTop(n) => n as u64,
     };
-    let graphs = kept * block_bytes(model, tokens) + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
+    let records = kept * block_bytes(model, tokens) + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
+    // A block that runs again has its record only then.
+    let again = if kept < blocks { block_bytes(model, tokens) } else { 0 };
     let logits = 2 * (tokens.min(256) * model.vocab_size() * 4) as u64;
     let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
     let process = 40 << 20;
-    model.nbytes() as u64 + optimizer + graphs + 2 * block_bytes(model, tokens) + logits + process
+    model.nbytes() as u64 + optimizer + records + again + working_bytes(model, tokens) + logits + process
 }
 
-/// The policy that `gradient_checkpointing = "auto"` stands for: as many blocks keep their graph as fit.
+/// The policy that `gradient_checkpointing = "auto"` stands for: as many blocks keep their record as fit into the budget,
+/// or into half of the memory that is free.
 ///
 /// # Errors
-/// When the budget is not a size.
-pub(crate) fn auto_checkpointing(model: &Decoder, tokens: usize, budget: Option<&str>) -> Result<Checkpointing> {
-    let budget = match budget {
-        Some(text) => parse_size(text)?.saturating_sub(model.nbytes() as u64),
-        None => sample::available_memory().unwrap_or(u64::MAX) / 2,
+/// When the budget is not a size, or not enough even if every block runs again.
+pub(crate) fn auto_checkpointing(
+    model: &Decoder,
+    adapter: &Adapter,
+    tokens: usize,
+    budget: Option<&str>,
+) -> Result<Checkpointing> {
+    let peak = |n| estimate(model, adapter, tokens, Checkpointing::KeepTop(n));
+    let limit = match budget {
+        Some(text) => parse_size(text)?,
+        None => model.nbytes() as u64 + sample::available_memory().unwrap_or(u64::MAX / 2) / 2,
     };
-    let blocks = model.num_blocks() as u64;
-    let (graph, input) = (block_bytes(model, tokens).max(1), input_bytes(model, tokens));
-    let room = budget.saturating_sub(2 * graph + blocks * input);
-    let kept = room / graph.saturating_sub(input).max(1);
-    Ok(match kept {
-        n if n >= blocks => Checkpointing::Off,
-        0 => Checkpointing::Full,
-        n => Checkpointing::KeepTop(n as usize),
+    if budget.is_some() && peak(0) > limit {
+        bail!(
+            "`train.memory_budget` of {:.0} MB is too small: a step takes about {:.0} MB even with every block run again; \
+             lower train.batch_size (and raise train.gradient_accumulation) or data.max_length",
+            limit as f64 / 1e6,
+            peak(0) as f64 / 1e6
+        );
+    }
+    let blocks = model.num_blocks();
+    Ok(match (0..=blocks).rev().find(|&n| peak(n) <= limit) {
+        Some(n) if n == blocks => Checkpointing::Off,
+        Some(n) if n > 0 => Checkpointing::KeepTop(n),
+        _ => Checkpointing::Full,
     })
 }
 

@@ -121,7 +121,7 @@ impl LoraLinear {
                         } else {
                             None
                         };
-                        let dx = if needs[0] { Some(self.input_gradient(grad, g, a, tokens, inp)?) } else { None };
+                        let dx = if needs[0] { Some(self.input_gradient(grad, g, a, tokens)?) } else { None };
                         Ok(vec![
                             dx.map(|d| cpu::tensor(d, (tokens, inp))).transpose()?,
                             da.map(|d| cpu::tensor(d, (r, inp))).transpose()?,
@@ -133,18 +133,14 @@ impl LoraLinear {
         })
     }
 
-    fn input_gradient(&self, grad: &Tensor, g: Mat<'_>, a: Mat<'_>, tokens: usize, inp: usize) -> Result<Vec<f32>> {
-        let mut dx = match &self.base {
-            Some((w, _)) => cpu::with(grad, |dy| w.matmul_cpu(dy.data, tokens))?,
-            None => vec![0f32; tokens * inp],
-        };
-        match self.dropout {
-            None => cpu::gemm_into(&mut dx, inp, 1.0, g, a, 1.0, true)?,
-            Some(d) => {
-                let mut through = cpu::gemm(g, a, 1.0)?;
-                dropout::apply_in_place(&mut through, d.p, d.stream)?;
-                dx.iter_mut().zip(&through).for_each(|(x, t)| *x += t);
-            }
+    /// The low-rank part first, so that the large product is added to it while it is made.
+    fn input_gradient(&self, grad: &Tensor, g: Mat<'_>, a: Mat<'_>, tokens: usize) -> Result<Vec<f32>> {
+        let mut dx = cpu::gemm(g, a, 1.0)?;
+        if let Some(d) = self.dropout {
+            dropout::apply_in_place(&mut dx, d.p, d.stream)?;
+        }
+        if let Some((w, _)) = &self.base {
+            cpu::with(grad, |dy| w.add_matmul_cpu(dy.data, tokens, &mut dx))?;
         }
         Ok(dx)
     }
@@ -160,21 +156,13 @@ impl DiffOp for LoraLinear {
             candle_core::bail!("lora_linear: A has rank {r} and B has rank {rank}");
         }
         let tokens = matrix(args[0].shape, inp, Self::NAME)?;
-        let mut y = match &self.base {
-            Some((w, _)) => w.matmul_t_cpu(args[0].data, tokens)?,
-            None => vec![0f32; tokens * out],
-        };
         let dropped = self.dropped(args[0].data)?;
         let xa = cpu::gemm(Mat::new(&dropped, tokens, inp), Mat::new(args[1].data, r, inp).t(), 1.0)?;
-        cpu::gemm_into(
-            &mut y,
-            out,
-            1.0,
-            Mat::new(&xa, tokens, r),
-            Mat::new(args[2].data, out, r).t(),
-            self.scale,
-            true,
-        )?;
+        // The low-rank part first, so that the large product is added to it while it is made.
+        let mut y = cpu::gemm(Mat::new(&xa, tokens, r), Mat::new(args[2].data, out, r).t(), self.scale)?;
+        if let Some((w, _)) = &self.base {
+            w.add_matmul_t_cpu(args[0].data, tokens, &mut y)?;
+        }
         let _ = self.xa.set(xa);
         if let Some((_, bias)) = &self.base {
             add_bias_rows(&mut y, bias.as_ref(), out)?;

@@ -213,16 +213,22 @@ impl FrozenWeight {
 
     pub(crate) fn matmul_t_cpu(&self, x: &[f32], tokens: usize) -> Result<Vec<f32>> {
         let (n, k) = (self.out_features, self.in_features);
-        let x = Mat::new(x, tokens, k);
         if let Some(w) = self.as_f32() {
-            return cpu::with(w, |w| cpu::gemm(x, Mat::new(w.data, n, k).t(), 1.0));
+            return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
         }
         let mut y = vec![0f32; tokens * n];
+        self.add_matmul_t_cpu(x, tokens, &mut y)?;
+        Ok(y)
+    }
+
+    /// `y += x·Wᵀ`.
+    pub(crate) fn add_matmul_t_cpu(&self, x: &[f32], tokens: usize, y: &mut [f32]) -> Result<()> {
+        let (n, k) = (self.out_features, self.in_features);
+        let x = Mat::new(x, tokens, k);
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
-            cpu::gemm_into(&mut y[first..], n, 0.0, x, Mat::new(panel, rows, k).t(), 1.0, true)
-        })?;
-        Ok(y)
+            cpu::gemm_into(&mut y[first..], n, 1.0, x, Mat::new(panel, rows, k).t(), 1.0, true)
+        })
     }
 
     pub(crate) fn matmul_cpu(&self, dy: &[f32], tokens: usize) -> Result<Vec<f32>> {
@@ -231,13 +237,18 @@ impl FrozenWeight {
             return cpu::with(w, |w| cpu::gemm(Mat::new(dy, tokens, n), Mat::new(w.data, n, k), 1.0));
         }
         let mut dx = vec![0f32; tokens * k];
+        self.add_matmul_cpu(dy, tokens, &mut dx)?;
+        Ok(dx)
+    }
+
+    /// `dx += dy·W`.
+    pub(crate) fn add_matmul_cpu(&self, dy: &[f32], tokens: usize, dx: &mut [f32]) -> Result<()> {
+        let (n, k) = (self.out_features, self.in_features);
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
-            let keep = if first == 0 { 0.0 } else { 1.0 };
             let dy = Mat::strided(dy.get(first..).unwrap_or_default(), tokens, rows, n);
-            cpu::gemm_into(&mut dx, k, keep, dy, Mat::new(panel, rows, k), 1.0, true)
-        })?;
-        Ok(dx)
+            cpu::gemm_into(dx, k, 1.0, dy, Mat::new(panel, rows, k), 1.0, true)
+        })
     }
 
     /// The matrix where it is `f32` as it lies.

@@ -31,7 +31,7 @@ impl Checkpointing {
         match self {
             Self::Off => true,
             Self::Full => false,
-            Self::KeepTop(n) => block + n >= blocks,
+            Self::KeepTop(n) => blocks - block <= n,
         }
     }
 }

@@ -175,7 +175,7 @@ impl Run {
             toml::Value::String(s) if s == "auto" => &self.recipe.train.memory_budget,
             other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
         };
-        memory::auto_checkpointing(&self.model, self.longest_batch(), setting.as_deref())
+        memory::auto_checkpointing(&self.model, &self.prepared.adapter, self.longest_batch(), setting.as_deref())
     }
 
     /// Tokens of the largest micro-batch that the data can give.
