@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use peft_bench::{Settings, naive, ours};
+use peft_core::kernels;
 use peft_models::ModelFiles;
 
 /// As in `peft-cli`. Both steps get it.
@@ -49,13 +50,10 @@ struct Args {
     stored: bool,
 }
 
-/// The naive graph is as deep as the model, and candle walks it by recursion.
-const STACK_BYTES: usize = 256 << 20;
-
 fn main() -> Result<()> {
     peft_alloc::keep_pages();
     let args = Args::parse();
-    let measured = std::thread::Builder::new().stack_size(STACK_BYTES).spawn(move || -> Result<_> {
+    let measured = kernels::on_pool(|| -> Result<_> {
         let files = ModelFiles::open(&args.model)?;
         let Args { batch, seq, steps, rank, checkpointing, keep, stored, .. } = args;
         let keep = if checkpointing { 0 } else { keep.unwrap_or(usize::MAX) };
@@ -64,7 +62,7 @@ fn main() -> Result<()> {
             What::Naive => naive::run(&files, &settings)?.1,
             What::Step => ours::run(&files, &settings)?.1,
         })
-    })?;
-    println!("{}", measured.join().map_err(|_| anyhow!("the measuring thread panicked"))??);
+    });
+    println!("{}", measured?);
     Ok(())
 }

@@ -122,6 +122,14 @@ pub fn threads() -> usize {
     rayon::current_num_threads()
 }
 
+/// Runs `f` on a thread of the pool that the kernels use. From any other thread, every parallel loop costs two switches
+/// between threads. For programs: work that others have put into the same pool may run on the thread while it waits.
+pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    // As large as a main thread's. A pool that there is already stays as it is.
+    let _ = rayon::ThreadPoolBuilder::new().stack_size(8 << 20).build_global();
+    rayon::scope(|_| f())
+}
+
 /// A read-only matrix in a slice.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Mat<'a> {
@@ -208,10 +216,11 @@ pub(crate) fn gemm_into(
 pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
     let (m, k, n) = (lhs.rows, lhs.cols, rhs.cols);
     check_factors(lhs, rhs)?;
-    if m == 0 || n == 0 || k == 0 || thin::suits(lhs, rhs) {
-        let mut out = vec![0f32; m * n];
-        gemm_into(&mut out, n, 0.0, lhs, rhs, scale, true)?;
-        return Ok(out);
+    if m == 0 || n == 0 || k == 0 {
+        return Ok(vec![0f32; m * n]);
+    }
+    if thin::suits(lhs, rhs) {
+        return Ok(thin::product(lhs, rhs, scale));
     }
     let mut out = Vec::with_capacity(m * n);
     #[allow(unsafe_code)]

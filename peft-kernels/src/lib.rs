@@ -37,7 +37,7 @@ pub mod weight;
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
 pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use bias::{add, add_bias, scale_columns};
-pub use cpu::threads;
+pub use cpu::{on_pool, threads};
 pub use cross_entropy::{
     CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,
 };

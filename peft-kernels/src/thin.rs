@@ -2,10 +2,11 @@
 //! operands are read once, where they lie.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::cpu::Mat;
+use crate::cpu::{self, Mat};
 use crate::tile::Gemm;
 
 /// The thin dimension up to which this beats a GEMM that packs; see `benches/ops.rs`.
@@ -25,36 +26,31 @@ pub(crate) fn suits(lhs: Mat<'_>, rhs: Mat<'_>) -> bool {
     m > 1 && thin <= THIN
 }
 
+/// `scale·(lhs × rhs)` as a new row-major buffer.
+pub(crate) fn product(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Vec<f32> {
+    let (m, k, n) = (lhs.rows(), lhs.cols(), rhs.cols());
+    if m <= THIN {
+        let mut out = vec![0f32; m * n];
+        gemm(&mut out, n, false, lhs, rhs, scale, true);
+        return out;
+    }
+    let rhs = RowMajor::of(rhs);
+    let part = Part { lhs, rhs: &rhs, scale, add: false, arch: pulp::Arch::new() };
+    cpu::new_rows(m * n, n, k * n, |first, rows| part.run(rows, n, first..first + rows.len() / n, 0..n))
+}
+
 /// `dst = scale·(lhs × rhs)`, or that added to `dst`, whose rows lie `stride` apart. The caller has checked that all
 /// matrices lie inside their slices. What is summed in what order does not depend on the number of threads.
 pub(crate) fn gemm(dst: &mut [f32], stride: usize, add: bool, lhs: Mat<'_>, rhs: Mat<'_>, scale: f32, parallel: bool) {
     let (m, k, n) = (lhs.rows(), lhs.cols(), rhs.cols());
     let rhs = RowMajor::of(rhs);
-    let arch = pulp::Arch::new();
-    let part = |c: &mut [f32], c_row: usize, rows: std::ops::Range<usize>, columns: std::ops::Range<usize>| {
-        let (a, a_row, a_col) = lhs.beyond(rows.start);
-        let b = rhs.data.get(columns.start..).unwrap_or_default();
-        arch.dispatch(Gemm {
-            m: rows.len(),
-            k,
-            n: columns.len(),
-            a,
-            a_row,
-            a_col,
-            b,
-            b_row: rhs.stride,
-            c,
-            c_row,
-            scale,
-            add,
-        });
-    };
+    let part = Part { lhs, rhs: &rhs, scale, add, arch: pulp::Arch::new() };
     if !parallel || m * k * n < PARALLEL_WORK {
-        part(dst, stride, 0..m, 0..n);
+        part.run(dst, stride, 0..m, 0..n);
     } else if m > THIN || n <= COLUMNS {
         let end = (m - 1) * stride + n;
         dst[..end].par_chunks_mut(ROWS * stride).enumerate().for_each(|(i, c)| {
-            part(c, stride, i * ROWS..(i * ROWS + ROWS).min(m), 0..n);
+            part.run(c, stride, i * ROWS..(i * ROWS + ROWS).min(m), 0..n);
         });
     } else {
         // Few rows of many columns: each item makes its columns apart, since a slice of them is not contiguous.
@@ -69,7 +65,7 @@ pub(crate) fn gemm(dst: &mut [f32], stride: usize, add: bool, lhs: Mat<'_>, rhs:
                         to.copy_from_slice(&from[..width]);
                     }
                 }
-                part(&mut panel, width, 0..m, start..start + width);
+                part.run(&mut panel, width, 0..m, start..start + width);
                 panel
             })
             .collect();
@@ -79,6 +75,35 @@ pub(crate) fn gemm(dst: &mut [f32], stride: usize, add: bool, lhs: Mat<'_>, rhs:
                 to[..width].copy_from_slice(from);
             }
         }
+    }
+}
+
+/// A product of which rows and columns are made piece by piece.
+struct Part<'a> {
+    lhs: Mat<'a>,
+    rhs: &'a RowMajor<'a>,
+    scale: f32,
+    add: bool,
+    arch: pulp::Arch,
+}
+
+impl Part<'_> {
+    fn run(&self, c: &mut [f32], c_row: usize, rows: Range<usize>, columns: Range<usize>) {
+        let (a, a_row, a_col) = self.lhs.beyond(rows.start);
+        self.arch.dispatch(Gemm {
+            m: rows.len(),
+            k: self.lhs.cols(),
+            n: columns.len(),
+            a,
+            a_row,
+            a_col,
+            b: self.rhs.data.get(columns.start..).unwrap_or_default(),
+            b_row: self.rhs.stride,
+            c,
+            c_row,
+            scale: self.scale,
+            add: self.add,
+        });
     }
 }
 
@@ -129,6 +154,9 @@ mod tests {
             let (at, bt) = (transposed(&a, m, k), transposed(&b, k, n));
             for lhs in [Mat::new(&a, m, k), Mat::new(&at, k, m).t()] {
                 for rhs in [Mat::new(&b, k, n), Mat::new(&bt, n, k).t()] {
+                    for (got, want) in product(lhs, rhs, 0.5).iter().zip(&want) {
+                        assert!((got - 0.5 * want).abs() < 1e-4, "{got} in a product {shape:?}");
+                    }
                     for (add, parallel) in [(false, true), (true, true), (true, false)] {
                         let stride = n + 3;
                         let mut dst = vec![1f32; m * stride];
