@@ -28,6 +28,7 @@ one() { # KIND COMMAND...
 }
 for _ in $(seq "${ROUNDS:-3}"); do
     one ours "$bench" step "${options[@]}"
+    one ours-keep-12 "$bench" step "${options[@]}" --keep 12
     one ours-checkpointing "$bench" step "${options[@]}" --checkpointing
     one ours-stored "$bench" step "${options[@]}" --checkpointing --stored
     one naive "$bench" naive "${options[@]}"

@@ -65,6 +65,9 @@ pub(crate) fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     out
 }
 
+/// Elements of a buffer that stay in the first-level cache while they are written.
+const CACHED_ELEMENTS: usize = 8 * 1024;
+
 /// Elements below which a loop stays on one thread.
 pub(crate) const PARALLEL_ELEMENTS: usize = 16 * 1024;
 
@@ -85,8 +88,8 @@ pub(crate) fn for_row_blocks(out: &mut [f32], width: usize, cost: usize, f: impl
     out.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| f(i * block, rows));
 }
 
-/// A new buffer of `len` elements that `f(first_row, rows)` fills, as in [`for_row_blocks`]. Each block is zeroed by the
-/// thread that fills it just before it does, so that the buffer goes through the cache once.
+/// A new buffer of `len` elements that `f(first_row, rows)` fills, as in [`for_row_blocks`]. Each block is small enough to
+/// be zeroed and filled while it is in the first-level cache, so that the buffer goes to memory once.
 pub(crate) fn new_rows(len: usize, width: usize, cost: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
     let mut out = Vec::with_capacity(len);
     if width == 0 || !len.is_multiple_of(width) {
@@ -106,7 +109,12 @@ pub(crate) fn new_rows(len: usize, width: usize, cost: usize, f: impl Fn(usize, 
         fill(0, room);
     } else {
         let block = n.div_ceil(threads() * 4).max(1);
-        room.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| fill(i * block, rows));
+        let step = (CACHED_ELEMENTS / width).next_multiple_of(8).max(8);
+        room.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| {
+            for (j, rows) in rows.chunks_mut(step * width).enumerate() {
+                fill(i * block + j * step, rows);
+            }
+        });
     }
     #[allow(unsafe_code)]
     // SAFETY: `fill` initialised every one of the `len` elements, which the capacity holds.

@@ -222,6 +222,7 @@ impl Gguf {
         let bytes = aligned(self.bytes_in_hf_order(info, hf_name)?);
         let storage =
             QStorage::from_data(std::borrow::Cow::Borrowed(bytes.get()), device, block_type).map_err(candle)?;
+        self.forget(info);
         Ok(Arc::new(QTensor::new(storage, info.shape.clone()).map_err(candle)?))
     }
 
@@ -254,9 +255,21 @@ impl Gguf {
             }
         };
         let bytes = self.bytes_in_hf_order(info, hf_name)?;
-        Tensor::from_raw_buffer(&bytes, stored, &info.shape, &Device::Cpu)
-            .and_then(|x| x.to_dtype(dtype)?.to_device(device))
-            .map_err(candle)
+        let read = Tensor::from_raw_buffer(&bytes, stored, &info.shape, &Device::Cpu);
+        self.forget(info);
+        read.and_then(|x| x.to_dtype(dtype)?.to_device(device)).map_err(candle)
+    }
+
+    /// Drops a tensor's pages from this process's memory once its values are copied; the next access reads them again.
+    fn forget(&self, info: &TensorInfo) {
+        if info.length == 0 || info.start + info.length > self.map.len() {
+            return;
+        }
+        #[cfg(unix)]
+        #[allow(unsafe_code)]
+        // SAFETY: the mapping is shared, read-only and backed by the file; its dropped pages are read from the file again
+        // on the next access, so no view of it changes. The range lies inside the mapping (checked above).
+        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, info.start, info.length) };
     }
 
     /// The values of a small f32 tensor by its name in the file, such as `rope_freqs.weight`.
