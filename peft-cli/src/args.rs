@@ -104,7 +104,7 @@ pub(crate) struct EvalArgs {
     /// Template over a row's columns
     #[arg(long)]
     pub(crate) template: Option<String>,
-    /// A possible completion; give it for each. Accuracy is then the share of rows whose own completion is the likeliest
+    /// A possible completion; give it for each. Accuracy is then the share of rows whose own completion is the likeliest (its text; the end token counts only where a choice begins with another)
     #[arg(long = "choice")]
     pub(crate) choices: Vec<String>,
     /// Rows a batch

@@ -78,6 +78,8 @@ fn choices(
     }
     let options = EncodeOptions { format: Format::Completion, ..options };
     let encoder = Encoder::new(tokenizer, &options)?;
+    // The end token is no part of a choice's text; but only with it can a choice be likelier than its own beginning.
+    let with_end = args.choices.iter().any(|a| args.choices.iter().any(|b| a != b && b.starts_with(a.as_str())));
     let (mut right, mut rows, mut nll, mut tokens) = (0usize, 0usize, 0f64, 0usize);
     for file in peft_train::data::source::data_files(&args.data)? {
         let parsed = peft_train::data::source::read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
@@ -88,12 +90,15 @@ fn choices(
                 let Some(own) = args.choices.iter().position(|c| c == own) else {
                     bail!("{}: its completion {own:?} is none of the choices {:?}", row.at, args.choices);
                 };
-                let best = scores.iter().enumerate().min_by(|a, b| a.1.0.total_cmp(&b.1.0)).map_or(0, |(i, _)| i);
+                let likelier = |a: &Score, b: &Score| {
+                    if with_end { a.nll.total_cmp(&b.nll) } else { a.nll_of_text.total_cmp(&b.nll_of_text) }
+                };
+                let best = scores.iter().enumerate().min_by(|a, b| likelier(a.1, b.1)).map_or(0, |(i, _)| i);
                 right += usize::from(best == own);
                 rows += 1;
-                if let Some((n, t)) = scores.get(own) {
-                    nll += n;
-                    tokens += t;
+                if let Some(score) = scores.get(own) {
+                    nll += score.nll;
+                    tokens += score.tokens;
                 }
             }
         }
@@ -114,14 +119,24 @@ fn choices(
     Ok(())
 }
 
-/// Sum of negative log-likelihoods, and counted tokens, of each choice of each row.
+/// How likely a choice is.
+struct Score {
+    /// Sum of negative log-likelihoods, the end token included.
+    nll: f64,
+    /// The same without the end token.
+    nll_of_text: f64,
+    /// Tokens, the end token included.
+    tokens: usize,
+}
+
+/// The score of each choice of each row.
 fn score_rows(
     rows: &[Row],
     choices: &[String],
     encoder: &Encoder<'_>,
     model: &Decoder,
     ctx: &Ctx<'_>,
-) -> Result<Vec<Vec<(f64, usize)>>> {
+) -> Result<Vec<Vec<Score>>> {
     let mut examples: Vec<Example> = Vec::with_capacity(rows.len() * choices.len());
     for row in rows {
         for choice in choices {
@@ -141,7 +156,10 @@ fn score_rows(
         let upto = positions.partition_point(|&p| (p as usize) < *end);
         let own = losses.get(next..upto).context("losses do not line up with the batch")?;
         next = upto;
-        let score = (own.iter().map(|&x| f64::from(x)).sum(), own.len());
+        let sum = |losses: &[f32]| losses.iter().map(|&x| f64::from(x)).sum::<f64>();
+        // Completion rows are closed with the end token.
+        let text = own.get(..own.len().saturating_sub(1)).unwrap_or_default();
+        let score = Score { nll: sum(own), nll_of_text: sum(text), tokens: own.len() };
         if i % choices.len() == 0 {
             scored.push(Vec::with_capacity(choices.len()));
         }

@@ -64,6 +64,35 @@ fn from_rows_to_a_merged_model() {
 }
 
 #[test]
+fn accuracy_over_choices() {
+    let dir = Dir::new();
+    // LoRA on a base of random features does not learn the rule; every weight does.
+    let settings = ["train.max_steps=150", "train.batch_size=8"].iter().flat_map(|s| ["--set", s]);
+    let recipe = ["train", "--model", base().to_str().unwrap(), "--data", "rows.jsonl", "--format", "completion"];
+    let rest = ["--method", "full", "--output", "out", "--set", "train.learning_rate=1e-2"];
+    dir.write("rows.jsonl", &rows());
+    dir.run(&recipe.into_iter().chain(rest).chain(settings).collect::<Vec<_>>()).ok();
+    let model = "out/model";
+    let choose = |choices: &[String]| {
+        let mut args = vec!["eval", "--model", model, "--data", "rows.jsonl", "--json"];
+        args.extend(choices.iter().flat_map(|c| ["--choice", c.as_str()]));
+        dir.run(&args).json()
+    };
+    let all: Vec<String> = (b'a'..=b'k').map(|c| format!("{}!", char::from(c).to_string().repeat(3))).collect();
+    let chosen = choose(&all);
+    assert!(chosen["accuracy"].as_f64().unwrap() > 0.9, "{chosen}");
+    let loss = eval_loss(&dir, model, None);
+    assert!((chosen["loss"].as_f64().unwrap() - loss).abs() < 1e-5, "{loss} and {chosen}");
+    // The beginning of a completion is likelier than the whole but for the end token, which then counts.
+    let mut with_beginnings = all.clone();
+    with_beginnings.extend(all.iter().map(|c| c[..2].to_string()));
+    let chosen = choose(&with_beginnings);
+    assert!(chosen["accuracy"].as_f64().unwrap() > 0.9, "{chosen}");
+    let unknown = ["eval", "--model", model, "--data", "rows.jsonl", "--choice", "never"];
+    dir.run(&unknown).fails(&["rows.jsonl:1", "never"]);
+}
+
+#[test]
 fn a_dry_run_shows_the_plan_and_writes_nothing() {
     let dir = Dir::new();
     let plan = dir.train(&["--dry-run", "--set", r#"method.target_modules=["q_proj", "v_proj"]"#]).ok();
