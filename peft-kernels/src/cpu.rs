@@ -5,8 +5,6 @@ use std::mem::MaybeUninit;
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
-use crate::thin;
-
 /// A contiguous `f32` argument of a CPU kernel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
@@ -164,19 +162,6 @@ impl<'a> Mat<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
-    pub(crate) fn rows(&self) -> usize {
-        self.rows
-    }
-
-    pub(crate) fn cols(&self) -> usize {
-        self.cols
-    }
-
-    /// The elements from row `i` on, and how far apart rows and columns lie.
-    pub(crate) fn beyond(&self, i: usize) -> (&'a [f32], usize, usize) {
-        (self.data.get(i * self.row_stride..).unwrap_or_default(), self.row_stride, self.col_stride)
-    }
-
     fn reach(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;
@@ -207,10 +192,6 @@ pub(crate) fn gemm_into(
         candle_core::bail!("gemm: [{m}, {n}] does not fit into {} elements in rows of {stride}", dst.len());
     }
     check_factors(lhs, rhs)?;
-    if (keep == 0.0 || keep == 1.0) && thin::suits(lhs, rhs) {
-        thin::gemm(dst, stride, keep == 1.0, lhs, rhs, scale, parallel);
-        return Ok(());
-    }
     #[allow(unsafe_code)]
     // SAFETY: the checks above keep every element that is touched inside the three slices; dst is exclusively borrowed,
     // so it overlaps neither source.
@@ -226,9 +207,6 @@ pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
     check_factors(lhs, rhs)?;
     if m == 0 || n == 0 || k == 0 {
         return Ok(vec![0f32; m * n]);
-    }
-    if thin::suits(lhs, rhs) {
-        return Ok(thin::product(lhs, rhs, scale));
     }
     let mut out = Vec::with_capacity(m * n);
     #[allow(unsafe_code)]

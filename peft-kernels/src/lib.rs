@@ -30,8 +30,6 @@ mod tape;
 #[cfg(test)]
 mod test_support;
 pub mod testing;
-mod thin;
-mod tile;
 pub mod weight;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};

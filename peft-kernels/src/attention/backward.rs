@@ -16,9 +16,7 @@ use super::cpu::{
     Packed, Problem, STRIP, Scratch, Shared, TILE, blocks, filled, for_items, in_block, room, wanted_blocks,
 };
 use super::plan::Sight;
-use crate::tile::Gemm;
-
-use super::simd::{PAD, dot, exp2, tanh, vectors_mut};
+use super::simd::{Gemm, PAD, dot, exp2, tanh, vectors_mut};
 
 /// Work items that there should be about, so that a pool of a few threads ends evenly.
 const ITEMS: usize = 16;
@@ -353,7 +351,6 @@ impl<S: Simd> Tile<'_, S> {
                     b_row: TILE,
                     c: &mut c[row * TILE + columns.start..],
                     c_row: TILE,
-                    scale: 1.0,
                     add: false,
                 });
             };
@@ -417,7 +414,6 @@ impl<S: Simd> Tile<'_, S> {
                 b_row: dim,
                 c: &mut to[key * dim..],
                 c_row: dim,
-                scale: 1.0,
                 add: true,
             });
         }
@@ -443,7 +439,6 @@ impl<S: Simd> Tile<'_, S> {
                 b_row: dim,
                 c: &mut to[row * dim..],
                 c_row: dim,
-                scale: 1.0,
                 add: true,
             });
         }

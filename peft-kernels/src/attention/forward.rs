@@ -6,9 +6,7 @@ use super::cpu::{
     Packed, Problem, STRIP, Scratch, Shared, TILE, blocks, filled, for_items, in_block, room, wanted_blocks,
 };
 use super::narrow;
-use crate::tile::Gemm;
-
-use super::simd::{PAD, exp2, tanh, vectors, vectors_mut};
+use super::simd::{Gemm, PAD, exp2, tanh, vectors, vectors_mut};
 
 /// The result `[q_tokens, heads·head_dim]` and the base-2 log-sum-exp of the logits, `[heads, q_tokens]`.
 ///
@@ -98,7 +96,6 @@ impl WithSimd for Tile<'_> {
                         b_row: TILE,
                         c: &mut logits[columns.start..],
                         c_row: TILE,
-                        scale: 1.0,
                         add: false,
                     });
                     for r in 0..rows {
@@ -126,7 +123,6 @@ impl WithSimd for Tile<'_> {
                         b_row: dim,
                         c: &mut out[row * dim..],
                         c_row: dim,
-                        scale: 1.0,
                         add: true,
                     });
                 }

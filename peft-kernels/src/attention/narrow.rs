@@ -11,9 +11,7 @@ use super::SequenceSpan;
 use super::cpu::{Problem, Scratch, Shared, filled, for_items, room};
 use super::forward::{finish, online_softmax};
 use super::plan::Sight;
-use crate::tile::Gemm;
-
-use super::simd::{PAD, dot};
+use super::simd::{Gemm, PAD, dot};
 
 /// Queries up to which a sequence is served here.
 const MAX_QUERIES: usize = 4;
@@ -160,7 +158,6 @@ impl WithSimd for Chunk<'_> {
             b_row,
             c: out,
             c_row: dim,
-            scale: 1.0,
             add: false,
         });
         for (part, out) in part.chunks_exact_mut(width).zip(out.chunks_exact(dim)) {

@@ -1,9 +1,9 @@
-//! Vector building blocks of the CPU kernels: `2^x`, `tanh`, and dot products, for whatever vector
+//! Vector building blocks of the CPU kernels: `2^x`, `tanh`, dot products and a small GEMM, for whatever vector
 //! instructions the machine has (AVX-512, AVX2, NEON, none), chosen at run time by `pulp`.
 
 use std::f32::consts::{LN_2, LOG2_E};
 
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 /// Columns of every packed matrix are padded with zeros to a multiple of this (the widest vector, in `f32`).
 pub(super) const PAD: usize = 16;
@@ -72,10 +72,153 @@ pub(super) fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
     simd.reduce_sum_f32s(sum)
 }
 
+/// `C (+)= A × B`, `A [m, k]` with any strides, `B [k, n]` and `C [m, n]` row-major, `n` a multiple of [`PAD`].
+///
+/// No packing: it is for operands that already lie in L1 or L2, and meant to be called through `Simd::vectorize`.
+#[derive(Debug)]
+pub(super) struct Gemm<'a> {
+    pub(super) m: usize,
+    pub(super) k: usize,
+    pub(super) n: usize,
+    pub(super) a: &'a [f32],
+    pub(super) a_row: usize,
+    pub(super) a_col: usize,
+    pub(super) b: &'a [f32],
+    pub(super) b_row: usize,
+    pub(super) c: &'a mut [f32],
+    pub(super) c_row: usize,
+    /// Whether the product is added to `C` or replaces it.
+    pub(super) add: bool,
+}
+
+impl WithSimd for Gemm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { m, k, n, .. } = self;
+        if m == 0 || n == 0 {
+            return;
+        }
+        let reach = |rows: usize, row: usize, cols: usize, col: usize| match (rows, cols) {
+            (0, _) | (_, 0) => 0,
+            _ => (rows - 1) * row + (cols - 1) * col + 1,
+        };
+        assert!(
+            n.is_multiple_of(PAD)
+                && self.a.len() >= reach(m, self.a_row, k, self.a_col)
+                && self.b.len() >= reach(k, self.b_row, n, 1)
+                && self.c.len() >= reach(m, self.c_row, n, 1)
+                && (m == 1 || self.c_row >= n),
+            "attention: a tile reaches past its buffer"
+        );
+        #[allow(unsafe_code)]
+        // SAFETY: the assertion bounds every element of the three matrices.
+        unsafe {
+            match S::F32_LANES {
+                16 => self.rows::<S, 8, 2>(simd),
+                8 => self.rows::<S, 4, 2>(simd),
+                _ => self.rows::<S, 4, 4>(simd),
+            }
+        }
+    }
+}
+
+#[allow(unsafe_code)]
+impl Gemm<'_> {
+    /// # Safety
+    /// All matrices lie inside their slices.
+    #[inline(always)]
+    unsafe fn rows<S: Simd, const MR: usize, const NV: usize>(self, simd: S) {
+        let (a, b, c) = (self.a.as_ptr(), self.b.as_ptr(), self.c.as_mut_ptr());
+        let (mut i, m) = (0, self.m);
+        // SAFETY: row i and the rows that each step takes are below m.
+        unsafe {
+            while i < m {
+                let (a, c) = (a.add(i * self.a_row), c.add(i * self.c_row));
+                let left = m - i;
+                i += if left >= MR {
+                    self.row_block::<S, MR, NV>(simd, a, b, c);
+                    MR
+                } else if left >= 4 && MR > 4 {
+                    self.row_block::<S, 4, NV>(simd, a, b, c);
+                    4
+                } else if left >= 2 {
+                    self.row_block::<S, 2, NV>(simd, a, b, c);
+                    2
+                } else {
+                    self.row_block::<S, 1, NV>(simd, a, b, c);
+                    1
+                };
+            }
+        }
+    }
+
+    /// # Safety
+    /// `MR` rows of `A` and `C` follow the given pointers.
+    #[inline(always)]
+    unsafe fn row_block<S: Simd, const MR: usize, const NV: usize>(
+        &self,
+        simd: S,
+        a: *const f32,
+        b: *const f32,
+        c: *mut f32,
+    ) {
+        let mut j = 0;
+        // SAFETY: columns j.. and the ones that each step takes are below n.
+        unsafe {
+            while j + NV * S::F32_LANES <= self.n {
+                self.block::<S, MR, NV>(simd, a, b.add(j), c.add(j));
+                j += NV * S::F32_LANES;
+            }
+            while j < self.n {
+                self.block::<S, MR, 1>(simd, a, b.add(j), c.add(j));
+                j += S::F32_LANES;
+            }
+        }
+    }
+
+    /// # Safety
+    /// `MR` rows of `A`, `NV` vectors of columns of `B`, and that block of `C` follow the given pointers.
+    #[inline(always)]
+    unsafe fn block<S: Simd, const MR: usize, const NV: usize>(
+        &self,
+        simd: S,
+        mut a: *const f32,
+        mut b: *const f32,
+        c: *mut f32,
+    ) {
+        let zero = simd.splat_f32s(0.0);
+        let mut sums = [[zero; NV]; MR];
+        // SAFETY: as the caller promises; pointers step with wrapping_add, so the one past the end is no violation.
+        unsafe {
+            for _ in 0..self.k {
+                let mut row = [zero; NV];
+                for (j, x) in row.iter_mut().enumerate() {
+                    *x = b.add(j * S::F32_LANES).cast::<S::f32s>().read_unaligned();
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let x = simd.splat_f32s(*a.add(i * self.a_row));
+                    for (sum, y) in sums.iter_mut().zip(row) {
+                        *sum = simd.mul_add_e_f32s(x, y, *sum);
+                    }
+                }
+                a = a.wrapping_add(self.a_col);
+                b = b.wrapping_add(self.b_row);
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (j, sum) in sums.iter().enumerate() {
+                    let c = c.add(i * self.c_row + j * S::F32_LANES).cast::<S::f32s>();
+                    let sum = if self.add { simd.add_f32s(c.read_unaligned(), *sum) } else { *sum };
+                    c.write_unaligned(sum);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use pulp::WithSimd;
-
     use super::*;
 
     /// Runs `op` on every instruction set of this machine.
@@ -135,5 +278,51 @@ mod tests {
                 assert!((f64::from(y) - want).abs() < 3e-7, "tanh({x}): {y}, not {want}");
             }
         });
+    }
+
+    #[derive(Clone)]
+    struct Product {
+        m: usize,
+        k: usize,
+        n: usize,
+        transposed: bool,
+        add: bool,
+    }
+
+    impl WithSimd for Product {
+        type Output = ();
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) {
+            let Self { m, k, n, transposed, add } = self;
+            let value = |i: usize| ((i * 37 + 11) % 17) as f32 - 8.0;
+            let (a_row, a_col) = if transposed { (1, m + 2) } else { (k + 3, 1) };
+            let a: Vec<f32> = (0..m * k + 3 * m + 2 * k).map(value).collect();
+            let (b_row, c_row) = (n + 5, n + 1);
+            let b: Vec<f32> = (0..k * b_row).map(value).collect();
+            let before: Vec<f32> = (0..m * c_row).map(value).collect();
+            let mut c = before.clone();
+            simd.vectorize(Gemm { m, k, n, a: &a, a_row, a_col, b: &b, b_row, c: &mut c, c_row, add });
+            for i in 0..m {
+                for j in 0..c_row {
+                    let old = before[i * c_row + j];
+                    let sum: f32 = (0..k).map(|p| a[i * a_row + p * a_col] * b[p * b_row + j.min(n - 1)]).sum();
+                    let want = if j >= n { old } else { sum + if add { old } else { 0.0 } };
+                    assert_eq!(c[i * c_row + j], want, "({i}, {j}) of {m} × {k} × {n}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn gemm_is_exact_on_small_integers() {
+        for m in [1, 2, 3, 7, 8, 13, 64] {
+            for k in [0, 1, 5, 64] {
+                for n in [16, 32, 48, 80] {
+                    for bits in 0..4 {
+                        everywhere(Product { m, k, n, transposed: bits & 1 == 1, add: bits & 2 == 2 }, |()| ());
+                    }
+                }
+            }
+        }
     }
 }
