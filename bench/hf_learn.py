@@ -3,8 +3,8 @@
 
     $(scripts/python-env.sh) bench/hf_learn.py --model MODEL.gguf --train train.jsonl --test test.jsonl
 
-Rows are {"prompt", "completion"}; the completions of the test rows are the choices. Batches are padded, of even length by
-sorting nothing: the rows come shuffled, as they do with transformers' Trainer.
+Rows are {"prompt", "completion"}; the completions of the test rows are the choices. Rows are shuffled and batches padded, as
+transformers' Trainer does.
 """
 import argparse
 import json

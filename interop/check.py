@@ -29,7 +29,7 @@ RECIPE = """\
 path = {base}
 dtype = "f32"
 [method]
-init_from = {adapter}
+{method}
 [data]
 train = {rows}
 format = "tokens"
@@ -76,6 +76,22 @@ class Cli:
         return json.loads(lines[-1])
 
 
+def near(what, got, want, rtol=1e-4):
+    if not (isinstance(got, (int, float)) and abs(got - want) <= rtol * max(1.0, abs(want))):
+        raise Short(f"{what} is {got}, should be {want:.7f}")
+
+
+def train(cli, out, method, steps, batch_size, learning_rate, accumulation=1, **paths):
+    """Train as `[method]` says on the rows in their order; the loss of each step. `paths` are base and rows."""
+    numbers = dict(steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate)
+    quoted = {key: json.dumps(str(path)) for key, path in dict(paths, out=out).items()}
+    recipe = out.with_name(f"{out.name}.toml")
+    recipe.write_text(RECIPE.format(method=method, **numbers, **quoted))
+    cli.run("train", recipe)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
 class Case:
     """One case, and the checks on it."""
 
@@ -85,9 +101,7 @@ class Case:
         self.expected = json.loads((folder / "expected.json").read_text())
 
     def near(self, what, got, want, rtol=None):
-        rtol = rtol or self.rtol
-        if not (isinstance(got, (int, float)) and abs(got - want) <= rtol * max(1.0, abs(want))):
-            raise Short(f"{what} is {got}, should be {want:.7f}")
+        near(what, got, want, rtol or self.rtol)
 
     def eval(self):
         for name, adapter in [("base_loss", None), ("loss", self.adapter)]:
@@ -117,17 +131,10 @@ class Case:
     def run_training(self, name, batch_size, accumulation):
         out = self.work / name
         want = self.expected["train_losses"]
-        paths = dict(base=self.base, adapter=self.adapter, rows=self.rows, out=out)
-        recipe = self.work / f"{name}.toml"
-        recipe.write_text(
-            RECIPE.format(
-                steps=len(want), batch_size=batch_size, accumulation=accumulation,
-                learning_rate=self.expected["learning_rate"], **{key: json.dumps(str(path)) for key, path in paths.items()},
-            )
+        losses = train(
+            self.cli, out, f"init_from = {json.dumps(str(self.adapter))}", len(want), batch_size,
+            self.expected["learning_rate"], accumulation, base=self.base, rows=self.rows,
         )
-        self.cli.run("train", recipe)
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses = [line["loss"] for line in lines if "loss" in line]
         if len(losses) != len(want):
             raise Short(f"{name}: {len(losses)} steps in metrics.jsonl, should be {len(want)}")
         for step, (got, loss) in enumerate(zip(losses, want), 1):

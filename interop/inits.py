@@ -18,7 +18,7 @@ import tempfile
 
 import cases
 import torch
-from check import Cli, Short
+from check import Cli, Short, near, train
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import load_file
 
@@ -26,44 +26,12 @@ R, ALPHA, STEPS = 4, 6, 5
 STARTS = ["true", "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora", "eva"]
 PREFIX = "base_model.model."
 
-RECIPE = """\
-[model]
-path = {base}
-dtype = "f32"
-[method]
+METHOD = """\
 type = "lora"
 r = {r}
 lora_alpha = {alpha}
 target_modules = "all-linear"
-init_lora_weights = {init}
-[data]
-train = {rows}
-format = "tokens"
-shuffle = false
-[train]
-max_steps = {steps}
-batch_size = {batch_size}
-learning_rate = 5e-3
-scheduler = "constant"
-warmup_steps = 0
-[output]
-dir = {out}
-"""
-
-
-def train(cli, base, rows, start, out):
-    recipe = out.with_suffix(".toml")
-    paths = {key: json.dumps(str(path)) for key, path in dict(base=base, rows=rows, out=out).items()}
-    init = "true" if start == "true" else json.dumps(start)
-    recipe.write_text(RECIPE.format(r=R, alpha=ALPHA, init=init, steps=STEPS, batch_size=cases.ROWS, **paths))
-    cli.run("train", recipe)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
-
-
-def near(what, got, want, rtol=1e-4):
-    if not abs(got - want) <= rtol * max(1.0, abs(want)):
-        raise Short(f"{what} is {got}, should be {want:.7f}")
+init_lora_weights = {init}"""
 
 
 def check_taken(start, base, ours):
@@ -118,7 +86,8 @@ def collate(rows):
 
 
 def check(cli, start, base, rows_file, rows, base_loss, out):
-    losses = train(cli, base, rows_file, start, out)
+    method = METHOD.format(r=R, alpha=ALPHA, init="true" if start == "true" else json.dumps(start))
+    losses = train(cli, out, method, STEPS, cases.ROWS, 5e-3, base=base, rows=rows_file)
     near("loss of the first step", losses[0], base_loss)
     if not losses[-1] < losses[0]:
         raise Short(f"the loss does not fall: {losses}")

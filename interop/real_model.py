@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import cases
 import torch
-from check import RECIPE, Cli, Short
+from check import Cli, Short, train as train_with_cli
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,17 +135,8 @@ def main():
             return f"{got['loss']:.5f}, PEFT {adapter_loss:.5f}"
 
         def train_check():
-            paths = dict(base=gguf, adapter=adapter, rows=tokens, out=work / "out")
-            recipe = work / "recipe.toml"
-            recipe.write_text(
-                RECIPE.format(
-                    steps=STEPS, batch_size=BATCH, accumulation=1, learning_rate=LEARNING_RATE,
-                    **{key: json.dumps(str(path)) for key, path in paths.items()},
-                )
-            )
-            cli.run("train", recipe)
-            lines = map(json.loads, (work / "out/metrics.jsonl").read_text().splitlines())
-            got = [line["loss"] for line in lines if "loss" in line]
+            method = f"init_from = {json.dumps(str(adapter))}"
+            got = train_with_cli(cli, work / "out", method, STEPS, BATCH, LEARNING_RATE, base=gguf, rows=tokens)
             if len(got) != STEPS:
                 raise Short(f"{len(got)} steps in metrics.jsonl, should be {STEPS}")
             for step, pair in enumerate(zip(got, losses), 1):

@@ -2,7 +2,7 @@
 The allocator of this project's programs: mimalloc, told to keep the pages that it has.
 
 Every training step makes and drops the same large tensors. Given back to the system, their pages come back one fault
-at a time: keeping them is a fifth of a step (`docs/benchmarks.md`). A library must not choose its user's allocator, so
+at a time: keeping them made a step a seventh faster (`docs/benchmarks.md`). A library must not choose its user's allocator, so
 this is a crate of its own, for the programs alone.
 */
 

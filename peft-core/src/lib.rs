@@ -37,6 +37,7 @@ pub mod adapter_keys;
 pub mod atomic;
 pub mod checkpoint;
 pub mod error;
+pub mod mapping;
 mod python_json;
 mod python_regex;
 pub mod safetensors_file;

@@ -12,6 +12,7 @@ use safetensors::Dtype;
 
 use crate::atomic::write_file_with;
 use crate::error::{Context, Error, Result};
+use crate::mapping;
 use crate::st_header::{self, Header, TensorMeta};
 use crate::suggest::did_you_mean;
 use crate::tensor_bytes::{candle_dtype, read_tensor, write_tensor};
@@ -39,7 +40,7 @@ impl SafetensorsFile {
         if !info.is_file() {
             return Err(Error::file(path, "is not a file"));
         }
-        let map = map(&file).map_err(|cause| Error::io(path, cause))?;
+        let map = mapping::map(&file).map_err(|cause| Error::io(path, cause))?;
         let header = st_header::parse(&map).map_err(|message| Error::file(path, message))?;
         Ok(Self { path: path.to_owned(), map, header })
     }
@@ -111,7 +112,9 @@ impl SafetensorsFile {
     /// As [`Self::tensor`].
     pub fn tensor_as(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
         let meta = self.meta(name)?;
-        let done = |range: Range<usize>| self.forget(meta.bytes.start + range.start..meta.bytes.start + range.end);
+        let done = |range: Range<usize>| {
+            mapping::forget(&self.map, meta.bytes.start + range.start..meta.bytes.start + range.end)
+        };
         read_tensor(self.raw(name)?, &meta.shape, meta.dtype, dtype, device, done)
             .with_context(|| format!("{}: tensor `{name}`", self.path.display()))
     }
@@ -120,30 +123,8 @@ impl SafetensorsFile {
     /// [`Self::raw`] when walking through a large file.
     pub fn release(&self, name: &str) {
         if let Some(meta) = self.get(name) {
-            self.forget(meta.bytes.clone());
+            mapping::forget(&self.map, meta.bytes.clone());
         }
-    }
-
-    fn forget(&self, range: Range<usize>) {
-        if range.is_empty() || range.end > self.map.len() {
-            return;
-        }
-        #[cfg(unix)]
-        #[allow(unsafe_code)]
-        // SAFETY: the mapping is shared, read-only and backed by the file; its dropped pages are read from the file
-        // again on the next access, so no view of it changes. The range lies inside the mapping (checked above).
-        let _ = unsafe {
-            self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.end - range.start)
-        };
-    }
-}
-
-fn map(file: &File) -> std::io::Result<Mmap> {
-    #[allow(unsafe_code)]
-    // SAFETY: the mapping is read-only; the contract that nobody changes the file in place stands in the docs of
-    // `SafetensorsFile`, and this workspace replaces files by renames only.
-    unsafe {
-        Mmap::map(file)
     }
 }
 

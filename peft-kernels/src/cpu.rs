@@ -71,7 +71,12 @@ pub(crate) const PARALLEL_ELEMENTS: usize = 16 * 1024;
 
 /// Calls `f(first_row, rows)` on disjoint blocks of whole rows of `out`, in parallel where it pays.
 /// `width` is the row length; `cost` the elements read or written a row, for the decision.
-pub(crate) fn for_row_blocks(out: &mut [f32], width: usize, cost: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
+pub(crate) fn for_row_blocks<T: Send>(
+    out: &mut [T],
+    width: usize,
+    cost: usize,
+    f: impl Fn(usize, &mut [T]) + Sync + Send,
+) {
     if width == 0 || out.is_empty() {
         return;
     }
@@ -94,28 +99,19 @@ pub(crate) fn new_rows(len: usize, width: usize, cost: usize, f: impl Fn(usize, 
         out.resize(len, 0.0);
         return out;
     }
-    let fill = |first: usize, block: &mut [MaybeUninit<f32>]| {
-        block.fill(MaybeUninit::new(0.0));
-        #[allow(unsafe_code)]
-        // SAFETY: all elements were initialised just above, and MaybeUninit<f32> has the layout of f32.
-        let rows = unsafe { &mut *(std::ptr::from_mut(block) as *mut [f32]) };
-        f(first, rows);
-    };
     let room = out.spare_capacity_mut().get_mut(..len).unwrap_or_default();
-    let n = len / width;
-    if threads() == 1 || n * cost < PARALLEL_ELEMENTS {
-        fill(0, room);
-    } else {
-        let block = n.div_ceil(threads() * 4).max(1);
-        let step = (CACHED_ELEMENTS / width).next_multiple_of(8).max(8);
-        room.par_chunks_mut(block * width).enumerate().for_each(|(i, rows)| {
-            for (j, rows) in rows.chunks_mut(step * width).enumerate() {
-                fill(i * block + j * step, rows);
-            }
-        });
-    }
+    let step = (CACHED_ELEMENTS / width).next_multiple_of(8).max(8);
+    for_row_blocks(room, width, cost, |first, block: &mut [MaybeUninit<f32>]| {
+        for (i, rows) in block.chunks_mut(step * width).enumerate() {
+            rows.fill(MaybeUninit::new(0.0));
+            #[allow(unsafe_code)]
+            // SAFETY: all elements were initialised just above, and MaybeUninit<f32> has the layout of f32.
+            let rows = unsafe { &mut *(std::ptr::from_mut(rows) as *mut [f32]) };
+            f(first + i * step, rows);
+        }
+    });
     #[allow(unsafe_code)]
-    // SAFETY: `fill` initialised every one of the `len` elements, which the capacity holds.
+    // SAFETY: the blocks cover the `len` elements, each of which was initialised, and the capacity holds them.
     unsafe {
         out.set_len(len);
     }
@@ -131,8 +127,8 @@ pub fn threads() -> usize {
 /// Runs `f` on a thread of the pool that the kernels use. From any other thread, every parallel loop costs two switches
 /// between threads. For programs: work that others have put into the same pool may run on the thread while it waits.
 pub fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    // As large as a main thread's. A pool that there is already stays as it is.
-    let _ = rayon::ThreadPoolBuilder::new().stack_size(8 << 20).build_global();
+    // candle walks a graph by recursion, and one of a whole model is deep. A pool that there is already stays as it is.
+    let _ = rayon::ThreadPoolBuilder::new().stack_size(64 << 20).build_global();
     rayon::scope(|_| f())
 }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, TensorId, Var};
 
-use crate::cpu;
+use crate::cpu::{self, View};
 use crate::diff_op::{DiffOp, compute, is_cpu_f32, seed};
 
 thread_local! {
@@ -347,13 +347,11 @@ impl InplaceOp2 for AddInPlace {
     }
 
     fn cpu_fwd(&self, to: &mut CpuStorage, to_layout: &Layout, from: &CpuStorage, layout: &Layout) -> Result<()> {
-        let range = |l: &Layout| match l.contiguous_offsets() {
-            Some((start, end)) => Ok(start..end),
-            None => candle_core::bail!("add_in_place: a gradient is not contiguous"),
+        let Some((start, end)) = to_layout.contiguous_offsets() else {
+            candle_core::bail!("add_in_place: a gradient is not contiguous")
         };
-        let (to_range, from_range) = (range(to_layout)?, range(layout)?);
         let CpuStorage::F32(to) = to else { candle_core::bail!("add_in_place: not f32") };
-        let (to, from) = (&mut to[to_range], &from.as_slice::<f32>()?[from_range]);
+        let (to, from) = (&mut to[start..end], View::new(from, layout)?.data);
         cpu::for_row_blocks(to, 1, 2, |first, block| {
             block.iter_mut().zip(&from[first..]).for_each(|(t, f)| *t += f);
         });

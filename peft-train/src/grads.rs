@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
-use peft_core::Parameter;
+use peft_core::{Parameter, kernels};
 
 /// One gradient a parameter, in the parameters' order, summed over micro-batches.
 ///
@@ -44,7 +44,7 @@ impl Grads {
                 of_leaf = Some(grad);
             } else if let Some(sum) = self.index.get(&id).and_then(|&i| self.sums.get_mut(i)) {
                 *sum = Some(match sum.take() {
-                    Some(sum) => (sum + grad)?.detach(),
+                    Some(sum) => kernels::add(&sum, &grad)?,
                     None => grad,
                 });
             }

@@ -80,6 +80,7 @@ fn choices(
     let encoder = Encoder::new(tokenizer, &options)?;
     // The end token is no part of a choice's text; but only with it can a choice be likelier than its own beginning.
     let with_end = args.choices.iter().any(|a| args.choices.iter().any(|b| a != b && b.starts_with(a.as_str())));
+    let compared = |score: &Score| if with_end { score.nll } else { score.nll_of_text };
     let (mut right, mut rows, mut nll, mut tokens) = (0usize, 0usize, 0f64, 0usize);
     for file in peft_train::data::source::data_files(&args.data)? {
         let parsed = peft_train::data::source::read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
@@ -90,10 +91,8 @@ fn choices(
                 let Some(own) = args.choices.iter().position(|c| c == own) else {
                     bail!("{}: its completion {own:?} is none of the choices {:?}", row.at, args.choices);
                 };
-                let likelier = |a: &Score, b: &Score| {
-                    if with_end { a.nll.total_cmp(&b.nll) } else { a.nll_of_text.total_cmp(&b.nll_of_text) }
-                };
-                let best = scores.iter().enumerate().min_by(|a, b| likelier(a.1, b.1)).map_or(0, |(i, _)| i);
+                let ranked = scores.iter().map(compared).enumerate();
+                let best = ranked.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(i, _)| i);
                 right += usize::from(best == own);
                 rows += 1;
                 if let Some(score) = scores.get(own) {

@@ -346,7 +346,7 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bo
             methods::open(&open::adapter(&from)?, model)?
         }
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
-        None if methods::looks_at_data(&table)? => match checkpoint::list(output)?.pop().filter(|_| resume) {
+        None if methods::looks_at_data(&table)? => match if resume { checkpoint::list(output)?.pop() } else { None } {
             // What was found in the data is in the checkpoint, ranks included.
             Some((_, dir)) => methods::open(&dir, model)?,
             None => {

@@ -18,6 +18,7 @@ use candle_core::{
     quantized::{GgmlDType, QStorage, QTensor},
 };
 use memmap2::Mmap;
+use peft_core::mapping;
 use peft_core::suggest::did_you_mean;
 
 mod names;
@@ -146,7 +147,7 @@ impl Gguf {
         if meta.len() == 0 {
             return Err(GgufError::Malformed { path, reason: "the file is empty".into() });
         }
-        let map = map_file(&file).map_err(io)?;
+        let map = mapping::map(&file).map_err(io)?;
         let header = read::header(&map).map_err(|reason| GgufError::Malformed { path: path.clone(), reason })?;
         let index = header.tensors.iter().enumerate().map(|(i, info)| (info.name.clone(), i)).collect();
         Ok(Self { path, map, version: header.version, metadata: header.metadata, tensors: header.tensors, index })
@@ -260,16 +261,9 @@ impl Gguf {
         read.and_then(|x| x.to_dtype(dtype)?.to_device(device)).map_err(candle)
     }
 
-    /// Drops a tensor's pages from this process's memory once its values are copied; the next access reads them again.
+    /// Gives back a tensor's pages once its values are copied.
     fn forget(&self, info: &TensorInfo) {
-        if info.length == 0 || info.start + info.length > self.map.len() {
-            return;
-        }
-        #[cfg(unix)]
-        #[allow(unsafe_code)]
-        // SAFETY: the mapping is shared, read-only and backed by the file; its dropped pages are read from the file again
-        // on the next access, so no view of it changes. The range lies inside the mapping (checked above).
-        let _ = unsafe { self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, info.start, info.length) };
+        mapping::forget(&self.map, info.start..info.start + info.length);
     }
 
     /// The values of a small f32 tensor by its name in the file, such as `rope_freqs.weight`.
@@ -421,14 +415,6 @@ impl Gguf {
     pub fn texts(&self, key: &str) -> Result<Option<&[String]>, GgufError> {
         self.typed(key, "a list of strings", Value::as_strings)
     }
-}
-
-#[allow(unsafe_code)]
-fn map_file(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the map is only read. Another process that truncates the file while it is mapped can end this one with
-    // SIGBUS, as for every memory-mapped model file; contents that change are data, never trusted for memory safety,
-    // because offsets are checked against the length of the map.
-    unsafe { Mmap::map(file) }
 }
 
 /// Bytes at an address that any block type may lie at. candle reads blocks in place and panics on an odd address, which
