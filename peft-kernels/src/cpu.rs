@@ -179,22 +179,37 @@ pub(crate) fn gemm_into(
     scale: f32,
     parallel: bool,
 ) -> Result<()> {
-    let (m, n) = (lhs.rows, rhs.cols);
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
-    let dst_reach = (m - 1) * stride + n;
-    if stride < n || dst.len() < dst_reach {
-        candle_core::bail!("gemm: [{m}, {n}] does not fit into {} elements in rows of {stride}", dst.len());
-    }
-    check_factors(lhs, rhs)?;
+    check_product(dst.len(), stride, lhs, rhs)?;
     #[allow(unsafe_code)]
-    // SAFETY: the checks above keep every element that is touched inside the three slices; dst is exclusively borrowed,
-    // so it overlaps neither source.
+    // SAFETY: the check keeps every element that is touched inside the three slices; dst is exclusively borrowed, so it
+    // overlaps neither source.
     unsafe {
         packed_gemm(dst.as_mut_ptr(), stride, keep, lhs, rhs, scale, parallel);
     }
     Ok(())
+}
+
+/// `lhs × rhs` over the thread pool into rows of `dst`, `stride` apart, all of whose elements in those columns are
+/// initialised by it.
+///
+/// # Errors
+/// As [`gemm_into`].
+pub(crate) fn gemm_write(dst: &mut [MaybeUninit<f32>], stride: usize, lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+    check_product(dst.len(), stride, lhs, rhs)?;
+    #[allow(unsafe_code)]
+    // SAFETY: as in `gemm_into`; a product that keeps nothing does not read dst.
+    unsafe {
+        packed_gemm(dst.as_mut_ptr().cast(), stride, 0.0, lhs, rhs, 1.0, true);
+    }
+    Ok(())
+}
+
+fn check_product(dst: usize, stride: usize, lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+    let (m, n) = (lhs.rows, rhs.cols);
+    if m > 0 && n > 0 && (stride < n || dst < (m - 1) * stride + n) {
+        candle_core::bail!("gemm: [{m}, {n}] does not fit into {dst} elements in rows of {stride}");
+    }
+    check_factors(lhs, rhs)
 }
 
 /// `lhs × rhs` into a new row-major buffer, over the thread pool.

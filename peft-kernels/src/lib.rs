@@ -13,6 +13,7 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 mod activation;
 mod attention;
 mod bias;
+mod blocks;
 mod cpu;
 mod cross_entropy;
 mod diff_op;
@@ -25,6 +26,7 @@ mod philox;
 mod reduce;
 mod rotary;
 mod serving;
+mod siblings;
 mod simd;
 mod tape;
 #[cfg(test)]
@@ -48,5 +50,6 @@ pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use siblings::{Branch, LowRank, sibling_linears};
 pub use tape::{Record, record};
 pub use weight::{FrozenWeight, WeightStorage};
