@@ -12,6 +12,18 @@ const SMALL: usize = 32;
 /// Elements of a block of the K types.
 const LARGE: usize = 256;
 
+/// Calls a function on each block, whose sizes its type gives; true. A macro, since a function passed as a value is called
+/// through a piece of code that is not compiled for the wider vectors.
+macro_rules! each {
+    ($f:ident, $bytes:ident, $out:ident) => {{
+        let (blocks, out) = ($bytes.as_chunks().0, $out.as_chunks_mut().0);
+        for (block, out) in blocks.iter().zip(out) {
+            $f(block, out);
+        }
+        true
+    }};
+}
+
 /// Writes the elements of whole blocks to `out`; `false`, and nothing written, for a type that is not known here or where
 /// `out` has another length.
 pub(crate) fn widen(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> bool {
@@ -22,28 +34,35 @@ pub(crate) fn widen(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> bool {
     simd::run(
         #[inline(always)]
         || match dtype {
-            D::F32 => each(bytes, out, |b: &[u8; 4], y: &mut [f32; 1]| y[0] = f32::from_le_bytes(*b)),
-            D::F16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| y[0] = half(*b)),
-            D::BF16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| y[0] = f32::from_le_bytes([0, 0, b[0], b[1]])),
-            D::Q4_0 => each(bytes, out, q4_0),
-            D::Q4_1 => each(bytes, out, q4_1),
-            D::Q5_0 => each(bytes, out, q5_0),
-            D::Q5_1 => each(bytes, out, q5_1),
-            D::Q8_0 => each(bytes, out, q8_0),
-            D::Q4K => each(bytes, out, q4_k),
-            D::Q5K => each(bytes, out, q5_k),
-            D::Q6K => each(bytes, out, q6_k),
-            D::Q8_1 | D::Q2K | D::Q3K | D::Q8K => return false,
+            D::F32 => each!(f32_bits, bytes, out),
+            D::F16 => each!(f16_bits, bytes, out),
+            D::BF16 => each!(bf16_bits, bytes, out),
+            D::Q4_0 => each!(q4_0, bytes, out),
+            D::Q4_1 => each!(q4_1, bytes, out),
+            D::Q5_0 => each!(q5_0, bytes, out),
+            D::Q5_1 => each!(q5_1, bytes, out),
+            D::Q8_0 => each!(q8_0, bytes, out),
+            D::Q4K => each!(q4_k, bytes, out),
+            D::Q5K => each!(q5_k, bytes, out),
+            D::Q6K => each!(q6_k, bytes, out),
+            D::Q8_1 | D::Q2K | D::Q3K | D::Q8K => false,
         },
     )
 }
 
-/// Calls `f` on each block of `B` bytes and its `N` elements; true.
 #[inline(always)]
-fn each<const B: usize, const N: usize>(bytes: &[u8], out: &mut [f32], f: impl Fn(&[u8; B], &mut [f32; N])) -> bool {
-    let (blocks, (out, _)) = (bytes.as_chunks::<B>().0, out.as_chunks_mut::<N>());
-    blocks.iter().zip(out).for_each(|(block, out)| f(block, out));
-    true
+fn f32_bits(b: &[u8; 4], y: &mut [f32; 1]) {
+    y[0] = f32::from_le_bytes(*b);
+}
+
+#[inline(always)]
+fn f16_bits(b: &[u8; 2], y: &mut [f32; 1]) {
+    y[0] = half(*b);
+}
+
+#[inline(always)]
+fn bf16_bits(b: &[u8; 2], y: &mut [f32; 1]) {
+    y[0] = f32::from_le_bytes([0, 0, b[0], b[1]]);
 }
 
 /// The value of a half-precision number, in operations that need no table and no special instruction: the exponent is

@@ -30,6 +30,16 @@ impl Stored<'_> {
         }
     }
 
+    /// Where element `i` lies, or its block.
+    pub(crate) fn address(&self, i: usize) -> *const u8 {
+        match self {
+            Self::F32(x) => x.as_ptr().wrapping_add(i).cast(),
+            Self::F16(x) => x.as_ptr().wrapping_add(i).cast(),
+            Self::Bf16(x) => x.as_ptr().wrapping_add(i).cast(),
+            Self::Blocks(bytes, dtype) => bytes.as_ptr().wrapping_add(i / dtype.block_size() * dtype.type_size()),
+        }
+    }
+
     /// Writes the elements from `start` on, as many as `out` holds. Both are whole blocks.
     ///
     /// # Errors
@@ -44,7 +54,11 @@ impl Stored<'_> {
             Self::F16(x) => x[range].convert_to_f32_slice(out),
             Self::Bf16(x) => simd::run(
                 #[inline(always)]
-                || x[range].iter().zip(out).for_each(|(x, y)| *y = f32::from_bits(u32::from(x.to_bits()) << 16)),
+                || {
+                    for (x, y) in x[range].iter().zip(out) {
+                        *y = f32::from_bits(u32::from(x.to_bits()) << 16);
+                    }
+                },
             ),
             Self::Blocks(bytes, dtype) => {
                 let (size, block) = (dtype.type_size(), dtype.block_size());

@@ -16,7 +16,8 @@ const PANEL_ELEMENTS: usize = 256 * 1024;
 
 /// A weight matrix `[out, in]` that never gets a gradient, as it lies in its file: dense in `f32`, `f16` or `bf16`, or
 /// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening one panel of rows at a
-/// time, and in the activations' type elsewhere.
+/// time, or a few rows in the first-level cache for the few tokens of a decoding step (`thin.rs`), and in the activations'
+/// type elsewhere.
 ///
 /// Cloning shares the storage.
 #[derive(Debug, Clone)]
