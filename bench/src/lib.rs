@@ -1,6 +1,7 @@
 /*!
 One LoRA training step on random tokens, written twice: [`ours`] through `peft-train`, [`naive`] as one would write it
-in stock candle. Both start from the same weights, the same A and the same tokens, so their losses must agree.
+in stock candle. Both start from the same weights, the same A and the same tokens, so their losses must agree. And greedy
+decoding ([`decode`]), beside which `hf_decode.py` stands.
 */
 
 use std::time::Instant;
@@ -10,6 +11,7 @@ use candle_core::{Device, Tensor};
 use peft_core::kernels::Stream;
 use serde_json::{Value, json};
 
+pub mod decode;
 pub mod naive;
 pub mod ours;
 

@@ -5,6 +5,9 @@ use std::mem::MaybeUninit;
 use candle_core::{CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use rayon::prelude::*;
 
+use crate::stored::Stored;
+use crate::thin;
+
 /// A contiguous `f32` argument of a CPU kernel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct View<'a> {
@@ -180,6 +183,11 @@ pub(crate) fn gemm_into(
     parallel: bool,
 ) -> Result<()> {
     check_product(dst.len(), stride, lhs, rhs)?;
+    if keep == 1.0
+        && let Some((x, w)) = thin_factors(lhs, rhs)
+    {
+        return thin::add_product(dst, stride, x, w, rhs.cols, scale);
+    }
     #[allow(unsafe_code)]
     // SAFETY: the check keeps every element that is touched inside the three slices; dst is exclusively borrowed, so it
     // overlaps neither source.
@@ -219,6 +227,11 @@ pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
     if m == 0 || n == 0 || k == 0 {
         return Ok(vec![0f32; m * n]);
     }
+    if let Some((x, w)) = thin_factors(lhs, rhs) {
+        let mut out = vec![0f32; m * n];
+        thin::add_product(&mut out, n, x, w, n, scale)?;
+        return Ok(out);
+    }
     let mut out = Vec::with_capacity(m * n);
     #[allow(unsafe_code)]
     // SAFETY: the buffer has room for m rows of n elements, all of which a product that keeps nothing writes and none of
@@ -228,6 +241,14 @@ pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
         out.set_len(m * n);
     }
     Ok(out)
+}
+
+/// `X` and `W` where the product is `X·Wᵀ` of few rows and `W` has no gaps.
+fn thin_factors<'a>(lhs: Mat<'a>, rhs: Mat<'a>) -> Option<(thin::Tokens<'a>, Stored<'a>)> {
+    let suits =
+        lhs.rows <= thin::MAX_TOKENS && lhs.col_stride == 1 && rhs.row_stride == 1 && rhs.col_stride == rhs.rows;
+    let x = thin::Tokens { data: lhs.data, count: lhs.rows, width: lhs.cols, stride: lhs.row_stride };
+    suits.then_some((x, Stored::F32(rhs.data)))
 }
 
 fn check_factors(lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {

@@ -11,6 +11,7 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 */
 
 mod activation;
+mod argmax;
 mod attention;
 mod bias;
 mod blocks;
@@ -26,15 +27,19 @@ mod philox;
 mod reduce;
 mod rotary;
 mod serving;
+mod shared;
 mod siblings;
 mod simd;
+mod stored;
 mod tape;
 #[cfg(test)]
 mod test_support;
 pub mod testing;
+mod thin;
 pub mod weight;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
+pub use argmax::argmax_rows;
 pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use bias::{add, add_bias, scale_columns};
 pub use cpu::{on_pool, threads};
