@@ -261,14 +261,14 @@ class Merge(Case):
 
 
 def cases(model, catalogue):
-    """All cases of `model` with their groups, those methods left out that the `catalogue` (their types) lacks."""
+    """All cases of `model` with their groups, those methods left out whose `peft_type` the `catalogue` lacks."""
     found = [
         ("f32", Train(model, "f32", "f32 train", budget=True, memory_goal="≤ 0.25")),
         ("checkpointing", Train(model, "checkpointing", "f32 train, checkpointing", checkpointing=True)),
         ("bf16", Train(model, "bf16", "bf16 base train", dtype="bf16", memory_goal="≤ 0.2")),
     ]
     for name, method in METHODS.items():
-        if name != "lora" and method.type in catalogue:
+        if name != "lora" and method.peft_type in catalogue:
             found.append(("methods", Train(model, name, f"{name} train", method=name)))
     found += [("decode", Decode(model, batch)) for batch in (1, 8)]
     found += [("start", Start(model)), ("merge", Merge(model))]
