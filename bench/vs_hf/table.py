@@ -25,7 +25,7 @@ def line(model, ratio, rounds):
         ratio.what,
         model.name,
         figure(ratio.key, statistics.median(side[ratio.key] for side in ours)),
-        figure(ratio.key, statistics.median(below)) if ratio.over == "hf" else figure("peak_bytes", below[0]),
+        figure(ratio.key, statistics.median(below)) if ratio.over == "hf" else f"(model {figure(ratio.key, below[0])})",
         f"**{middle:.2f}**{spread}",
         goal,
     ]
