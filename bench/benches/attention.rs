@@ -25,10 +25,11 @@ fn training(c: &mut Criterion<Bound>) {
     let mut group = c.benchmark_group("attention");
     for (sequences, length) in [(4, 256), (1, 1024), (1, 2048)] {
         let plan = Arc::new(AttentionPlan::causal(HEADS, KV_HEADS, HEAD_DIM, &vec![length; sequences]));
-        let args = [HEADS, KV_HEADS, KV_HEADS].map(|heads| randn(1, (sequences * length, heads * HEAD_DIM), 1.0).unwrap());
+        let args =
+            [HEADS, KV_HEADS, KV_HEADS].map(|heads| randn(1, (sequences * length, heads * HEAD_DIM), 1.0).unwrap());
         let product = 2 * sequences * HEADS * length * (length + 1) / 2 * HEAD_DIM;
         // Scores and their sum over values; backward makes the scores again, and dV, dP, dQ and dK.
-        both(&mut group, &format!("{sequences}x{length}"), Work::flop(2 * product, 5 * product), &args, |a| {
+        both(&mut group, &format!("{sequences}x{length}"), &Work::flop(2 * product, 5 * product), &args, |a| {
             attention(&a[0], &a[1], &a[2], &plan)
         });
     }

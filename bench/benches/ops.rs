@@ -28,8 +28,12 @@ const VOCAB: usize = 49_152;
 const RANK: usize = 16;
 
 /// `(name, in, out)` of the four kinds of linear layers.
-const LINEARS: [(&str, usize, usize); 4] =
-    [("q_proj", HIDDEN, HIDDEN), ("k_proj", HIDDEN, KEY), ("up_proj", HIDDEN, INTERMEDIATE), ("down_proj", INTERMEDIATE, HIDDEN)];
+const LINEARS: [(&str, usize, usize); 4] = [
+    ("q_proj", HIDDEN, HIDDEN),
+    ("k_proj", HIDDEN, KEY),
+    ("up_proj", HIDDEN, INTERMEDIATE),
+    ("down_proj", INTERMEDIATE, HIDDEN),
+];
 
 fn weight(out: usize, inp: usize, dtype: DType) -> FrozenWeight {
     FrozenWeight::dense(&randn(7, (out, inp), 0.05).unwrap().to_dtype(dtype).unwrap()).unwrap()
@@ -43,7 +47,9 @@ fn linears(c: &mut Criterion<Bound>) {
         for dtype in [DType::F32, DType::BF16] {
             let w = weight(out, inp, dtype);
             let name = format!("{name} {}", dtype.as_str());
-            both(&mut group, &name, Work::flop(flop, flop), std::slice::from_ref(&x), |a| frozen_linear(&a[0], &w, None));
+            both(&mut group, &name, &Work::flop(flop, flop), std::slice::from_ref(&x), |a| {
+                frozen_linear(&a[0], &w, None)
+            });
         }
     }
     group.finish();
@@ -57,7 +63,7 @@ fn linears(c: &mut Criterion<Bound>) {
         let work = Work::flop(large + thin * (inp + out), large + 2 * thin * (inp + out));
         for (how, p) in [("", 0.0), (" with dropout", 0.1)] {
             let drop = Some(Dropout { p, stream: Stream { seed: 1, step: 2, site: 3 } });
-            both(&mut group, &format!("{name}{how}"), work, &args, |a| {
+            both(&mut group, &format!("{name}{how}"), &work, &args, |a| {
                 lora_linear(&a[0], &w, None, &a[1], &a[2], 2.0, drop)
             });
         }
@@ -70,24 +76,24 @@ fn passes_over_memory(c: &mut Criterion<Bound>) {
     let x = [randn(1, (TOKENS, HIDDEN), 1.0).unwrap()];
     let w = randn(2, HIDDEN, 1.0).unwrap();
     let n = TOKENS * HIDDEN;
-    both(&mut group, "rms_norm", Work::elements(2 * n, 3 * n), &x, |a| rms_norm(&a[0], &w, 1e-5, 0.0));
-    both(&mut group, "layer_norm", Work::elements(2 * n, 3 * n), &x, |a| layer_norm(&a[0], &w, Some(&w), 1e-5));
+    both(&mut group, "rms_norm", &Work::elements(2 * n, 3 * n), &x, |a| rms_norm(&a[0], &w, 1e-5, 0.0));
+    both(&mut group, "layer_norm", &Work::elements(2 * n, 3 * n), &x, |a| layer_norm(&a[0], &w, Some(&w), 1e-5));
 
     let angles = randn(3, (TOKENS, HEAD_DIM / 2), 3.0).unwrap();
     let positions: Vec<u32> = (0..TOKENS as u32).collect();
     let (cos, sin) = (angles.cos().unwrap(), angles.sin().unwrap());
     let plan = RotaryPlan::new(&cos, &sin, &positions, HEAD_DIM, RotaryLayout::Half).unwrap();
-    both(&mut group, "rotary", Work::elements(2 * n, 2 * n), &x, |a| rotary(&a[0], &plan));
+    both(&mut group, "rotary", &Work::elements(2 * n, 2 * n), &x, |a| rotary(&a[0], &plan));
 
     let gates = [4, 5].map(|seed| randn(seed, (TOKENS, INTERMEDIATE), 1.0).unwrap());
     let n = TOKENS * INTERMEDIATE;
     for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh] {
-        both(&mut group, &format!("gated {act:?}"), Work::elements(3 * n, 5 * n), &gates, |a| {
+        both(&mut group, &format!("gated {act:?}"), &Work::elements(3 * n, 5 * n), &gates, |a| {
             gated_activation(&a[0], &a[1], act)
         });
     }
     let stream = Stream { seed: 1, step: 2, site: 3 };
-    both(&mut group, "dropout", Work::elements(2 * n, 2 * n), &gates[..1], |a| dropout(&a[0], 0.1, stream));
+    both(&mut group, "dropout", &Work::elements(2 * n, 2 * n), &gates[..1], |a| dropout(&a[0], 0.1, stream));
     group.finish();
 }
 

@@ -14,6 +14,7 @@ import pathlib
 import shutil
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
@@ -21,8 +22,11 @@ LAYERS_A_SHARD = 4
 
 
 def smollm2(folder, gguf):
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).to(torch.bfloat16)
-    model.config.dtype = torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from a .gguf counts as quantised and is not saved, so its values go into one that does not.
+    config = LlamaConfig(**{k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "dtype")})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
@@ -80,6 +84,7 @@ def main():
     unfinished = args.out.with_name(args.out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
+    transformers.utils.logging.disable_progress_bar()
     kinds[args.kind](unfinished, args.gguf)
     unfinished.rename(args.out)
 

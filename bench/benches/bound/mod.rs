@@ -77,7 +77,25 @@ fn square_product(a: &[f32], b: &[f32], out: &mut [f32]) {
     // SAFETY: the slices hold three row-major matrices of SQUARE by SQUARE, as was just checked, and `out` is borrowed alone.
     unsafe {
         gemm::gemm(
-            SQUARE, SQUARE, SQUARE, out, 1, N, false, a, 1, N, b, 1, N, 0f32, 1f32, false, false, false, parallelism,
+            SQUARE,
+            SQUARE,
+            SQUARE,
+            out,
+            1,
+            N,
+            false,
+            a,
+            1,
+            N,
+            b,
+            1,
+            N,
+            0f32,
+            1f32,
+            false,
+            false,
+            false,
+            parallelism,
         );
     }
 }

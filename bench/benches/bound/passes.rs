@@ -9,7 +9,7 @@ use peft_core::kernels::record;
 use peft_core::kernels::testing::randn;
 
 /// What an operation has to do at least, forward and backward.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Work {
     /// Of the forward pass.
     pub forward: Throughput,
@@ -35,15 +35,15 @@ impl Work {
 pub fn both<M: Measurement>(
     group: &mut BenchmarkGroup<'_, M>,
     name: &str,
-    work: Work,
+    work: &Work,
     args: &[Tensor],
     op: impl Fn(&[Tensor]) -> Result<Tensor>,
 ) {
-    group.throughput(work.forward);
+    group.throughput(work.forward.clone());
     group.bench_function(format!("{name}/forward"), |b| b.iter(|| black_box(op(args).unwrap())));
     let vars: Vec<Tensor> = args.iter().map(|t| Var::from_tensor(t).unwrap().into_inner()).collect();
     let grad = randn(9, op(args).unwrap().dims(), 1.0).unwrap();
-    group.throughput(work.backward);
+    group.throughput(work.backward.clone());
     group.bench_function(format!("{name}/backward"), |b| {
         b.iter_batched(
             || record(|| op(&vars)).unwrap().1,

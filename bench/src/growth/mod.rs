@@ -151,7 +151,11 @@ mod tests {
     fn pictures_are_small_and_say_what_they_show() {
         for sweep in SWEEPS {
             let points: Vec<Point> = (sweep.values.iter())
-                .map(|&value| Point { value, tokens_per_second: 4e5 / (1000.0 + value as f64), peak_mb: 900.0 + value as f64 })
+                .map(|&value| Point {
+                    value,
+                    tokens_per_second: 4e5 / (1000.0 + value as f64),
+                    peak_mb: 900.0 + value as f64,
+                })
                 .collect();
             let svg = picture::draw(sweep, &points).unwrap();
             assert!(svg.contains("tokens/s") && svg.contains(sweep.axis), "{svg}");
