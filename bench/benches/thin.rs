@@ -1,6 +1,6 @@
 //! Products of a few rows with a large weight, as decoding makes them, beside reading the weight.
 //!
-//! `cargo bench -p peft-kernels --bench thin`. The weight has the shape of SmolLM2-135M's head. Throughput is in bytes of
+//! `cargo bench -p peft-bench --bench thin`. The weight has the shape of SmolLM2-135M's head. Throughput is in bytes of
 //! the stored weight: `read` is the bound.
 
 #![allow(missing_docs, clippy::unwrap_used)]
@@ -11,8 +11,8 @@ use std::sync::Arc;
 use candle_core::DType;
 use candle_core::quantized::{GgmlDType, QTensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use peft_kernels::testing::randn;
-use peft_kernels::{FrozenWeight, threads};
+use peft_core::kernels::testing::randn;
+use peft_core::kernels::{FrozenWeight, threads};
 use rayon::prelude::*;
 
 #[global_allocator]
