@@ -14,14 +14,16 @@ pub(crate) struct Case {
     pub(crate) shape: Shape,
     /// Whether a fresh adapter changes nothing.
     pub(crate) identity: bool,
-    /// Ends of parameter names whose gradient leaves a path out on purpose, so that differences of the loss say another
-    /// thing (DoRA's norm is a constant to A and B).
+    /// Ends of parameter names of which differences of the loss say another thing: their gradient leaves a path out on
+    /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units).
     pub(crate) partial_gradient: &'static [&'static str],
 }
 
 const UNTIED: Shape = Shape { tied: false, attention_bias: false };
 const TIED: Shape = Shape { tied: true, attention_bias: false };
 const BIASED: Shape = Shape { tied: false, attention_bias: true };
+const RELU: &[&str] =
+    &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"];
 
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
@@ -29,7 +31,13 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let dora = is("use_dora", json!(true));
     let soft_prompt = ["prefix", "prompt", "p_tuning"].iter().any(|name| is("type", json!(name)));
     let identity = !(soft_prompt || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
-    Case { name, method, shape, identity, partial_gradient: if dora { DORA } else { &[] } }
+    let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
+    let partial_gradient = match (dora, mlp) {
+        (true, _) => DORA,
+        (_, true) => RELU,
+        _ => &[],
+    };
+    Case { name, method, shape, identity, partial_gradient }
 }
 
 pub(crate) fn cases() -> Vec<Case> {
