@@ -335,7 +335,7 @@ impl FrozenWeight {
                     _ => Stored::Bf16(s.as_slice()?.get(start..).unwrap_or_default()),
                 })
             }
-            WeightStorage::Gguf(q) => f(Stored::Blocks(&*q.data()?, q.dtype())),
+            WeightStorage::Gguf(q) => f(Stored::Blocks(&q.data()?, q.dtype())),
         }
     }
 }
