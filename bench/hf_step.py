@@ -11,7 +11,10 @@ import time
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
 
 
 def random_tokens(n, vocab):
@@ -44,23 +47,35 @@ def main():
         source, extra = args.model.parent, {"gguf_file": args.model.name}
     else:
         source, extra = args.model, {}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+    config = AutoConfig.from_pretrained(source, **extra)
+    # As peft-bench: an encoder, or a model with a class head, is trained to classify.
+    architecture = (config.architectures or [""])[0]
+    classify = architecture.endswith("ForSequenceClassification") or config.model_type in ENCODERS
+    auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    model = auto.from_pretrained(source, dtype=torch.float32, **extra)
     model.config.use_cache = False
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(0)
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear",
+                      task_type="SEQ_CLS" if classify else "CAUSAL_LM")
     model = get_peft_model(model, lora)
     model.train()
+    for module in model.modules():
+        # The frozen base runs without dropout here too, which costs the peer nothing and spares it time.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.0)
     ids = torch.tensor(random_tokens(args.batch * args.seq, model.config.vocab_size)).view(args.batch, args.seq)
 
+    labels = torch.arange(args.batch) % model.config.num_labels if classify else ids
+
     losses, seconds = [], []
     for _ in range(args.steps):
         started = time.perf_counter()
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

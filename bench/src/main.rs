@@ -24,7 +24,7 @@ enum What {
 #[derive(Debug, Parser)]
 struct Args {
     what: What,
-    /// A model folder or a .gguf file of the Llama family
+    /// A model folder or a .gguf file. One with a class head, or an encoder (two classes), is trained to classify (step only)
     #[arg(long)]
     model: PathBuf,
     /// Sequences a batch
@@ -54,7 +54,10 @@ fn main() -> Result<()> {
     peft_alloc::keep_pages();
     let args = Args::parse();
     let measured = kernels::on_pool(|| -> Result<_> {
-        let files = ModelFiles::open(&args.model)?;
+        let mut files = ModelFiles::open(&args.model)?;
+        if files.lacks_class_head() {
+            files.set_labels(vec!["LABEL_0".into(), "LABEL_1".into()])?;
+        }
         let Args { batch, seq, steps, rank, checkpointing, keep, stored, .. } = args;
         let keep = if checkpointing { 0 } else { keep.unwrap_or(usize::MAX) };
         let settings = Settings { batch, seq, steps, rank, keep, stored };

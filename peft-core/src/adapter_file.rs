@@ -63,6 +63,11 @@ impl AdapterFolder {
         let weights = SafetensorsFile::open(&path)?;
         let mut keys = BTreeMap::new();
         for name in weights.names() {
+            // With bias = "all", PEFT stores the biases of `modules_to_save` a second time, under the wrapper's name.
+            let plain = name.replacen(".modules_to_save.", ".", 1);
+            if plain != name && weights.get(&plain).is_some() {
+                continue;
+            }
             let Some(key) = canonical(name) else { continue };
             if let Some(other) = keys.insert(key, name.to_owned()) {
                 let message = format!("holds the same tensor twice, as `{other}` and as `{name}`; remove one of them");

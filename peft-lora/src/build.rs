@@ -58,7 +58,7 @@ impl LoraConfig {
         let names = saved_target_modules(&spec, "LORA", &candidates).map(|t| t.to_json());
         let mut config = self.to_adapter_config(names);
         if spec.task_type.is_none() {
-            config.insert("task_type".into(), "CAUSAL_LM".into());
+            config.insert("task_type".into(), base.task().peft_name().into());
         }
         let mut adapter = Adapter::new(config, &sites);
         if self.init.subtracts() {
@@ -77,9 +77,14 @@ impl LoraConfig {
             adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
             adapted.insert(site.id);
         }
+        let mut whole = HashSet::new();
         for saved in &selection.saved {
             for site in saved.members.iter().filter_map(|&i| sites.get(SiteId(i as u32))) {
                 adapter.insert(site.id, SiteAdapter::new(Some(builder.saved(site)?), None))?;
+                whole.insert(site.id);
+                if self.bias == BiasTraining::All {
+                    builder.add_wrapper_biases(&mut adapter, &saved.path, site)?;
+                }
             }
         }
         for (site, tokens) in builder.tokens(&sites)? {
@@ -87,7 +92,7 @@ impl LoraConfig {
                 .insert(site.id, SiteAdapter::new(Some(tokens), None))
                 .map_err(|_| Error::config("trainable_token_indices", format!("`{}` is adapted already", site.path)))?;
         }
-        for site in sites.iter() {
+        for site in sites.iter().filter(|s| !whole.contains(&s.id)) {
             if let Some(bias) = builder.bias(site, adapted.contains(&site.id))? {
                 adapter.insert(site.id, SiteAdapter::new(None, Some(bias)))?;
             }
@@ -217,6 +222,22 @@ impl Builder<'_> {
             BaseLayer::Embedding(e) => SiteModule::Embedding(Arc::new(TrainedEmbedding::new(&prefix, e, false)?)),
             BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(&prefix, norm)?)),
         })
+    }
+
+    /// What PEFT stores of a module in `modules_to_save` besides the module, where `bias = "all"` makes it store whatever
+    /// is called a bias: that of the base's module, and that of the trained one under the wrapper's name.
+    fn add_wrapper_biases(&self, adapter: &mut Adapter, module: &str, site: &Site) -> Result<()> {
+        let bias = match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => layer.bias(),
+            BaseLayer::Norm(norm) => norm.bias(),
+            BaseLayer::Embedding(_) => None,
+        };
+        if let (Some(bias), Some(inside)) = (bias, site.path.strip_prefix(module)) {
+            let wrapped = |part: &str| format!("{PREFIX}{module}.{part}{inside}.bias");
+            adapter.add_export_tensor(wrapped("original_module"), bias.to_dtype(DType::F32)?);
+            adapter.add_export_copy(wrapped("modules_to_save"), parameter_name(&site.path, "bias"));
+        }
+        Ok(())
     }
 
     fn tokens<'s>(&self, sites: &'s SiteTable) -> Result<Vec<(&'s Site, SiteModule)>> {

@@ -9,15 +9,16 @@ use peft_core::kernels::{
 };
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, Segmented,
-    SiteId, SiteKind, SiteTable, TokenBatch,
+    SiteId, SiteKind, SiteTable, Task, TokenBatch,
 };
 
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
+use crate::loader::Loader;
 use crate::rope::RopeTable;
 use crate::source::{Placement, WeightSource};
 
-/// A decoder-only language model.
+/// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
@@ -52,30 +53,6 @@ pub struct DecoderInput {
     rotary: Arc<RotaryPlan>,
 }
 
-/// Registers sites in the order of the forward pass while the layers are loaded.
-struct Loader<'a> {
-    source: &'a dyn WeightSource,
-    sites: SiteTable,
-    segment: usize,
-    dtype: DType,
-}
-
-impl Loader<'_> {
-    fn linear(&mut self, path: &str, inp: usize, out: usize, bias: bool) -> Result<FrozenLinear> {
-        let weight = self.source.weight(&format!("{path}.weight"), (out, inp))?;
-        let bias_tensor = if bias { Some(self.source.vector(&format!("{path}.bias"), out)?) } else { None };
-        let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
-        let site = self.sites.register(path, kind, self.segment);
-        FrozenLinear::new(site, path, weight, bias_tensor)
-    }
-
-    fn norm(&mut self, path: &str, dim: usize, eps: f64) -> Result<FrozenNorm> {
-        let weight = self.source.vector(&format!("{path}.weight"), dim)?;
-        let site = self.sites.register(path, SiteKind::Norm { dim, bias: false }, self.segment);
-        Ok(FrozenNorm::new(site, path, NormKind::Rms { offset: 0.0 }, weight, None, eps))
-    }
-}
-
 impl Decoder {
     /// Loads the model that `config` describes from `source`.
     ///
@@ -83,13 +60,10 @@ impl Decoder {
     /// A missing tensor or a wrong shape, by its name.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
         let c = &config;
-        let mut l = Loader { source, sites: SiteTable::new(), segment: 0, dtype: placement.activations };
+        let mut l = Loader::new(source, placement);
 
         let (vocab, dim) = (c.vocab_size, c.hidden_size);
-        let table = source.weight("model.embed_tokens.weight", (vocab, dim))?;
-        let path = "model.embed_tokens";
-        let site = l.sites.register(path, SiteKind::Embedding { vocab, dim }, 0);
-        let embed = FrozenEmbedding::new(site, path, table.clone(), l.dtype);
+        let embed = l.embedding("model.embed_tokens", vocab, dim)?;
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
@@ -98,13 +72,19 @@ impl Decoder {
         }
 
         l.segment = c.num_hidden_layers + 1;
-        let norm = l.norm("model.norm", dim, c.rms_norm_eps)?;
-        let tied = c.tie_word_embeddings;
-        let head_weight = if tied { table } else { source.weight("lm_head.weight", (vocab, dim))? };
-        let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
-        let site = l.sites.register("lm_head", kind, l.segment);
-        l.sites.mark_output_head(site);
-        let head = FrozenLinear::new(site, "lm_head", head_weight, None)?;
+        let norm = l.norm("model.norm", dim, NormKind::Rms { offset: 0.0 }, c.rms_norm_eps)?;
+        let tied = c.tie_word_embeddings && c.labels.is_none();
+        let head = match &c.labels {
+            Some(labels) => l.linear("score", dim, labels.len(), false)?,
+            None => {
+                let weight =
+                    if tied { embed.weight().clone() } else { source.weight("lm_head.weight", (vocab, dim))? };
+                let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
+                let site = l.sites.register("lm_head", kind, l.segment);
+                l.sites.mark_output_head(site);
+                FrozenLinear::new(site, "lm_head", weight, None)?
+            }
+        };
 
         let rope = RopeTable::new(c, 0, &placement.device)?;
         Ok(Self {
@@ -207,15 +187,16 @@ impl Decoder {
 
 impl Block {
     fn load(l: &mut Loader<'_>, c: &DecoderConfig, path: &str) -> Result<Self> {
-        let (hidden, inner, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (rms, eps) = (NormKind::Rms { offset: 0.0 }, c.rms_norm_eps);
         let (query, key_value) = (c.query_size(), c.key_value_size());
         Ok(Self {
-            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, eps)?,
+            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, rms, eps)?,
             q: l.linear(&format!("{path}.self_attn.q_proj"), hidden, query, c.attention_bias)?,
             k: l.linear(&format!("{path}.self_attn.k_proj"), hidden, key_value, c.attention_bias)?,
             v: l.linear(&format!("{path}.self_attn.v_proj"), hidden, key_value, c.attention_bias)?,
             o: l.linear(&format!("{path}.self_attn.o_proj"), query, hidden, c.attention_bias)?,
-            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, eps)?,
+            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, rms, eps)?,
             gate: l.linear(&format!("{path}.mlp.gate_proj"), hidden, inner, c.mlp_bias)?,
             up: l.linear(&format!("{path}.mlp.up_proj"), hidden, inner, c.mlp_bias)?,
             down: l.linear(&format!("{path}.mlp.down_proj"), inner, hidden, c.mlp_bias)?,
@@ -303,21 +284,18 @@ impl BaseModel for Decoder {
     fn tied_embedding(&self) -> Option<&str> {
         self.tied.then(|| self.embed.path())
     }
+
+    fn task(&self) -> Task {
+        self.config.task()
+    }
 }
 
 impl Segmented for Decoder {
     type Input = DecoderInput;
 
     fn prepare(&self, batch: TokenBatch<'_>) -> Result<DecoderInput> {
-        let fits = batch.bounds.first() == Some(&0)
-            && batch.bounds.last() == Some(&batch.ids.len())
-            && batch.positions.len() == batch.ids.len()
-            && batch.bounds.is_sorted();
-        if !fits {
-            return Err(Error::msg("a batch's bounds do not cover its tokens"));
-        }
         let spans =
-            batch.bounds.windows(2).map(|w| SequenceSpan { queries: w[0]..w[1], keys: w[0]..w[1], prefix: 0..0 });
+            batch.sequences()?.map(|tokens| SequenceSpan { queries: tokens.clone(), keys: tokens, prefix: 0..0 });
         self.input(batch.positions, spans.collect())
     }
 

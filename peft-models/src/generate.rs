@@ -145,7 +145,7 @@ impl Step {
         let ctx = Ctx::eval(adapters, &route);
         let keys: Vec<_> = open.iter().map(|o| o.keys.clone()).collect();
         let input = model.prepare_cached(&self.positions, &self.lengths, &keys)?;
-        let batch = TokenBatch { ids: &self.ids, positions: &self.positions, bounds: &bounds };
+        let batch = TokenBatch { ids: &self.ids, positions: &self.positions, bounds: &bounds, types: &[] };
         let mut hidden = model.embed(batch, &ctx)?;
         for (i, cache) in caches.iter_mut().enumerate() {
             hidden = model.block_cached(i, &hidden, &input, &ctx, cache)?;

@@ -10,7 +10,6 @@ use peft_core::{
     SiteModule, SiteTable,
 };
 
-use crate::decoder::Decoder;
 use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 use crate::model_files::ModelFiles;
 
@@ -18,11 +17,19 @@ use crate::model_files::ModelFiles;
 pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// A base with adapters applied one after another. Tensors are made when they are asked for.
-#[derive(Debug)]
 pub struct Merged<'a> {
-    model: &'a Decoder,
+    model: &'a dyn BaseModel,
     adapters: Vec<Arc<Adapter>>,
     tied: bool,
+}
+
+impl std::fmt::Debug for Merged<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Merged")
+            .field("adapters", &self.adapters.len())
+            .field("tied", &self.tied)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The two tensors that a site may have.
@@ -37,7 +44,7 @@ impl<'a> Merged<'a> {
     ///
     /// # Errors
     /// When an adapter cannot be merged; the message says why.
-    pub fn new(model: &'a Decoder, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+    pub fn new(model: &'a dyn BaseModel, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
         let tied = match (model.tied_embedding(), head(model.sites())) {
             (Some(path), Some(head)) => {
                 let embedding = model.sites().find(path).map(|s| s.id);
@@ -221,7 +228,10 @@ fn refuse_foreign_folder(out: &Path) -> Result<()> {
 /// # Errors
 /// When an adapter cannot be merged, the model does not fit GGUF, or the disk refuses.
 pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weights: GgufType) -> Result<()> {
-    let mut config = files.config().clone();
+    let mut config = files.decoder_config()?.clone();
+    if config.labels.is_some() {
+        return Err(Error::file(files.path(), "has a class head, which GGUF cannot hold; write safetensors"));
+    }
     config.tie_word_embeddings = merged.tied();
     let specs: Vec<GgufTensorSpec> =
         merged.tensors().into_iter().map(|(name, shape)| GgufTensorSpec { name, shape }).collect();

@@ -109,7 +109,7 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
             return Err(Error::config("init_lora_weights", "eva looks at the training data, and there is none here"));
         }
         Config::Lora(config) => {
-            let built = config.build(base, seed, Unmatched::Error)?;
+            let built = config.for_base(base)?.build(base, seed, Unmatched::Error)?;
             (built.adapter, Some(built.selection))
         }
     };
@@ -136,7 +136,8 @@ pub fn create_on<M: Segmented>(
 ) -> Result<Prepared> {
     match Config::parse(table)? {
         (Config::Lora(config), info) if config.init == Init::Eva => {
-            let eva::Found { built, batches, inputs, settled } = eva::start(*config, model, seed, next_batch)?;
+            let eva::Found { built, batches, inputs, settled } =
+                eva::start(config.for_base(model)?, model, seed, next_batch)?;
             let note =
                 format!("eva: principal components of {inputs} inputs from {batches} batches, {settled} settled");
             let (adapter, selection) = (built.adapter, Some(built.selection));
@@ -168,6 +169,16 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
             (built.adapter, Some(built.selection))
         }
     };
+    for path in base.fresh_layers() {
+        let site = base.sites().find(path);
+        if site.and_then(|s| adapter.at(s.id)).is_none_or(|a| a.module.is_none()) {
+            let message = format!(
+                "does not hold `{path}`, which the base has no weights for: train with modules_to_save = [\"{path}\"], or \
+                 use the base that this adapter was trained on"
+            );
+            return Err(Error::file(folder, message));
+        }
+    }
     let constants: std::collections::HashSet<String> = {
         let trained: std::collections::HashSet<&str> = adapter.parameters().iter().map(|p| p.name()).collect();
         adapter.tensors().into_iter().map(|(k, _)| k).filter(|k| !trained.contains(k.as_str())).collect()
