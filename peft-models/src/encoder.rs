@@ -317,10 +317,10 @@ impl Segmented for Encoder {
             &self.positions.forward(&self.position_ids(batch)?, ctx)?,
         )?;
         if let Some(types) = &self.types {
-            let zeros;
+            let zeros: Vec<u32>;
             let ids = if batch.types.is_empty() {
                 zeros = vec![0; batch.ids.len()];
-                &zeros
+                zeros.as_slice()
             } else {
                 batch.types
             };

@@ -102,12 +102,13 @@ fn model(files: &ModelFiles) -> Result<Value> {
     let c = match files.config() {
         ModelConfig::Decoder(c) => c,
         ModelConfig::Encoder(c) => {
+            let classes: &[String] = if files.lacks_class_head() { &[] } else { &c.labels };
             return Ok(json!({
                 "kind": "model", "model_type": c.family.model_type, "parameters": parameters, "dtype": dtype,
                 "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
                 "attention_heads": c.num_attention_heads, "head_dim": c.head_dim(), "vocab_size": c.vocab_size,
                 "max_length": c.max_length(), "task_type": c.task().peft_name(),
-                "classes": if files.lacks_class_head() { &[] } else { c.labels.as_slice() },
+                "classes": classes,
                 "class_head": if files.lacks_class_head() { "none yet: training makes one" } else { "in the checkpoint" },
                 "tensors": names.len()
             }));

@@ -287,16 +287,6 @@ impl Renderer {
         Ok(Rendered::Chat { text, targets })
     }
 
-    /// A column of integers.
-    fn integers(&self, row: &Row, name: &str) -> Result<Vec<i64>, DataError> {
-        let value = row.required(name)?;
-        let list = value.as_array().ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
-        list.iter()
-            .enumerate()
-            .map(|(i, v)| v.as_i64().ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v)))
-            .collect()
-    }
-
     fn in_vocab(&self, row: &Row, name: &str, i: usize, id: i64) -> Result<i32, DataError> {
         let limit = self.vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
         match i32::try_from(id) {
@@ -317,7 +307,7 @@ impl Renderer {
                 "`attention_mask` marks padding; leave padding out of `input_ids` and `labels`, batches are packed without it",
             ));
         }
-        let ids = self.integers(row, "input_ids")?;
+        let ids = integers(row, "input_ids")?;
         ids.into_iter()
             .enumerate()
             .map(|(i, id)| self.in_vocab(row, "input_ids", i, id).map(i32::unsigned_abs))
@@ -340,10 +330,10 @@ impl Renderer {
             ));
         }
         let input_ids = self.input_ids(row)?;
-        let labels = match row.fields.get("labels") {
-            None | Some(Value::Null) => input_ids.iter().map(|&id| id as i32).collect(),
-            Some(_) => {
-                self.integers(row, "labels")?
+        let labels =
+            match row.fields.get("labels") {
+                None | Some(Value::Null) => input_ids.iter().map(|&id| id as i32).collect(),
+                Some(_) => integers(row, "labels")?
                     .into_iter()
                     .enumerate()
                     .map(|(i, id)| {
@@ -353,9 +343,8 @@ impl Renderer {
                             self.in_vocab(row, "labels", i, id)
                         }
                     })
-                    .collect::<Result<Vec<i32>, _>>()?
-            }
-        };
+                    .collect::<Result<Vec<i32>, _>>()?,
+            };
         if labels.len() != input_ids.len() {
             return Err(DataError::row(
                 &row.at,
@@ -368,6 +357,16 @@ impl Renderer {
         }
         Ok(Rendered::Tokens { input_ids, labels })
     }
+}
+
+/// A column of integers.
+fn integers(row: &Row, name: &str) -> Result<Vec<i64>, DataError> {
+    let value = row.required(name)?;
+    let list = value.as_array().ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
+    list.iter()
+        .enumerate()
+        .map(|(i, v)| v.as_i64().ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v)))
+        .collect()
 }
 
 /// Renders a prompt; a template that reads the target would show the answer to the model.

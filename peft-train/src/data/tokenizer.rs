@@ -141,11 +141,15 @@ impl TextTokenizer for HfTextTokenizer {
             Some(pair) => self.tokenizer.encode_fast((text, pair), true)?,
             None => self.tokenizer.encode_fast(text, true)?,
         };
-        let types = encoding.get_type_ids();
+        let (types, sequences) = (encoding.get_type_ids(), encoding.get_sequence_ids());
+        let range = |i: usize| match sequences.iter().position(|s| *s == Some(i)) {
+            Some(start) => start..sequences.iter().rposition(|s| *s == Some(i)).map_or(start, |last| last + 1),
+            None => 0..0,
+        };
         Ok(Framed {
             ids: encoding.get_ids().to_vec(),
             types: if types.iter().any(|t| *t != 0) { types.to_vec() } else { Vec::new() },
-            texts: (0..=usize::from(pair.is_some())).map(|i| encoding.sequence_range(i)).collect(),
+            texts: (0..=usize::from(pair.is_some())).map(range).collect(),
         })
     }
 
