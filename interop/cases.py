@@ -134,6 +134,8 @@ VARIANTS |= {
     "bert_save_pooler": dict(r=4, target_modules=BERT_ATTENTION, modules_to_save=["pooler"]),
     "distilbert_lora": dict(r=4, lora_alpha=12, target_modules=["q_lin", "k_lin", "v_lin"]),
     "distilbert_dora": dict(r=4, use_dora=True, target_modules=["q_lin", "out_lin", "lin1", "lin2"]),
+    # peft refuses all-linear here: `pre_classifier` ends like `classifier`, so it is saved whole
+    "distilbert_all_linear": dict(r=3, target_modules="all-linear", exclude_modules=["pre_classifier"]),
     "distilbert_bias_all": dict(r=4, target_modules=["q_lin", "v_lin"], bias="all"),
 }
 
@@ -159,7 +161,7 @@ PLAN = {
     "bert_bf16": ["bert_lora", "bert_dora"],
     "roberta": ["bert_lora", "bert_dora", "bert_bias_all", "all_linear"],
     "xlm_roberta": ["default_targets", "all_linear"],
-    "distilbert": ["default_targets", "distilbert_lora", "distilbert_dora", "distilbert_bias_all"],
+    "distilbert": ["distilbert_lora", "distilbert_dora", "distilbert_all_linear", "distilbert_bias_all"],
     "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm"],
 }
 

@@ -234,8 +234,10 @@ impl Builder<'_> {
         };
         if let (Some(bias), Some(inside)) = (bias, site.path.strip_prefix(module)) {
             let wrapped = |part: &str| format!("{PREFIX}{module}.{part}{inside}.bias");
+            // Of the adapter's name PEFT removes the one in front of the last part only.
+            let trained = if inside.is_empty() { "modules_to_save" } else { "modules_to_save.default" };
             adapter.add_export_tensor(wrapped("original_module"), bias.to_dtype(DType::F32)?);
-            adapter.add_export_copy(wrapped("modules_to_save"), parameter_name(&site.path, "bias"));
+            adapter.add_export_copy(wrapped(trained), parameter_name(&site.path, "bias"));
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ pub fn read(folder: &Path) -> Result<Option<Vec<String>>> {
             return Err(Error::file(&file, "is too large for a list of names"));
         }
         let text = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
-        let wrong = |e| Error::file(&file, format!("is not a list of the classes' names: {e}"));
+        let wrong = |e: serde_json::Error| Error::file(&file, format!("is not a list of the classes' names: {e}"));
         return serde_json::from_slice(&text).map(Some).map_err(wrong);
     }
     let files = AdapterFolder::open(folder)?;

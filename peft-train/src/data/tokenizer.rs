@@ -28,7 +28,7 @@ impl Framed {
     pub fn cut_to(mut self, max: usize) -> Option<(Self, usize)> {
         let cut = self.ids.len().saturating_sub(max);
         let mut lengths: Vec<usize> = self.texts.iter().map(ExactSizeIterator::len).collect();
-        if cut > lengths.iter().sum() {
+        if cut > lengths.iter().sum::<usize>() {
             return None;
         }
         for _ in 0..cut {
@@ -36,7 +36,7 @@ impl Framed {
             let longest = lengths.iter_mut().max_by_key(|n| **n)?;
             *longest -= 1;
         }
-        for (text, length) in self.texts.iter_mut().zip(lengths).rev() {
+        for (text, length) in self.texts.iter().zip(lengths).rev() {
             let gone = text.start + length..text.end;
             self.ids.drain(gone.clone());
             if !self.types.is_empty() {
