@@ -225,7 +225,8 @@ impl Block {
         let attended = self.attend(&x, input, ctx, cache)?;
         let hidden = kernels::add(hidden, &attended)?;
         let x = self.post_norm.forward(&hidden, ctx)?;
-        let inner = gated_activation(&self.gate.forward(&x, ctx)?, &self.up.forward(&x, ctx)?, c.hidden_act.into())?;
+        let [gate, up] = FrozenLinear::forward_siblings([&self.gate, &self.up], &x, ctx)?;
+        let inner = gated_activation(&gate, &up, c.hidden_act.into())?;
         Ok(kernels::add(&hidden, &self.down.forward(&inner, ctx)?)?)
     }
 
@@ -236,7 +237,7 @@ impl Block {
         ctx: &Ctx<'_>,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
-        let (q, k, v) = (self.q.forward(x, ctx)?, self.k.forward(x, ctx)?, self.v.forward(x, ctx)?);
+        let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], x, ctx)?;
         let q = rotary(&q, &input.rotary)?;
         let k = rotary(&k, &input.rotary)?;
         let out = match cache {

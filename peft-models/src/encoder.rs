@@ -235,7 +235,7 @@ impl Block {
     }
 
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let (q, k, v) = (self.q.forward(hidden, ctx)?, self.k.forward(hidden, ctx)?, self.v.forward(hidden, ctx)?);
+        let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
         let attended = self.o.forward(&attention(&q, &k, &v, &input.attention)?, ctx)?;
         let hidden = self.attention_norm.forward(&kernels::add(&attended, hidden)?, ctx)?;
         let inner = activation(&self.up.forward(&hidden, ctx)?, c.hidden_act.into())?;

@@ -1,7 +1,7 @@
 //! Writing text: prefill, then one token a step for every sequence still open, with a cache of keys and values.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::Stream;
+use peft_core::kernels::{Stream, argmax_rows};
 use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch};
 
 use crate::decoder::Decoder;
@@ -78,14 +78,15 @@ pub fn generate(
     let lengths: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
     debug_assert_eq!(ids.len(), start);
     let mut step = Step { ids, positions, lengths };
+    let mut made = 0;
     loop {
         let slots: Vec<Option<usize>> = open.iter().filter_map(|o| requests.get(o.row)).map(|r| r.slot).collect();
         let logits = step.run(model, adapters, &slots, &open, &mut caches)?;
+        let streams = open.iter().map(|o| Stream { seed: options.seed, step: made, site: o.row as u32 });
+        let chosen = choose(&logits, options, streams)?;
         let mut still = Vec::with_capacity(open.len());
-        for (mut o, logits) in open.into_iter().zip(logits) {
+        for (mut o, token) in open.into_iter().zip(chosen) {
             let Some(tokens) = written.get_mut(o.row) else { continue };
-            let stream = Stream { seed: options.seed, step: tokens.len() as u32, site: o.row as u32 };
-            let token = choose(&logits, options, stream)?;
             if options.stop.contains(&token) {
                 continue;
             }
@@ -105,6 +106,7 @@ pub fn generate(
             lengths: vec![1; still.len()],
         };
         open = still;
+        made += 1;
     }
 }
 
@@ -128,7 +130,7 @@ struct Step {
 }
 
 impl Step {
-    /// Logits after the last token of each sequence.
+    /// Logits `[sequences, vocab]` after the last token of each sequence.
     fn run(
         &self,
         model: &Decoder,
@@ -136,7 +138,7 @@ impl Step {
         slots: &[Option<usize>],
         open: &[Open],
         caches: &mut [LayerCache],
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Tensor> {
         let mut bounds = vec![0];
         for n in &self.lengths {
             bounds.push(bounds.last().copied().unwrap_or(0) + n);
@@ -155,21 +157,23 @@ impl Step {
         let rows = hidden.index_select(&Tensor::new(index, hidden.device())?, 0)?;
         let route = route.select(&last);
         let ctx = Ctx { route: &route, ..ctx };
-        let logits = model.logits(&model.final_norm(&rows, &ctx)?, &ctx)?;
-        Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?)
+        model.logits(&model.final_norm(&rows, &ctx)?, &ctx)
     }
 }
 
-/// The next token: the likeliest, or one drawn from the nucleus.
-fn choose(logits: &[f32], options: &GenerateOptions, stream: Stream) -> Result<u32> {
-    if logits.iter().any(|x| x.is_nan()) {
-        return Err(Error::msg("the model's logits are not numbers; check the weights, or use f32"));
-    }
-    let best =
-        || logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map_or(0, |(i, _)| i as u32);
+/// The next token of each sequence: the likeliest, or one drawn from the nucleus with the numbers of its stream.
+fn choose(logits: &Tensor, options: &GenerateOptions, streams: impl Iterator<Item = Stream>) -> Result<Vec<u32>> {
+    let broken = || Error::msg("the model's logits are not numbers; check the weights, or use f32");
+    let best = argmax_rows(logits)?.into_iter().map(|token| token.ok_or_else(broken));
     if options.temperature == 0.0 {
-        return Ok(best());
+        return best.collect();
     }
+    let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    best.zip(rows).zip(streams).map(|((best, row), stream)| Ok(draw(&row, best?, options, stream))).collect()
+}
+
+/// A token from the nucleus of one row of logits, which are numbers and whose likeliest is `best`.
+fn draw(logits: &[f32], best: u32, options: &GenerateOptions, stream: Stream) -> u32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut weights: Vec<(u32, f64)> =
         logits.iter().enumerate().map(|(i, x)| (i as u32, f64::from((x - max) / options.temperature).exp())).collect();
@@ -192,31 +196,106 @@ fn choose(logits: &[f32], options: &GenerateOptions, stream: Stream) -> Result<u
     for (token, w) in &weights {
         draw -= w;
         if draw < 0.0 {
-            return Ok(*token);
+            return *token;
         }
     }
-    Ok(weights.last().map_or_else(best, |w| w.0))
+    weights.last().map_or(best, |w| w.0)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+    use peft_core::Mode;
+    use serde_json::json;
+
     use super::*;
+    use crate::config::DecoderConfig;
+    use crate::source::{Placement, RandomSource};
 
     #[test]
     fn greedy_takes_the_first_of_the_largest_and_the_nucleus_cuts_the_tail() {
-        let logits = [0.0, 3.0, 3.0, -5.0];
-        let stream = |i| Stream { seed: 1, step: i, site: 0 };
+        let logits = Tensor::new(&[[0f32, 3.0, 3.0, -5.0]], &Device::Cpu).unwrap();
+        let token = |options: &GenerateOptions, step| {
+            choose(&logits, options, std::iter::once(Stream { seed: 1, step, site: 0 })).unwrap()[0]
+        };
         let greedy = GenerateOptions::default();
-        assert_eq!(choose(&logits, &greedy, stream(0)).unwrap(), 1);
+        assert_eq!(token(&greedy, 0), 1);
         let nucleus = GenerateOptions { temperature: 1.0, top_p: 0.9, ..greedy.clone() };
-        let drawn: std::collections::BTreeSet<u32> =
-            (0..200).map(|i| choose(&logits, &nucleus, stream(i)).unwrap()).collect();
+        let drawn: std::collections::BTreeSet<u32> = (0..200).map(|i| token(&nucleus, i)).collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [1, 2]);
         let all = GenerateOptions { temperature: 50.0, ..greedy.clone() };
-        let drawn: std::collections::BTreeSet<u32> =
-            (0..200).map(|i| choose(&logits, &all, stream(i)).unwrap()).collect();
+        let drawn: std::collections::BTreeSet<u32> = (0..200).map(|i| token(&all, i)).collect();
         assert_eq!(drawn.len(), 4);
-        assert!(choose(&[f32::NAN], &greedy, stream(0)).is_err());
+        let broken = Tensor::new(&[[f32::NAN]], &Device::Cpu).unwrap();
+        assert!(choose(&broken, &greedy, std::iter::empty()).is_err());
+    }
+
+    fn tiny(weights: DType) -> Decoder {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 71, "hidden_size": 40,
+            "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
+            "head_dim": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 128,
+            "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 1,
+        });
+        let config = DecoderConfig::from_hf_map(config.as_object().unwrap().clone(), "config.json".as_ref()).unwrap();
+        let placement = Placement::cpu(Some(weights));
+        let source = RandomSource { seed: 3, std: 0.4, untied_head: false, placement: placement.clone() };
+        Decoder::load(config, &source, &placement).unwrap()
+    }
+
+    /// The likeliest next token by a pass over the whole text, without a cache.
+    fn next_by_definition(model: &Decoder, text: &[u32]) -> u32 {
+        let (set, route) = (AdapterSet::empty(), Route::Base);
+        let ctx = Ctx { mode: Mode::Eval, ..Ctx::eval(&set, &route) };
+        let positions: Vec<u32> = (0..text.len() as u32).collect();
+        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()], types: &[] };
+        let input = model.prepare(batch).unwrap();
+        let mut hidden = model.embed(batch, &ctx).unwrap();
+        for i in 0..model.num_blocks() {
+            hidden = model.block(i, &hidden, &input, &ctx).unwrap();
+        }
+        let logits = model.logits(&model.final_norm(&hidden, &ctx).unwrap(), &ctx).unwrap();
+        argmax_rows(&logits).unwrap().last().copied().flatten().unwrap()
+    }
+
+    /// Prompts of one token and of more than a thin product takes, in every storage.
+    #[test]
+    fn a_batch_writes_what_each_sequence_writes_alone_and_by_definition() {
+        for weights in [DType::F32, DType::BF16, DType::F16] {
+            let model = tiny(weights);
+            let requests: Vec<Request> = [1, 3, 20, 40, 7]
+                .map(|n| Request { prompt: (0..n).map(|i| (i * 13 + n) % 71).collect(), slot: None })
+                .to_vec();
+            let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
+            let run =
+                |requests: &[Request]| generate(&model, &AdapterSet::empty(), requests, &options, |_, _| true).unwrap();
+            let together = run(&requests);
+            for (request, written) in requests.iter().zip(&together) {
+                assert_eq!(&run(std::slice::from_ref(request))[0], written);
+                let mut text = request.prompt.clone();
+                for token in written {
+                    assert_eq!(next_by_definition(&model, &text), *token, "{weights:?} after {} tokens", text.len());
+                    text.push(*token);
+                }
+                assert_eq!(text.len(), request.prompt.len() + 12);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sequence_that_ends_leaves_the_others_going() {
+        let model = tiny(DType::F32);
+        let request = |first| Request { prompt: vec![first, 5, 9], slot: None };
+        let requests = [request(2), request(3), request(4)];
+        let options = GenerateOptions { max_new_tokens: 6, ..GenerateOptions::default() };
+        let whole = generate(&model, &AdapterSet::empty(), &requests, &options, |_, _| true).unwrap();
+        let mut seen = 0;
+        let cut = generate(&model, &AdapterSet::empty(), &requests, &options, |row, _| {
+            seen += usize::from(row == 1);
+            row != 1 || seen < 2
+        })
+        .unwrap();
+        assert_eq!((&cut[0], &cut[1][..], &cut[2]), (&whole[0], &whole[1][..2], &whole[2]));
     }
 }
