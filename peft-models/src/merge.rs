@@ -262,6 +262,7 @@ mod tests {
     use serde_json::{Map, Value, json};
 
     use super::*;
+    use crate::Decoder;
     use crate::config::DecoderConfig;
     use crate::source::{Placement, RandomSource};
 
