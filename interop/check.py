@@ -3,7 +3,7 @@
 
     interop/check.py PEFT_CLI CASES [--only MODEL[/VARIANT],…] [--steps eval,merge,train,accumulate,reload,weights] [--rtol 1e-4]
 
-eval        losses, counted tokens and rows of the base and of base + adapter
+eval        losses, counted tokens, rows (and accuracy) of the base and of base + adapter
 merge       peft-cli's merged model: its loss in peft-cli, and in transformers, which must find every tensor and no other;
             what peft cannot merge is refused with a message and leaves nothing behind
 train       the loss of each step of a run started from the adapter (rtol × 10)
@@ -112,6 +112,8 @@ class Case:
             for key, want in [("tokens", "tokens"), ("examples", "rows")]:
                 if got.get(key) != self.expected[want]:
                     raise Short(f"eval counts {got.get(key)} {key}, should be {self.expected[want]}")
+        if self.expected["accuracy"] is not None:
+            self.near("accuracy", got.get("accuracy"), self.expected["accuracy"])
 
     def merge(self):
         want = self.expected["merged_loss"]
@@ -120,14 +122,13 @@ class Case:
             return self.refuses_to_merge(out)
         self.cli.run("merge", "--model", self.base, "--adapter", self.adapter, "--output", out, "--dtype", "f32")
         self.near("merged loss", self.cli.eval(out, self.rows)["loss"], want)
-        from cases import mean_loss
-        import torch, transformers
+        from cases import load_base, mean_loss
 
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+        model, info = load_base(out, output_loading_info=True)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[kind]:
                 raise Short(f"transformers finds {kind} in the merged model: {sorted(info[kind])[:4]}")
-        self.near("merged loss in transformers", mean_loss(model.eval(), read_rows(self.rows)), want)
+        self.near("merged loss in transformers", mean_loss(model, read_rows(self.rows)), want)
 
     def refuses_to_merge(self, out):
         try:

@@ -35,7 +35,7 @@ pub fn prompts(path: &Path) -> Result<Vec<Vec<u32>>> {
 /// When the model cannot be loaded or generation fails.
 pub fn run(files: &ModelFiles, prompts: &[Vec<u32>], new_tokens: usize, stored: bool) -> Result<Value> {
     let weights = if stored { None } else { Some(DType::F32) };
-    let model: Decoder = files.load(&Placement::cpu(weights), 0)?;
+    let model: Decoder = files.load_decoder(&Placement::cpu(weights), 0)?;
     let requests: Vec<Request> = prompts.iter().map(|p| Request { prompt: p.clone(), slot: None }).collect();
     let write = |max_new_tokens| {
         let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };

@@ -34,7 +34,7 @@ enum What {
 
 #[derive(Debug, Args)]
 struct StepArgs {
-    /// A model folder or a .gguf file of the Llama family
+    /// A model folder or a .gguf file. One with a class head, or an encoder (two classes), is trained to classify (step only)
     #[arg(long)]
     model: PathBuf,
     /// Sequences a batch
@@ -74,11 +74,14 @@ impl StepArgs {
     }
 
     fn files(&self) -> Result<ModelFiles> {
-        let files = ModelFiles::open(&self.model)?;
+        let mut files = ModelFiles::open(&self.model)?;
+        if files.lacks_class_head() {
+            files.set_labels(vec!["LABEL_0".into(), "LABEL_1".into()])?;
+        }
         if self.layers.is_none() && self.vocab.is_none() {
             return Ok(files);
         }
-        shape::random(files.config(), self.layers, self.vocab)
+        shape::random(files.decoder_config()?, self.layers, self.vocab)
     }
 }
 

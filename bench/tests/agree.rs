@@ -68,14 +68,16 @@ fn losses_agree_step_by_step() {
 fn random_models_have_the_shape_that_was_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     let files = tiny(dir.path(), true);
-    let other = shape::random(files.config(), Some(5), Some(100)).unwrap();
-    assert_eq!((other.config().num_hidden_layers, other.config().vocab_size), (5, 100));
-    assert_eq!(other.config().hidden_size, files.config().hidden_size);
+    let config = files.decoder_config().unwrap();
+    let other = shape::random(config, Some(5), Some(100)).unwrap();
+    let made = other.decoder_config().unwrap();
+    assert_eq!((made.num_hidden_layers, made.vocab_size), (5, 100));
+    assert_eq!(made.hidden_size, config.hidden_size);
     let settings = Settings { batch: 1, seq: 5, steps: 1, rank: 2, keep: 5, stored: false };
     // Nothing was learned yet, so every token is about as likely as any other.
     let (losses, _) = ours::run(&other, &settings).unwrap();
     assert!((losses[0] - 100f64.ln()).abs() < 0.2, "{losses:?}");
-    assert!(shape::random(files.config(), Some(0), None).is_err());
+    assert!(shape::random(config, Some(0), None).is_err());
 }
 
 #[test]

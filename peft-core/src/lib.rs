@@ -27,7 +27,7 @@ pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
-pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
+pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable};
 

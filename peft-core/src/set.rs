@@ -116,18 +116,36 @@ pub type Exported = (Map<String, Value>, Vec<(String, Tensor)>);
 pub struct Adapter {
     /// The `adapter_config.json` of this adapter.
     pub config: Map<String, Value>,
+    /// Names of the classes, by their number, where the adapter trains a class head; PEFT's files have no place for them.
+    pub labels: Vec<String>,
     sites: Vec<Option<SiteAdapter>>,
     virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
     export_keys: Map<String, Value>,
+    export_tensors: Vec<(String, ExportTensor)>,
+}
+
+/// A tensor that is no state of an adapter and that other programs expect in its file.
+#[derive(Debug)]
+enum ExportTensor {
+    Constant(Tensor),
+    /// The one stored under this key, again.
+    CopyOf(String),
 }
 
 impl Adapter {
     /// An adapter with nothing in it, for a model with these sites.
     #[must_use]
     pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
-        let sites = (0..sites.len()).map(|_| None).collect();
-        Self { config, sites, virtual_tokens: None, constants: Vec::new(), export_keys: Map::new() }
+        Self {
+            config,
+            labels: Vec::new(),
+            sites: (0..sites.len()).map(|_| None).collect(),
+            virtual_tokens: None,
+            constants: Vec::new(),
+            export_keys: Map::new(),
+            export_tensors: Vec::new(),
+        }
     }
 
     /// Puts `adapter` at a site.
@@ -165,6 +183,16 @@ impl Adapter {
     #[must_use]
     pub fn virtual_tokens(&self) -> Option<&VirtualTokens> {
         self.virtual_tokens.as_ref()
+    }
+
+    /// Adds a tensor that is only in what [`Adapter::exported`] gives.
+    pub fn add_export_tensor(&mut self, key: impl Into<String>, value: Tensor) {
+        self.export_tensors.push((key.into(), ExportTensor::Constant(value)));
+    }
+
+    /// Adds a second tensor with the values of the one called `of` to what [`Adapter::exported`] gives.
+    pub fn add_export_copy(&mut self, key: impl Into<String>, of: impl Into<String>) {
+        self.export_tensors.push((key.into(), ExportTensor::CopyOf(of.into())));
     }
 
     /// What this adapter does at a site.
@@ -225,6 +253,13 @@ impl Adapter {
             tensors.extend(virtual_tokens.exported()?);
         }
         tensors.extend(self.constants.iter().cloned());
+        for (key, tensor) in &self.export_tensors {
+            let value = match tensor {
+                ExportTensor::Constant(value) => Some(value.clone()),
+                ExportTensor::CopyOf(of) => tensors.iter().find(|(k, _)| k == of).map(|(_, v)| v.clone()),
+            };
+            tensors.extend(value.map(|v| (key.clone(), v)));
+        }
         Ok((config, tensors))
     }
 

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use peft_core::adapter_keys::KEY_PREFIX;
 use peft_core::kernels::Stream;
 use peft_core::select::{SelectRules, Unmatched, saved_target_modules, select};
 use peft_core::select_spec::TargetModules;
@@ -33,7 +34,11 @@ impl LoraConfig {
         spec.fill_default_targets("LORA", base.model_type())?;
         let selection = select(&spec, &candidates, &SelectRules { unmatched, ..SelectRules::LORA })?;
         let names = saved_target_modules(&spec, "LORA", &candidates).map(|t| t.to_json());
-        let mut adapter = Adapter::new(self.to_adapter_config(names), &sites);
+        let mut config = self.to_adapter_config(names);
+        if spec.task_type.is_none() {
+            config.insert("task_type".into(), base.task().peft_name().into());
+        }
+        let mut adapter = Adapter::new(config, &sites);
         if self.init.subtracts() {
             for (key, value) in self.doubled() {
                 adapter.set_export_key(key, value);
@@ -50,12 +55,22 @@ impl LoraConfig {
             adapted.insert(site.id);
         }
         insert_saved(&mut adapter, &selection, base)?;
+        let mut whole = HashSet::new();
+        for saved in &selection.saved {
+            for &index in &saved.members {
+                let site = selected_site(&sites, index)?;
+                whole.insert(site.id);
+                if self.bias == BiasTraining::All {
+                    builder.add_wrapper_biases(&mut adapter, &saved.path, site)?;
+                }
+            }
+        }
         for (site, tokens) in builder.tokens(&sites)? {
             adapter
                 .insert(site.id, SiteAdapter::new(Some(tokens), None))
                 .map_err(|_| Error::config("trainable_token_indices", format!("`{}` is adapted already", site.path)))?;
         }
-        for site in sites.iter() {
+        for site in sites.iter().filter(|s| !whole.contains(&s.id)) {
             if let Some(bias) = builder.bias(site, adapted.contains(&site.id))? {
                 adapter.insert(site.id, SiteAdapter::new(None, Some(bias)))?;
             }
@@ -169,6 +184,24 @@ impl Builder<'_> {
             magnitude,
             scale,
         })
+    }
+
+    /// What PEFT stores of a module in `modules_to_save` besides the module, where `bias = "all"` makes it store whatever
+    /// is called a bias: that of the base's module, and that of the trained one under the wrapper's name.
+    fn add_wrapper_biases(&self, adapter: &mut Adapter, module: &str, site: &Site) -> Result<()> {
+        let bias = match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => layer.bias(),
+            BaseLayer::Norm(norm) => norm.bias(),
+            BaseLayer::Embedding(_) => None,
+        };
+        if let (Some(bias), Some(inside)) = (bias, site.path.strip_prefix(module)) {
+            let wrapped = |part: &str| format!("{KEY_PREFIX}{module}.{part}{inside}.bias");
+            // Of the adapter's name PEFT removes the one in front of the last part only.
+            let trained = if inside.is_empty() { "modules_to_save" } else { "modules_to_save.default" };
+            adapter.add_export_tensor(wrapped("original_module"), bias.to_dtype(DType::F32)?);
+            adapter.add_export_copy(wrapped(trained), parameter_name(&site.path, "bias"));
+        }
+        Ok(())
     }
 
     fn tokens<'s>(&self, sites: &'s SiteTable) -> Result<Vec<(&'s Site, SiteModule)>> {

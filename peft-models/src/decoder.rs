@@ -9,16 +9,17 @@ use peft_core::kernels::{
 };
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
-    Segmented, SiteId, SiteKind, SiteTable, TokenBatch, VirtualSpans,
+    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
 };
 
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
+use crate::loader::Loader;
 use crate::rope::RopeTable;
 use crate::source::{Placement, WeightSource};
 use crate::virtual_rows::{Layout, VirtualRows};
 
-/// A decoder-only language model.
+/// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
@@ -55,30 +56,6 @@ pub struct DecoderInput {
     virtual_rows: VirtualRows,
 }
 
-/// Registers sites in the order of the forward pass while the layers are loaded.
-struct Loader<'a> {
-    source: &'a dyn WeightSource,
-    sites: SiteTable,
-    segment: usize,
-    dtype: DType,
-}
-
-impl Loader<'_> {
-    fn linear(&mut self, path: &str, inp: usize, out: usize, bias: bool) -> Result<FrozenLinear> {
-        let weight = self.source.weight(&format!("{path}.weight"), (out, inp))?;
-        let bias_tensor = if bias { Some(self.source.vector(&format!("{path}.bias"), out)?) } else { None };
-        let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
-        let site = self.sites.register(path, kind, self.segment);
-        FrozenLinear::new(site, path, weight, bias_tensor)
-    }
-
-    fn norm(&mut self, path: &str, dim: usize, eps: f64) -> Result<FrozenNorm> {
-        let weight = self.source.vector(&format!("{path}.weight"), dim)?;
-        let site = self.sites.register(path, SiteKind::Norm { dim, bias: false }, self.segment);
-        Ok(FrozenNorm::new(site, path, NormKind::Rms { offset: 0.0 }, weight, None, eps))
-    }
-}
-
 impl Decoder {
     /// Loads the model that `config` describes from `source`.
     ///
@@ -86,13 +63,10 @@ impl Decoder {
     /// A missing tensor or a wrong shape, by its name.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
         let c = &config;
-        let mut l = Loader { source, sites: SiteTable::new(), segment: 0, dtype: placement.activations };
+        let mut l = Loader::new(source, placement);
 
         let (vocab, dim) = (c.vocab_size, c.hidden_size);
-        let table = source.weight("model.embed_tokens.weight", (vocab, dim))?;
-        let path = "model.embed_tokens";
-        let site = l.sites.register(path, SiteKind::Embedding { vocab, dim }, 0);
-        let embed = FrozenEmbedding::new(site, path, table.clone(), l.dtype);
+        let embed = l.embedding("model.embed_tokens", vocab, dim)?;
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
@@ -101,13 +75,19 @@ impl Decoder {
         }
 
         l.segment = c.num_hidden_layers + 1;
-        let norm = l.norm("model.norm", dim, c.rms_norm_eps)?;
-        let tied = c.tie_word_embeddings;
-        let head_weight = if tied { table } else { source.weight("lm_head.weight", (vocab, dim))? };
-        let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
-        let site = l.sites.register("lm_head", kind, l.segment);
-        l.sites.mark_output_head(site);
-        let head = FrozenLinear::new(site, "lm_head", head_weight, None)?;
+        let norm = l.norm("model.norm", dim, NormKind::Rms { offset: 0.0 }, c.rms_norm_eps)?;
+        let tied = c.tie_word_embeddings && c.labels.is_none();
+        let head = match &c.labels {
+            Some(labels) => l.linear("score", dim, labels.len(), false)?,
+            None => {
+                let weight =
+                    if tied { embed.weight().clone() } else { source.weight("lm_head.weight", (vocab, dim))? };
+                let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
+                let site = l.sites.register("lm_head", kind, l.segment);
+                l.sites.mark_output_head(site);
+                FrozenLinear::new(site, "lm_head", weight, None)?
+            }
+        };
 
         let rope = RopeTable::new(c, 0, &placement.device)?;
         Ok(Self {
@@ -213,16 +193,17 @@ impl Decoder {
 
 impl Block {
     fn load(l: &mut Loader<'_>, c: &DecoderConfig, index: usize, path: &str) -> Result<Self> {
-        let (hidden, inner, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (rms, eps) = (NormKind::Rms { offset: 0.0 }, c.rms_norm_eps);
         let (query, key_value) = (c.query_size(), c.key_value_size());
         Ok(Self {
             index,
-            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, eps)?,
+            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, rms, eps)?,
             q: l.linear(&format!("{path}.self_attn.q_proj"), hidden, query, c.attention_bias)?,
             k: l.linear(&format!("{path}.self_attn.k_proj"), hidden, key_value, c.attention_bias)?,
             v: l.linear(&format!("{path}.self_attn.v_proj"), hidden, key_value, c.attention_bias)?,
             o: l.linear(&format!("{path}.self_attn.o_proj"), query, hidden, c.attention_bias)?,
-            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, eps)?,
+            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, rms, eps)?,
             gate: l.linear(&format!("{path}.mlp.gate_proj"), hidden, inner, c.mlp_bias)?,
             up: l.linear(&format!("{path}.mlp.up_proj"), hidden, inner, c.mlp_bias)?,
             down: l.linear(&format!("{path}.mlp.down_proj"), inner, hidden, c.mlp_bias)?,
@@ -325,6 +306,10 @@ impl BaseModel for Decoder {
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
         })
+    }
+
+    fn task(&self) -> Task {
+        self.config.task()
     }
 }
 

@@ -292,7 +292,7 @@ mod tests {
         let (set, route) = (AdapterSet::empty(), Route::Base);
         let ctx = Ctx { mode: Mode::Eval, ..Ctx::eval(&set, &route) };
         let positions: Vec<u32> = (0..text.len() as u32).collect();
-        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()] };
+        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()], types: &[] };
         let input = model.prepare(batch, &ctx).unwrap();
         let mut hidden = model.embed(batch, &ctx).unwrap();
         for i in 0..model.num_blocks() {

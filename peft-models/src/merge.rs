@@ -10,7 +10,6 @@ use peft_core::{
     SiteModule, SiteTable,
 };
 
-use crate::decoder::Decoder;
 use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 use crate::model_files::ModelFiles;
 
@@ -18,11 +17,19 @@ use crate::model_files::ModelFiles;
 pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// A base with adapters applied one after another. Tensors are made when they are asked for.
-#[derive(Debug)]
 pub struct Merged<'a> {
-    model: &'a Decoder,
+    model: &'a dyn BaseModel,
     adapters: Vec<Arc<Adapter>>,
     tied: bool,
+}
+
+impl std::fmt::Debug for Merged<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Merged")
+            .field("adapters", &self.adapters.len())
+            .field("tied", &self.tied)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The two tensors that a site may have.
@@ -37,7 +44,7 @@ impl<'a> Merged<'a> {
     ///
     /// # Errors
     /// When an adapter cannot be merged; the message says why.
-    pub fn new(model: &'a Decoder, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+    pub fn new(model: &'a dyn BaseModel, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
         if let Some(adapter) = adapters.iter().find(|a| a.virtual_tokens().is_some()) {
             return Err(Error::msg(format!(
                 "an adapter of type {} cannot be merged: its virtual tokens stand in front of every sequence, and no weight of \
@@ -237,7 +244,10 @@ fn refuse_foreign_folder(out: &Path) -> Result<()> {
 /// # Errors
 /// When an adapter cannot be merged, the model does not fit GGUF, or the disk refuses.
 pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weights: GgufType) -> Result<()> {
-    let mut config = files.config().clone();
+    let mut config = files.decoder_config()?.clone();
+    if config.labels.is_some() {
+        return Err(Error::file(files.path(), "has a class head, which GGUF cannot hold; write safetensors"));
+    }
     config.tie_word_embeddings = merged.tied();
     let specs: Vec<GgufTensorSpec> =
         merged.tensors().into_iter().map(|(name, shape)| GgufTensorSpec { name, shape }).collect();
@@ -259,6 +269,7 @@ mod tests {
     use serde_json::{Map, Value, json};
 
     use super::*;
+    use crate::Decoder;
     use crate::config::DecoderConfig;
     use crate::source::{Placement, RandomSource};
 

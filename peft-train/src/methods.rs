@@ -5,7 +5,7 @@ use std::path::Path;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
-    Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Unmatched,
+    Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Task, Unmatched,
 };
 use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
@@ -178,6 +178,15 @@ impl Config {
         })
     }
 
+    /// Refuses a class head where the method does not train and store it.
+    fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
+        if base.task() == Task::CausalLm || matches!(self, Self::Lora(_) | Self::Full(_)) {
+            return Ok(());
+        }
+        let message = format!("{} is for language models here, and this model has a class head; use lora", info.name);
+        Err(Error::config("type", message))
+    }
+
     /// A fresh adapter.
     fn create(&self, base: &dyn BaseModel, seed: u64) -> Result<Made> {
         let strict = Unmatched::Error;
@@ -187,7 +196,7 @@ impl Config {
                 let message = "eva looks at the training data, and there is none here";
                 return Err(Error::config("init_lora_weights", message));
             }
-            Self::Lora(config) => selected(config.build(base, seed, strict)?),
+            Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ia3(config) => selected(config.build(base, seed, strict)?),
             Self::Ln(config) => selected(config.build(base, strict)?),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
@@ -236,6 +245,7 @@ fn start_tokens(config: &PromptConfig) -> Result<Vec<u32>> {
 /// An unknown method or key, a pattern that matches nothing, or a start that needs training data ([`create_on`]).
 pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Result<Prepared> {
     let (config, info) = Config::of_recipe(table)?;
+    config.check_task(info, base)?;
     let (adapter, selection) = config.create(base, seed)?;
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
@@ -260,7 +270,8 @@ pub fn create_on<M: Segmented>(
 ) -> Result<Prepared> {
     match Config::of_recipe(table)? {
         (Config::Lora(config), info) if config.init == Init::Eva => {
-            let eva::Found { built, batches, inputs, settled } = eva::start(*config, model, seed, next_batch)?;
+            let eva::Found { built, batches, inputs, settled } =
+                eva::start(config.for_base(model)?, model, seed, next_batch)?;
             let note =
                 format!("eva: principal components of {inputs} inputs from {batches} batches, {settled} settled");
             let (adapter, selection) = (built.adapter, Some(built.selection));
@@ -285,7 +296,19 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         );
         return Err(Error::file(folder, message));
     };
-    let (adapter, selection) = Config::of_file(info, files.config().map())?.open(base, &files)?;
+    let config = Config::of_file(info, files.config().map())?;
+    config.check_task(info, base)?;
+    let (adapter, selection) = config.open(base, &files)?;
+    for path in base.fresh_layers() {
+        let site = base.sites().find(path);
+        if site.and_then(|s| adapter.at(s.id)).is_none_or(|a| a.module.is_none()) {
+            let message = format!(
+                "does not hold `{path}`, which the base has no weights for: train with modules_to_save = [\"{path}\"], or \
+                 use the base that this adapter was trained on"
+            );
+            return Err(Error::file(folder, message));
+        }
+    }
     let constants: std::collections::HashSet<String> = {
         let trained: std::collections::HashSet<&str> = adapter.parameters().iter().map(|p| p.name()).collect();
         adapter.tensors().into_iter().map(|(k, _)| k).filter(|k| !trained.contains(k.as_str())).collect()

@@ -54,8 +54,10 @@ pub struct DataTable {
     pub template: Option<String>,
     /// Path or text of a chat template in place of the tokenizer's.
     pub chat_template: Option<String>,
-    /// Words for class labels.
+    /// Words that a causal LM answers in place of the labels.
     pub label_words: Table,
+    /// Names of the classes of a class head, in the order of their numbers; left out, the model's or those in the data.
+    pub labels: Vec<String>,
     /// Tokens a row, at most.
     pub max_length: usize,
     /// Fill batches by tokens instead of rows.
@@ -77,6 +79,7 @@ impl Default for DataTable {
             template: None,
             chat_template: None,
             label_words: Table::new(),
+            labels: Vec::new(),
             max_length: 512,
             packing: false,
             shuffle: true,
