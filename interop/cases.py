@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make cases that peft-cli is compared with Hugging Face PEFT on: tiny random Llama models, LoRA adapters of every kind.
+"""Make cases that peft-cli is compared with Hugging Face PEFT on: tiny random Llama models, adapters of every kind.
 
     interop/cases.py OUT [--seed 0] [--only MODEL[/VARIANT],…]
 
@@ -29,7 +29,9 @@ warnings.filterwarnings("ignore")
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+import peft
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 transformers.utils.logging.set_verbosity_error()
@@ -96,21 +98,39 @@ VARIANTS = {
     "rank_over_width": dict(r=64, lora_alpha=32, target_modules=["k_proj", "up_proj"]),
 }
 
+# Other methods than LoRA: peft's class, then its settings.
+VARIANTS |= {
+    "ia3": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3_defaults": ("IA3Config", dict()),
+    "ia3_patterns": ("IA3Config", dict(target_modules=r".*\.(0|2)\..*_proj", feedforward_modules=r".*(up|o)_proj", exclude_modules=["k_proj"])),
+    "ia3_random": ("IA3Config", dict(target_modules=LINEARS, feedforward_modules=["gate_proj", "q_proj"], init_ia3_weights=False)),
+    "ia3_save_norm": ("IA3Config", dict(target_modules=ATTENTION, feedforward_modules=[], modules_to_save=["post_attention_layernorm"])),
+    "prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=5)),
+    "prefix_zero": ("PrefixTuningConfig", dict(num_virtual_tokens=1, init_weights="zero")),
+    "prefix_projected": ("PrefixTuningConfig", dict(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=11)),
+    "prompt": ("PromptTuningConfig", dict(num_virtual_tokens=5)),
+    "prompt_vocabulary": ("PromptTuningConfig", dict(num_virtual_tokens=7, prompt_tuning_init="SAMPLE_VOCAB")),
+    "p_tuning": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=11)),
+    "p_tuning_lstm": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM")),
+    "ln": ("LNTuningConfig", dict()),
+    "ln_some": ("LNTuningConfig", dict(target_modules=["input_layernorm", "model.norm"])),
+}
+
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
     "llama": list(VARIANTS),
-    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings"],
-    "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear"],
-    "mqa": ["all_linear", "dora"],
+    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln"],
+    "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
+    "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
     "mha": ["lora", "save_norm"],
-    "head_dim": ["all_linear", "dora_all"],
+    "head_dim": ["all_linear", "dora_all", "prefix", "prompt"],
     "head_dim_small": ["lora", "tokens"],
     "rope_llama3": ["lora"],
-    "rope_yarn": ["lora"],
+    "rope_yarn": ["lora", "prefix", "prompt"],
     "rope_linear": ["lora"],
     "rope_llama3_old_file": ["lora"],
     "rope_yarn_old_file": ["lora"],
-    "bf16": ["all_linear", "dora", "embeddings", "save_head"],
+    "bf16": ["all_linear", "dora", "embeddings", "save_head", "ia3", "prefix", "prompt", "ln"],
     "f16_tied": ["lora", "tokens"],
     "sharded": ["lora", "save_head"],
 }
@@ -174,7 +194,8 @@ def summed_loss(model, rows):
     ids = torch.tensor([pad(row["input_ids"], 0) for row in rows])
     labels = torch.tensor([pad(row["labels"], -100) for row in rows])
     mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows])
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    # Prompts put the logits of their virtual tokens in front.
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, :-1]
     targets = labels[:, 1:]
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
@@ -204,10 +225,32 @@ def train(model, rows):
     return losses
 
 
+def config_of(variant):
+    kind, settings = VARIANTS[variant] if isinstance(VARIANTS[variant], tuple) else ("LoraConfig", VARIANTS[variant])
+    return getattr(peft, kind)(task_type="CAUSAL_LM", **settings)
+
+
+def soft_prompt(model, adapter):
+    """The soft prompt that `adapter` holds, to be trained as it is. peft itself does not train one that it has loaded."""
+    loaded = PeftModel.from_pretrained(model, adapter)
+    loaded.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    return loaded.eval()
+
+
+def save_trained(trained, start, folder):
+    if not trained.active_peft_config.is_prompt_learning:
+        return trained.save_pretrained(folder)
+    # peft would run the network that made the prompt, which its file does not hold.
+    folder.mkdir()
+    shutil.copy(start / "adapter_config.json", folder)
+    prompt = trained.prompt_encoder["default"].embedding.weight.detach().contiguous()
+    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def make_case(model_name, variant, out, rows, base_loss):
     base = out / model_name / "base"
     folder = out / model_name / variant
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **VARIANTS[variant]))
+    model = get_peft_model(load_base(base), config_of(variant))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -220,16 +263,17 @@ def make_case(model_name, variant, out, rows, base_loss):
         raise AssertionError("peft's own saved adapter differs from the one in memory")
     try:
         merged_loss = mean_loss(load().merge_and_unload(), rows)
-    except (NotImplementedError, RuntimeError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
         print(f"{model_name}/{variant}: peft does not merge it: {error}", file=sys.stderr)
         merged_loss = None
     if merged_loss is not None and abs(merged_loss - loss) > 1e-3:
         # Merging into a tied embedding changes the head as well; what the adapter computes is right.
         print(f"{model_name}/{variant}: peft's merge gives {merged_loss:.5f}, the adapter {loss:.5f}", file=sys.stderr)
         merged_loss = loss
-    trained = load(is_trainable=True)
+    is_soft_prompt = model.active_peft_config.is_prompt_learning
+    trained = soft_prompt(load_base(base), folder / "adapter") if is_soft_prompt else load(is_trainable=True)
     train_losses = train(trained, rows)
-    trained.save_pretrained(folder / "trained")
+    save_trained(trained, folder / "adapter", folder / "trained")
     expected = dict(
         base_loss=base_loss, loss=loss, merged_loss=merged_loss, tokens=sum(summed_count(row) for row in rows), rows=len(rows),
         train_losses=train_losses, trained_loss=mean_loss(trained, rows), batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,

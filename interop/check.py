@@ -4,7 +4,8 @@
     interop/check.py PEFT_CLI CASES [--only MODEL[/VARIANT],…] [--steps eval,merge,train,accumulate,reload,weights] [--rtol 1e-4]
 
 eval        losses, counted tokens and rows of the base and of base + adapter
-merge       peft-cli's merged model: its loss in peft-cli, and in transformers, which must find every tensor and no other
+merge       peft-cli's merged model: its loss in peft-cli, and in transformers, which must find every tensor and no other;
+            what peft cannot merge is refused with a message and leaves nothing behind
 train       the loss of each step of a run started from the adapter (rtol × 10)
 accumulate  the same again with micro-batches of one row
 reload      HF PEFT loads what `train` wrote, with exactly the keys that it writes itself, and computes the loss that
@@ -114,9 +115,9 @@ class Case:
 
     def merge(self):
         want = self.expected["merged_loss"]
-        if want is None:
-            return
         out = self.work / "merged"
+        if want is None:
+            return self.refuses_to_merge(out)
         self.cli.run("merge", "--model", self.base, "--adapter", self.adapter, "--output", out, "--dtype", "f32")
         self.near("merged loss", self.cli.eval(out, self.rows)["loss"], want)
         from cases import mean_loss
@@ -127,6 +128,17 @@ class Case:
             if info[kind]:
                 raise Short(f"transformers finds {kind} in the merged model: {sorted(info[kind])[:4]}")
         self.near("merged loss in transformers", mean_loss(model.eval(), read_rows(self.rows)), want)
+
+    def refuses_to_merge(self, out):
+        try:
+            self.cli.run("merge", "--model", self.base, "--adapter", self.adapter, "--output", out, "--dtype", "f32")
+        except Short as refusal:
+            if "cannot be merged" not in str(refusal):
+                raise
+            if out.exists():
+                raise Short(f"{out} is there after a merge that was refused")
+        else:
+            raise Short("peft-cli merged what peft cannot")
 
     def run_training(self, name, batch_size, accumulation):
         out = self.work / name

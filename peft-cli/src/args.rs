@@ -44,7 +44,7 @@ pub(crate) struct ModelArgs {
     /// Base model: a folder, a .gguf file or a hub id `org/name[@revision]`
     #[arg(long)]
     pub(crate) model: String,
-    /// Type of the weights: auto (as stored), f32, bf16 or f16
+    /// Type of the weights: auto (as stored), f32, bf16 or f16; a CPU computes in f32 and keeps what widens to it exactly
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
     /// Device: auto, cpu, cuda:0 or metal

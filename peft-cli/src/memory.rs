@@ -37,14 +37,21 @@ fn input_bytes(model: &Decoder, tokens: usize) -> u64 {
 /// working memory of one block's backward pass and of the logits.
 pub(crate) fn estimate(model: &Decoder, adapter: &Adapter, tokens: usize, checkpointing: Checkpointing) -> u64 {
     let blocks = model.num_blocks() as u64;
+    let (tokens, prefixed) = match adapter.virtual_tokens() {
+        Some(virtual_tokens) => (tokens + virtual_tokens.count, !virtual_tokens.is_prompt()),
+        None => (tokens, false),
+    };
+    // Attention keeps a second copy of keys and values, with those of a prefix behind.
+    let copies = if prefixed { (tokens * 2 * model.config().key_value_size() * 4) as u64 } else { 0 };
+    let record = block_bytes(model, tokens) + copies;
     let kept = match checkpointing {
         Checkpointing::Off => blocks,
         Checkpointing::Full => 0,
         Checkpointing::KeepTop(n) => n as u64,
     };
-    let records = kept * block_bytes(model, tokens) + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
+    let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
     // A block that runs again has its record only then.
-    let again = if kept < blocks { block_bytes(model, tokens) } else { 0 };
+    let again = if kept < blocks { record } else { 0 };
     let logits = 2 * (tokens.min(256) * model.vocab_size() * 4) as u64;
     let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
     let process = 40 << 20;

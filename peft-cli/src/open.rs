@@ -31,7 +31,8 @@ pub(crate) fn placement(device: &str, dtype: &str) -> Result<Placement> {
     let weights = parse_dtype(dtype)?;
     let device = parse_device(device)?;
     if device.is_cpu() {
-        return Ok(Placement::cpu(weights));
+        // A CPU computes in f32 whatever the storage, and widening is exact: a copy in f32 would only take memory.
+        return Ok(Placement::cpu(weights.filter(|&d| d != DType::F32)));
     }
     let activations = weights.unwrap_or(if device.supports_bf16() { DType::BF16 } else { DType::F16 });
     Ok(Placement { device, activations, weights: Some(activations) })

@@ -9,6 +9,7 @@ use crate::ctx::Ctx;
 use crate::error::Result;
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::site::{SiteId, SiteTable};
+use crate::virtual_tokens::PromptDims;
 
 /// Token sequences, packed one after another without padding.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +55,11 @@ pub trait BaseModel: Send + Sync {
 
     /// Path of the embedding whose table the output head shares, where they are tied.
     fn tied_embedding(&self) -> Option<&str>;
+
+    /// What virtual tokens have to know, or `None` where the model does not ask its adapters for any.
+    fn prompt_dims(&self) -> Option<PromptDims> {
+        None
+    }
 }
 
 /// A model as segments. Segment 0 embeds, segments `1..=num_blocks` are blocks, the last makes logits.
@@ -61,13 +67,15 @@ pub trait Segmented: BaseModel {
     /// What all blocks need of a batch: attention spans and rotary positions.
     type Input: Send + Sync;
 
-    /// Prepares a batch.
+    /// Prepares a batch for a pass through the adapters of `ctx`, whose virtual tokens move positions and are seen by
+    /// attention.
     ///
     /// # Errors
     /// When the batch is malformed or longer than the model's positions.
-    fn prepare(&self, batch: TokenBatch<'_>) -> Result<Self::Input>;
+    fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Self::Input>;
 
-    /// Hidden states `[tokens, hidden]` before the first block.
+    /// Hidden states `[tokens, hidden]` before the first block. Where adapters of `ctx` put prompts in front of sequences,
+    /// the rows of these follow those of the batch's own tokens, all through the model.
     ///
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.

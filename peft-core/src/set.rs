@@ -11,6 +11,7 @@ use crate::layers::FrozenLinear;
 use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
+use crate::virtual_tokens::VirtualTokens;
 
 /// The module that an adapter puts at a site.
 #[derive(Debug, Clone)]
@@ -116,6 +117,7 @@ pub struct Adapter {
     /// The `adapter_config.json` of this adapter.
     pub config: Map<String, Value>,
     sites: Vec<Option<SiteAdapter>>,
+    virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
     export_keys: Map<String, Value>,
 }
@@ -124,7 +126,8 @@ impl Adapter {
     /// An adapter with nothing in it, for a model with these sites.
     #[must_use]
     pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
-        Self { config, sites: (0..sites.len()).map(|_| None).collect(), constants: Vec::new(), export_keys: Map::new() }
+        let sites = (0..sites.len()).map(|_| None).collect();
+        Self { config, sites, virtual_tokens: None, constants: Vec::new(), export_keys: Map::new() }
     }
 
     /// Puts `adapter` at a site.
@@ -153,6 +156,17 @@ impl Adapter {
         self.export_keys.insert(key.into(), value);
     }
 
+    /// Puts virtual tokens in front of every sequence.
+    pub fn set_virtual_tokens(&mut self, tokens: VirtualTokens) {
+        self.virtual_tokens = Some(tokens);
+    }
+
+    /// What stands in front of every sequence.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> Option<&VirtualTokens> {
+        self.virtual_tokens.as_ref()
+    }
+
     /// What this adapter does at a site.
     #[must_use]
     pub fn at(&self, site: SiteId) -> Option<&SiteAdapter> {
@@ -164,10 +178,11 @@ impl Adapter {
         self.sites.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|s| (SiteId(i as u32), s)))
     }
 
-    /// All trainable parameters, in site order.
+    /// All trainable parameters, in site order, then those of virtual tokens.
     #[must_use]
     pub fn parameters(&self) -> Vec<&Parameter> {
-        self.touched().flat_map(|(_, s)| s.parameters()).collect()
+        let of_sites = self.touched().flat_map(|(_, s)| s.parameters());
+        of_sites.chain(self.virtual_tokens.iter().flat_map(VirtualTokens::parameters)).collect()
     }
 
     /// Trainable elements.
@@ -191,7 +206,8 @@ impl Adapter {
     }
 
     /// Config and tensors of the adapter as other programs read it. The same as [`Adapter::config`] and
-    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here.
+    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here, and a prefix that is
+    /// made by a network becomes what the network makes.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -205,6 +221,9 @@ impl Adapter {
             }
             tensors.extend(site.bias.iter().map(|b| (b.name().to_string(), b.value())));
         }
+        if let Some(virtual_tokens) = &self.virtual_tokens {
+            tensors.extend(virtual_tokens.exported()?);
+        }
         tensors.extend(self.constants.iter().cloned());
         Ok((config, tensors))
     }
@@ -212,7 +231,8 @@ impl Adapter {
     /// The lowest segment in which this adapter has a parameter: the backward pass stops there.
     #[must_use]
     pub fn lowest_segment(&self, sites: &SiteTable) -> Option<usize> {
-        self.touched().filter_map(|(id, _)| sites.get(id)).map(|s| s.segment).min()
+        let of_sites = self.touched().filter_map(|(id, _)| sites.get(id)).map(|s| s.segment);
+        of_sites.chain(self.virtual_tokens.as_ref().map(VirtualTokens::segment)).min()
     }
 
     /// The `peft_type` of the config.
@@ -262,6 +282,11 @@ impl AdapterSet {
     /// The adapters' names, by slot.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.slots.iter().map(|(n, _)| n.as_str())
+    }
+
+    /// The adapters, by slot.
+    pub fn adapters(&self) -> impl Iterator<Item = &Arc<Adapter>> {
+        self.slots.iter().map(|(_, a)| a)
     }
 
     /// The adapter in a slot.

@@ -11,8 +11,10 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 */
 
 mod activation;
+mod argmax;
 mod attention;
 mod bias;
+mod blocks;
 mod cpu;
 mod cross_entropy;
 mod diff_op;
@@ -25,14 +27,19 @@ mod philox;
 mod reduce;
 mod rotary;
 mod serving;
+mod shared;
+mod siblings;
 mod simd;
+mod stored;
 mod tape;
 #[cfg(test)]
 mod test_support;
 pub mod testing;
+mod thin;
 pub mod weight;
 
 pub use activation::{Activation, UnknownActivation, activation, gated_activation};
+pub use argmax::argmax_rows;
 pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use bias::{add, add_bias, scale_columns};
 pub use cpu::{on_pool, threads};
@@ -48,5 +55,6 @@ pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
+pub use siblings::{Branch, LowRank, sibling_linears};
 pub use tape::{Record, record};
 pub use weight::{FrozenWeight, WeightStorage};

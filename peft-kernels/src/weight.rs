@@ -1,22 +1,30 @@
 //! A frozen weight matrix: how it is stored, and the two products that training needs of it.
 
-use std::borrow::Cow;
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
-use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
-use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use crate::cpu::{self, Mat};
 use crate::diff_op::is_cpu_f32;
+use crate::stored::Stored;
+use crate::thin;
 
-/// Elements of a widened panel: 256 Ki floats stay in the second-level cache of two cores while a GEMM reads them.
-const PANEL_ELEMENTS: usize = 256 * 1024;
+/// Elements of a widened panel. A panel stays in the last-level cache while a GEMM reads it; most matrices of a small model
+/// are one, so that their products are not cut into parts that add to each other.
+const PANEL_ELEMENTS: usize = 1024 * 1024;
+
+thread_local! {
+    /// The widened panel, kept from one product to the next.
+    static PANEL: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// A weight matrix `[out, in]` that never gets a gradient, as it lies in its file: dense in `f32`, `f16` or `bf16`, or
 /// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening one panel of rows at a
-/// time, and in the activations' type elsewhere.
+/// time, or a few rows in the first-level cache for the few tokens of a decoding step (`thin.rs`), and in the activations'
+/// type elsewhere.
 ///
 /// Cloning shares the storage.
 #[derive(Debug, Clone)]
@@ -216,14 +224,31 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
         }
-        let mut y = vec![0f32; tokens * n];
-        self.add_matmul_t_cpu(x, tokens, &mut y)?;
+        if n == 0 || k == 0 || tokens <= thin::MAX_TOKENS {
+            let mut y = vec![0f32; tokens * n];
+            self.add_matmul_t_cpu(x, tokens, &mut y)?;
+            return Ok(y);
+        }
+        let (mut y, x) = (Vec::with_capacity(tokens * n), Mat::new(x, tokens, k));
+        self.for_panels(|first, panel| {
+            let columns = y.spare_capacity_mut().get_mut(first..).unwrap_or_default();
+            cpu::gemm_write(columns, n, x, Mat::new(panel, panel.len() / k, k).t())
+        })?;
+        #[allow(unsafe_code)]
+        // SAFETY: the panels cover all rows of the matrix, so all columns of y were written.
+        unsafe {
+            y.set_len(tokens * n);
+        }
         Ok(y)
     }
 
     /// `y += x·Wᵀ`.
     pub(crate) fn add_matmul_t_cpu(&self, x: &[f32], tokens: usize, y: &mut [f32]) -> Result<()> {
         let (n, k) = (self.out_features, self.in_features);
+        if tokens <= thin::MAX_TOKENS {
+            let x = thin::Tokens::dense(x, tokens, k);
+            return self.with_stored(|w| thin::add_product(y, n, x, w, n, 1.0));
+        }
         let x = Mat::new(x, tokens, k);
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
@@ -268,64 +293,58 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| f(0, w.data));
         }
-        let rows = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);
-        let mut panel = vec![0f32; rows * self.in_features];
-        for first in (0..self.out_features).step_by(rows) {
+        // Panels of one size: a small rest would make an inefficient product.
+        let most = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);
+        let rows = self.out_features.div_ceil(self.out_features.div_ceil(most));
+        let mut buffer = PANEL.take();
+        if buffer.len() < rows * self.in_features {
+            buffer.resize(rows * self.in_features, 0.0);
+        }
+        let mut panels = (0..self.out_features).step_by(rows);
+        let result = panels.try_for_each(|first| {
             let rows = rows.min(self.out_features - first);
-            let panel = &mut panel[..rows * self.in_features];
+            let panel = &mut buffer[..rows * self.in_features];
             let part = rows.div_ceil(cpu::threads() * 2).max(1);
             panel
                 .par_chunks_mut(part * self.in_features)
                 .enumerate()
                 .try_for_each(|(i, rows)| self.widen(first + i * part, rows))?;
-            f(first, panel)?;
-        }
-        Ok(())
+            f(first, panel)
+        });
+        PANEL.set(buffer);
+        result
     }
 
     /// Writes the rows from `first` on, as many as `out` holds, in `f32`.
     fn widen(&self, first: usize, out: &mut [f32]) -> Result<()> {
-        let start = first * self.in_features;
+        self.with_stored(|stored| stored.widen(first * self.in_features, out))
+    }
+
+    /// Calls `f` on the elements as they lie in memory, row by row.
+    fn with_stored<R>(&self, f: impl FnOnce(Stored<'_>) -> Result<R>) -> Result<R> {
         match &self.storage {
             WeightStorage::Dense(w) => {
                 let (storage, layout) = w.storage_and_layout();
                 let candle_core::Storage::Cpu(s) = &*storage else {
                     candle_core::bail!("a CPU kernel got a weight on {:?}", w.device().location())
                 };
-                let start = start + layout.start_offset();
-                let range = start..start + out.len();
-                match w.dtype() {
-                    DType::F32 => out.copy_from_slice(&s.as_slice::<f32>()?[range]),
-                    DType::F16 => s.as_slice::<half::f16>()?[range].convert_to_f32_slice(out),
-                    _ => s.as_slice::<half::bf16>()?[range].convert_to_f32_slice(out),
-                }
-                Ok(())
-            }
-            WeightStorage::Gguf(q) => {
-                let bytes = q.data()?;
-                let (size, block) = (q.dtype().type_size(), q.dtype().block_size());
-                let range = start / block * size..(start + out.len()) / block * size;
-                let Some(bytes) = bytes.get(range) else {
-                    candle_core::bail!("a {:?} weight has fewer blocks than its shape says", q.dtype())
-                };
-                let rows = dequantize(bytes, q.dtype(), out.len())?;
-                cpu::with(&rows, |r| {
-                    out.copy_from_slice(r.data);
-                    Ok(())
+                let start = layout.start_offset();
+                f(match w.dtype() {
+                    DType::F32 => Stored::F32(s.as_slice()?.get(start..).unwrap_or_default()),
+                    DType::F16 => Stored::F16(s.as_slice()?.get(start..).unwrap_or_default()),
+                    _ => Stored::Bf16(s.as_slice()?.get(start..).unwrap_or_default()),
                 })
             }
+            WeightStorage::Gguf(q) => f(Stored::Blocks(&q.data()?, q.dtype())),
         }
     }
-}
-
-fn dequantize(blocks: &[u8], dtype: GgmlDType, elements: usize) -> Result<Tensor> {
-    let storage = QStorage::from_data(Cow::Borrowed(blocks), &Device::Cpu, dtype)?;
-    QTensor::new(storage, elements)?.dequantize(&Device::Cpu)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use candle_core::quantized::GgmlDType;
+
     use super::*;
     use crate::testing::{close, randn};
 
@@ -346,7 +365,7 @@ mod tests {
         for (out, inp) in [(1, 32), (33, 64), (700, 512)] {
             for w in kinds(out, inp) {
                 let dense = w.to_dense(DType::F32).unwrap();
-                for tokens in [1, 5] {
+                for tokens in [1, 5, 17] {
                     let x = randn(2, (tokens, inp), 1.0).unwrap();
                     let dy = randn(3, (tokens, out), 1.0).unwrap();
                     let name = format!("{} [{out}, {inp}] × {tokens}", w.dtype_name());

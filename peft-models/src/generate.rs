@@ -1,8 +1,8 @@
 //! Writing text: prefill, then one token a step for every sequence still open, with a cache of keys and values.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::Stream;
-use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch};
+use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
+use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, VirtualModule, VirtualSpans};
 
 use crate::decoder::Decoder;
 use crate::kv_cache::LayerCache;
@@ -37,9 +37,13 @@ pub struct Request {
     pub slot: Option<usize>,
 }
 
+/// A sequence that is not at its end.
 struct Open {
     row: usize,
+    /// Its own rows of the cache.
     keys: std::ops::Range<usize>,
+    /// Rows of its adapter's virtual tokens, which it may share with others.
+    prefix: std::ops::Range<usize>,
     last: u32,
 }
 
@@ -60,32 +64,57 @@ pub fn generate(
     if options.max_new_tokens == 0 || requests.is_empty() {
         return Ok(written);
     }
-    let mut start = 0;
-    let mut open: Vec<Open> = Vec::with_capacity(requests.len());
+    let mut bounds = vec![0];
+    for request in requests {
+        bounds.push(bounds.last().copied().unwrap_or(0) + request.prompt.len());
+    }
+    let slots: Vec<Option<usize>> = requests.iter().map(|r| r.slot).collect();
+    let route = Route::rows(&bounds, &slots);
+    let virtual_tokens = VirtualSpans::of(&bounds, &Ctx::eval(adapters, &route))?;
+    // Virtual tokens come first in the cache, then a region for each sequence.
     let mut capacity = 0;
+    let mut place = |n: usize| {
+        capacity += n;
+        capacity - n..capacity
+    };
+    let virtual_rows: Vec<_> = virtual_tokens.iter().map(|span| place(span.tokens.count)).collect();
+    let mut open: Vec<Open> = Vec::with_capacity(requests.len());
     for (row, r) in requests.iter().enumerate() {
-        open.push(Open { row, keys: capacity..capacity + r.prompt.len(), last: 0 });
-        capacity += r.prompt.len() + options.max_new_tokens;
-        start += r.prompt.len();
+        let prefix = virtual_tokens.of_sequence(row).and_then(|i| virtual_rows.get(i)).cloned().unwrap_or(0..0);
+        let region = place(r.prompt.len() + options.max_new_tokens);
+        open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, last: 0 });
     }
     let width = model.config().key_value_size();
     let mut caches = (0..model.num_blocks())
         .map(|_| LayerCache::new(capacity, width, model.dtype(), model.device()))
         .collect::<Result<Vec<_>>>()?;
 
-    let ids: Vec<u32> = requests.iter().flat_map(|r| r.prompt.iter().copied()).collect();
-    let positions: Vec<u32> = requests.iter().flat_map(|r| 0..r.prompt.len() as u32).collect();
-    let lengths: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
-    debug_assert_eq!(ids.len(), start);
-    let mut step = Step { ids, positions, lengths };
+    let mut step = Step {
+        ids: requests.iter().flat_map(|r| r.prompt.iter().copied()).collect(),
+        lengths: requests.iter().map(|r| r.prompt.len()).collect(),
+        prompts: Vec::new(),
+    };
+    for (span, rows) in virtual_tokens.iter().zip(virtual_rows) {
+        let ctx = Ctx::eval(adapters, &route);
+        match &span.tokens.module {
+            VirtualModule::Prompt(module) => step.prompts.push((span.slot, rows, module.embeddings(&ctx)?)),
+            VirtualModule::Prefix(module) => {
+                for (layer, cache) in caches.iter_mut().enumerate() {
+                    let (keys, values) = module.keys_values(layer, &ctx)?;
+                    cache.write(rows.start, &keys, &values)?;
+                }
+            }
+        }
+    }
+    let mut made = 0;
     loop {
         let slots: Vec<Option<usize>> = open.iter().filter_map(|o| requests.get(o.row)).map(|r| r.slot).collect();
         let logits = step.run(model, adapters, &slots, &open, &mut caches)?;
+        let streams = open.iter().map(|o| Stream { seed: options.seed, step: made, site: o.row as u32 });
+        let chosen = choose(&logits, options, streams)?;
         let mut still = Vec::with_capacity(open.len());
-        for (mut o, logits) in open.into_iter().zip(logits) {
+        for (mut o, token) in open.into_iter().zip(chosen) {
             let Some(tokens) = written.get_mut(o.row) else { continue };
-            let stream = Stream { seed: options.seed, step: tokens.len() as u32, site: o.row as u32 };
-            let token = choose(&logits, options, stream)?;
             if options.stop.contains(&token) {
                 continue;
             }
@@ -99,12 +128,9 @@ pub fn generate(
         if still.is_empty() {
             return Ok(written);
         }
-        step = Step {
-            ids: still.iter().map(|o| o.last).collect(),
-            positions: still.iter().map(|o| (o.keys.len() - 1) as u32).collect(),
-            lengths: vec![1; still.len()],
-        };
+        step = Step { ids: still.iter().map(|o| o.last).collect(), lengths: vec![1; still.len()], prompts: Vec::new() };
         open = still;
+        made += 1;
     }
 }
 
@@ -122,13 +148,16 @@ fn check(requests: &[Request], options: &GenerateOptions) -> Result<()> {
 }
 
 struct Step {
+    /// The new tokens of all sequences.
     ids: Vec<u32>,
-    positions: Vec<u32>,
+    /// How many each sequence has.
     lengths: Vec<usize>,
+    /// Prompts that run with the first step: the slot, its rows of the cache, the embeddings.
+    prompts: Vec<(usize, std::ops::Range<usize>, Tensor)>,
 }
 
 impl Step {
-    /// Logits after the last token of each sequence.
+    /// Logits `[sequences, vocab]` after the last token of each sequence.
     fn run(
         &self,
         model: &Decoder,
@@ -136,40 +165,58 @@ impl Step {
         slots: &[Option<usize>],
         open: &[Open],
         caches: &mut [LayerCache],
-    ) -> Result<Vec<Vec<f32>>> {
+    ) -> Result<Tensor> {
         let mut bounds = vec![0];
-        for n in &self.lengths {
-            bounds.push(bounds.last().copied().unwrap_or(0) + n);
+        let mut positions: Vec<u32> = Vec::with_capacity(self.ids.len());
+        let mut sequences = Vec::with_capacity(open.len());
+        for (o, n) in open.iter().zip(&self.lengths) {
+            let queries = positions.len()..positions.len() + n;
+            bounds.push(queries.end);
+            let first = o.prefix.len() + o.keys.len() - n;
+            positions.extend((first as u32..).take(*n));
+            sequences.push(SequenceSpan { queries, keys: o.keys.clone(), prefix: o.prefix.clone() });
         }
         let route = Route::rows(&bounds, slots);
         let ctx = Ctx::eval(adapters, &route);
-        let keys: Vec<_> = open.iter().map(|o| o.keys.clone()).collect();
-        let input = model.prepare_cached(&self.positions, &self.lengths, &keys)?;
-        let batch = TokenBatch { ids: &self.ids, positions: &self.positions, bounds: &bounds };
-        let mut hidden = model.embed(batch, &ctx)?;
+        let mut rows = vec![model.embed_tokens(&self.ids, &ctx)?];
+        for (_, keys, prompt) in &self.prompts {
+            let queries = positions.len()..positions.len() + keys.len();
+            positions.extend((0u32..).take(keys.len()));
+            sequences.push(SequenceSpan { queries, keys: keys.clone(), prefix: 0..0 });
+            rows.push(prompt.to_dtype(model.dtype())?);
+        }
+        let with_prompts =
+            route.followed_by(self.ids.len(), self.prompts.iter().map(|(slot, rows, _)| (rows.len(), *slot)));
+        let input = model.prepare_cached(&positions, sequences)?;
+        let mut hidden = match rows.as_slice() {
+            [own] => own.clone(),
+            rows => Tensor::cat(rows, 0)?,
+        };
         for (i, cache) in caches.iter_mut().enumerate() {
-            hidden = model.block_cached(i, &hidden, &input, &ctx, cache)?;
+            hidden = model.block_cached(i, &hidden, &input, &Ctx { route: &with_prompts, ..ctx }, cache)?;
         }
         let last: Vec<usize> = bounds.iter().skip(1).map(|b| b - 1).collect();
         let index: Vec<u32> = last.iter().map(|&i| i as u32).collect();
         let rows = hidden.index_select(&Tensor::new(index, hidden.device())?, 0)?;
         let route = route.select(&last);
         let ctx = Ctx { route: &route, ..ctx };
-        let logits = model.logits(&model.final_norm(&rows, &ctx)?, &ctx)?;
-        Ok(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?)
+        model.logits(&model.final_norm(&rows, &ctx)?, &ctx)
     }
 }
 
-/// The next token: the likeliest, or one drawn from the nucleus.
-fn choose(logits: &[f32], options: &GenerateOptions, stream: Stream) -> Result<u32> {
-    if logits.iter().any(|x| x.is_nan()) {
-        return Err(Error::msg("the model's logits are not numbers; check the weights, or use f32"));
-    }
-    let best =
-        || logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map_or(0, |(i, _)| i as u32);
+/// The next token of each sequence: the likeliest, or one drawn from the nucleus with the numbers of its stream.
+fn choose(logits: &Tensor, options: &GenerateOptions, streams: impl Iterator<Item = Stream>) -> Result<Vec<u32>> {
+    let broken = || Error::msg("the model's logits are not numbers; check the weights, or use f32");
+    let best = argmax_rows(logits)?.into_iter().map(|token| token.ok_or_else(broken));
     if options.temperature == 0.0 {
-        return Ok(best());
+        return best.collect();
     }
+    let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    best.zip(rows).zip(streams).map(|((best, row), stream)| Ok(draw(&row, best?, options, stream))).collect()
+}
+
+/// A token from the nucleus of one row of logits, which are numbers and whose likeliest is `best`.
+fn draw(logits: &[f32], best: u32, options: &GenerateOptions, stream: Stream) -> u32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut weights: Vec<(u32, f64)> =
         logits.iter().enumerate().map(|(i, x)| (i as u32, f64::from((x - max) / options.temperature).exp())).collect();
@@ -192,31 +239,106 @@ fn choose(logits: &[f32], options: &GenerateOptions, stream: Stream) -> Result<u
     for (token, w) in &weights {
         draw -= w;
         if draw < 0.0 {
-            return Ok(*token);
+            return *token;
         }
     }
-    Ok(weights.last().map_or_else(best, |w| w.0))
+    weights.last().map_or(best, |w| w.0)
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+    use peft_core::{Mode, TokenBatch};
+    use serde_json::json;
+
     use super::*;
+    use crate::config::DecoderConfig;
+    use crate::source::{Placement, RandomSource};
 
     #[test]
     fn greedy_takes_the_first_of_the_largest_and_the_nucleus_cuts_the_tail() {
-        let logits = [0.0, 3.0, 3.0, -5.0];
-        let stream = |i| Stream { seed: 1, step: i, site: 0 };
+        let logits = Tensor::new(&[[0f32, 3.0, 3.0, -5.0]], &Device::Cpu).unwrap();
+        let token = |options: &GenerateOptions, step| {
+            choose(&logits, options, std::iter::once(Stream { seed: 1, step, site: 0 })).unwrap()[0]
+        };
         let greedy = GenerateOptions::default();
-        assert_eq!(choose(&logits, &greedy, stream(0)).unwrap(), 1);
+        assert_eq!(token(&greedy, 0), 1);
         let nucleus = GenerateOptions { temperature: 1.0, top_p: 0.9, ..greedy.clone() };
-        let drawn: std::collections::BTreeSet<u32> =
-            (0..200).map(|i| choose(&logits, &nucleus, stream(i)).unwrap()).collect();
+        let drawn: std::collections::BTreeSet<u32> = (0..200).map(|i| token(&nucleus, i)).collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [1, 2]);
         let all = GenerateOptions { temperature: 50.0, ..greedy.clone() };
-        let drawn: std::collections::BTreeSet<u32> =
-            (0..200).map(|i| choose(&logits, &all, stream(i)).unwrap()).collect();
+        let drawn: std::collections::BTreeSet<u32> = (0..200).map(|i| token(&all, i)).collect();
         assert_eq!(drawn.len(), 4);
-        assert!(choose(&[f32::NAN], &greedy, stream(0)).is_err());
+        let broken = Tensor::new(&[[f32::NAN]], &Device::Cpu).unwrap();
+        assert!(choose(&broken, &greedy, std::iter::empty()).is_err());
+    }
+
+    fn tiny(weights: DType) -> Decoder {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 71, "hidden_size": 40,
+            "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
+            "head_dim": 8, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 128,
+            "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 1,
+        });
+        let config = DecoderConfig::from_hf_map(config.as_object().unwrap().clone(), "config.json".as_ref()).unwrap();
+        let placement = Placement::cpu(Some(weights));
+        let source = RandomSource { seed: 3, std: 0.4, untied_head: false, placement: placement.clone() };
+        Decoder::load(config, &source, &placement).unwrap()
+    }
+
+    /// The likeliest next token by a pass over the whole text, without a cache.
+    fn next_by_definition(model: &Decoder, text: &[u32]) -> u32 {
+        let (set, route) = (AdapterSet::empty(), Route::Base);
+        let ctx = Ctx { mode: Mode::Eval, ..Ctx::eval(&set, &route) };
+        let positions: Vec<u32> = (0..text.len() as u32).collect();
+        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()] };
+        let input = model.prepare(batch, &ctx).unwrap();
+        let mut hidden = model.embed(batch, &ctx).unwrap();
+        for i in 0..model.num_blocks() {
+            hidden = model.block(i, &hidden, &input, &ctx).unwrap();
+        }
+        let logits = model.logits(&model.final_norm(&hidden, &ctx).unwrap(), &ctx).unwrap();
+        argmax_rows(&logits).unwrap().last().copied().flatten().unwrap()
+    }
+
+    /// Prompts of one token and of more than a thin product takes, in every storage.
+    #[test]
+    fn a_batch_writes_what_each_sequence_writes_alone_and_by_definition() {
+        for weights in [DType::F32, DType::BF16, DType::F16] {
+            let model = tiny(weights);
+            let requests: Vec<Request> = [1, 3, 20, 40, 7]
+                .map(|n| Request { prompt: (0..n).map(|i| (i * 13 + n) % 71).collect(), slot: None })
+                .to_vec();
+            let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
+            let run =
+                |requests: &[Request]| generate(&model, &AdapterSet::empty(), requests, &options, |_, _| true).unwrap();
+            let together = run(&requests);
+            for (request, written) in requests.iter().zip(&together) {
+                assert_eq!(&run(std::slice::from_ref(request))[0], written);
+                let mut text = request.prompt.clone();
+                for token in written {
+                    assert_eq!(next_by_definition(&model, &text), *token, "{weights:?} after {} tokens", text.len());
+                    text.push(*token);
+                }
+                assert_eq!(text.len(), request.prompt.len() + 12);
+            }
+        }
+    }
+
+    #[test]
+    fn a_sequence_that_ends_leaves_the_others_going() {
+        let model = tiny(DType::F32);
+        let request = |first| Request { prompt: vec![first, 5, 9], slot: None };
+        let requests = [request(2), request(3), request(4)];
+        let options = GenerateOptions { max_new_tokens: 6, ..GenerateOptions::default() };
+        let whole = generate(&model, &AdapterSet::empty(), &requests, &options, |_, _| true).unwrap();
+        let mut seen = 0;
+        let cut = generate(&model, &AdapterSet::empty(), &requests, &options, |row, _| {
+            seen += usize::from(row == 1);
+            row != 1 || seen < 2
+        })
+        .unwrap();
+        assert_eq!((&cut[0], &cut[1][..], &cut[2]), (&whole[0], &whole[1][..2], &whole[2]));
     }
 }

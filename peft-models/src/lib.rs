@@ -12,6 +12,7 @@ mod model_files;
 pub mod rope;
 pub mod source;
 pub mod tokenizer;
+mod virtual_rows;
 
 pub use decoder::{Decoder, DecoderInput};
 pub use kv_cache::LayerCache;

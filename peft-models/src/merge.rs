@@ -38,6 +38,13 @@ impl<'a> Merged<'a> {
     /// # Errors
     /// When an adapter cannot be merged; the message says why.
     pub fn new(model: &'a Decoder, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+        if let Some(adapter) = adapters.iter().find(|a| a.virtual_tokens().is_some()) {
+            return Err(Error::msg(format!(
+                "an adapter of type {} cannot be merged: its virtual tokens stand in front of every sequence, and no weight of \
+                 the model holds them; serve it unmerged",
+                adapter.peft_type()
+            )));
+        }
         let tied = match (model.tied_embedding(), head(model.sites())) {
             (Some(path), Some(head)) => {
                 let embedding = model.sites().find(path).map(|s| s.id);

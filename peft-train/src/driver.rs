@@ -91,7 +91,7 @@ pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Re
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let ctx = ctx.untracked();
-    let input = model.prepare(tokens(batch))?;
+    let input = model.prepare(tokens(batch), &ctx)?;
     let mut hidden = model.embed(tokens(batch), &ctx)?;
     for i in 0..model.num_blocks() {
         hidden = model.block(i, &hidden, &input, &ctx)?;
@@ -114,7 +114,7 @@ pub fn forward_backward<M: Segmented>(
     grads: &mut Grads,
 ) -> Result<Measured> {
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
-    let input = model.prepare(tokens(batch))?;
+    let input = model.prepare(tokens(batch), ctx)?;
     let (mut hidden, embedding) = if lowest == 0 {
         let (hidden, record) = kernels::record(|| model.embed(tokens(batch), ctx))?;
         (hidden, Some(record).filter(Record::is_tracked))

@@ -66,7 +66,7 @@ fn adapter(path: &Path) -> Result<Value> {
     Ok(json!({
         "kind": "adapter", "method": config.peft_type(), "base": value("base_model_name_or_path"),
         "task_type": value("task_type"), "r": value("r"), "lora_alpha": value("lora_alpha"),
-        "ranks": ranks, "parameters": parameters, "bytes": folder.bytes(),
+        "num_virtual_tokens": value("num_virtual_tokens"), "ranks": ranks, "parameters": parameters, "bytes": folder.bytes(),
         "target_modules": value("target_modules"), "sites": listed
     }))
 }
@@ -74,12 +74,12 @@ fn adapter(path: &Path) -> Result<Value> {
 /// `base_model.model.<site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key(key: &str) -> (&str, &str) {
     let key = key.strip_prefix("base_model.model.").unwrap_or(key);
-    for mark in [".lora_", ".base_layer.", ".token_adapter."] {
+    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter."] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }
     }
-    key.rsplit_once('.').unwrap_or(("", key))
+    key.rsplit_once('.').unwrap_or(("every sequence", key))
 }
 
 fn model(files: &ModelFiles) -> Result<Value> {

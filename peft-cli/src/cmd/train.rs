@@ -110,7 +110,7 @@ impl Run {
             None => None,
         };
         let model = files.load(&placement, recipe.train.seed)?;
-        let prepared = prepare_adapter(&recipe, &model, &train, resume)?;
+        let prepared = prepare_adapter(&recipe, &files, &model, &train, resume)?;
         for note in &prepared.notes {
             eprintln!("{note}");
         }
@@ -223,7 +223,8 @@ impl Run {
             adapter.touched().filter_map(|(id, _)| self.model.sites().get(id)).map(|s| s.path.as_str()).collect();
         if as_json {
             let result = json!({
-                "method": self.prepared.method, "sites": sites, "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
+                "method": self.prepared.method, "sites": sites,
+                "virtual_tokens": adapter.virtual_tokens().map_or(0, |tokens| tokens.count), "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
                 "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.checkpointing), "preview": rows
@@ -231,7 +232,10 @@ impl Run {
             out!("{result}");
             return Ok(());
         }
-        out!("method      {} on {} sites", self.prepared.method, sites.len());
+        match adapter.virtual_tokens() {
+            Some(tokens) => out!("method      {}, {} virtual tokens", self.prepared.method, tokens.count),
+            None => out!("method      {} on {} sites", self.prepared.method, sites.len()),
+        }
         for (key, pattern, n) in &hits {
             out!("  {key:<18} {pattern:<24} {n} sites");
         }
@@ -330,7 +334,25 @@ fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
     Ok(Sampler::new(train, options)?)
 }
 
-fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bool) -> Result<Prepared> {
+/// Whether a prompt starts from the embeddings of a text.
+fn starts_from_text(method: &Map<String, Value>) -> bool {
+    method.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT")
+}
+
+/// `method` with the base's own tokenizer where it names none.
+fn with_tokenizer(mut method: Map<String, Value>, files: &ModelFiles) -> Map<String, Value> {
+    let path = files.path().display().to_string();
+    method.entry("tokenizer_name_or_path").or_insert_with(|| path.into());
+    method
+}
+
+fn prepare_adapter(
+    recipe: &Recipe,
+    files: &ModelFiles,
+    model: &Decoder,
+    train: &Dataset,
+    resume: bool,
+) -> Result<Prepared> {
     let mut table: Map<String, Value> = match serde_json::to_value(&recipe.method)? {
         Value::Object(map) => map,
         _ => Map::new(),
@@ -346,6 +368,7 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bo
             methods::open(&open::adapter(&from)?, model)?
         }
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
+        None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, recipe.train.seed)?,
         None if methods::looks_at_data(&table)? => match if resume { checkpoint::list(output)?.pop() } else { None } {
             // What was found in the data is in the checkpoint, ranks included.
             Some((_, dir)) => methods::open(&dir, model)?,

@@ -12,11 +12,10 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::cpu::{
-    Packed, Problem, STRIP, Scratch, Shared, TILE, blocks, filled, for_items, in_block, room, wanted_blocks,
-};
+use super::cpu::{Packed, Problem, STRIP, Scratch, TILE, blocks, filled, for_items, in_block, room, wanted_blocks};
 use super::plan::Sight;
 use super::simd::{Gemm, PAD, dot, exp2, tanh, vectors_mut};
+use crate::shared::Shared;
 
 /// Work items that there should be about, so that a pool of a few threads ends evenly.
 const ITEMS: usize = 16;

@@ -1,11 +1,10 @@
-//! What the fused CPU kernels share: the problem, packed keys, scratch memory and disjoint writes.
+//! What the fused CPU kernels share: the problem, packed keys and scratch memory.
 //!
 //! Queries are taken in tiles of [`TILE`] rows and keys in blocks of [`TILE`] rows, so that a tile's logits, keys and
 //! values stay in the near caches. Blocks count from the first key of the whole batch, not of a sequence: keys are packed
 //! once, and a sequence that starts inside a block uses part of its columns.
 
 use std::cell::Cell;
-use std::marker::PhantomData;
 use std::ops::Range;
 
 use candle_core::Result;
@@ -91,10 +90,7 @@ impl<'a> Problem<'a> {
     /// The two ranges of keys that a sequence's queries see: the prefix, then its own.
     pub(super) fn parts(&self, sequence: usize) -> [(Range<usize>, Sight); 2] {
         let span = &self.plan.sequences[sequence];
-        [
-            (span.prefix.clone(), Sight::all(span.queries.len(), span.prefix.len())),
-            (span.keys.clone(), Sight::own(self.plan, span)),
-        ]
+        [(span.prefix.clone(), Sight::prefix(self.plan, span)), (span.keys.clone(), Sight::own(self.plan, span))]
     }
 
     /// Multiply-adds of one product over all visible tiles, roughly.
@@ -186,37 +182,6 @@ pub(super) fn in_block(range: Range<usize>, offset: usize, block: usize) -> Rang
     let start = (range.start + offset).clamp(base, base + TILE) - base;
     let end = (range.end + offset).clamp(base, base + TILE) - base;
     start..end.max(start)
-}
-
-/// A buffer whose disjoint parts are written by different threads.
-#[derive(Debug)]
-pub(super) struct Shared<'a> {
-    at: *mut f32,
-    len: usize,
-    life: PhantomData<&'a mut [f32]>,
-}
-
-#[allow(unsafe_code)]
-// SAFETY: it is a mutable borrow of f32; writes go through `slice`, whose callers keep their parts disjoint.
-unsafe impl Sync for Shared<'_> {}
-#[allow(unsafe_code)]
-// SAFETY: as above.
-unsafe impl Send for Shared<'_> {}
-
-impl<'a> Shared<'a> {
-    pub(super) fn new(data: &'a mut [f32]) -> Self {
-        Self { at: data.as_mut_ptr(), len: data.len(), life: PhantomData }
-    }
-
-    /// # Safety
-    /// No other part in use at the same time overlaps this one.
-    #[allow(unsafe_code, clippy::mut_from_ref)]
-    #[inline]
-    pub(super) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
-        assert!(start <= self.len && len <= self.len - start, "attention: a write past the result");
-        // SAFETY: inside the buffer, and exclusive as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.at.add(start), len) }
-    }
 }
 
 /// A thread's buffers, kept from one work item to the next.

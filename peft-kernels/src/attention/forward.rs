@@ -2,11 +2,10 @@
 
 use pulp::{Simd, WithSimd};
 
-use super::cpu::{
-    Packed, Problem, STRIP, Scratch, Shared, TILE, blocks, filled, for_items, in_block, room, wanted_blocks,
-};
+use super::cpu::{Packed, Problem, STRIP, Scratch, TILE, blocks, filled, for_items, in_block, room, wanted_blocks};
 use super::narrow;
 use super::simd::{Gemm, PAD, exp2, tanh, vectors, vectors_mut};
+use crate::shared::Shared;
 
 /// The result `[q_tokens, heads·head_dim]` and the base-2 log-sum-exp of the logits, `[heads, q_tokens]`.
 ///

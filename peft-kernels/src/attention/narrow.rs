@@ -8,10 +8,11 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 
 use super::SequenceSpan;
-use super::cpu::{Problem, Scratch, Shared, filled, for_items, room};
+use super::cpu::{Problem, Scratch, filled, for_items, room};
 use super::forward::{finish, online_softmax};
 use super::plan::Sight;
 use super::simd::{Gemm, PAD, dot};
+use crate::shared::Shared;
 
 /// Queries up to which a sequence is served here.
 const MAX_QUERIES: usize = 4;

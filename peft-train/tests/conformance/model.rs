@@ -139,14 +139,15 @@ pub(crate) fn sequence(batch: &Batch, i: usize) -> Batch {
     }
 }
 
-/// Logits `[tokens, vocab]` of a batch.
+/// Logits `[tokens, vocab]` of a batch, without those of virtual tokens.
 pub(crate) fn logits(model: &Decoder, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let tokens = TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds };
-    let input = model.prepare(tokens)?;
+    let input = model.prepare(tokens, ctx)?;
     let mut hidden = model.embed(tokens, ctx)?;
     for i in 0..model.num_blocks() {
         hidden = model.block(i, &hidden, &input, ctx)?;
     }
+    let hidden = hidden.narrow(0, 0, batch.input_ids.len())?.contiguous()?;
     model.logits(&model.final_norm(&hidden, ctx)?, ctx)
 }
 
