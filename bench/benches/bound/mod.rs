@@ -5,7 +5,7 @@
 //! write at least (`Throughput::Bytes`) and is held against a copy of as many by all threads, which reads half of them and writes
 //! half. Arguments that fit into a cache are there for both.
 
-pub mod passes;
+pub(crate) mod passes;
 
 use std::collections::HashMap;
 use std::hint::black_box;
@@ -22,7 +22,7 @@ const SQUARE: usize = 2048;
 const TRIES: usize = 12;
 
 /// Wall time whose throughputs are in per cent of a bound.
-pub struct Bound {
+pub(crate) struct Bound {
     shares: Shares,
 }
 
@@ -33,7 +33,7 @@ struct Shares {
 }
 
 /// Criterion with a measurement against bounds, configured by the command line.
-pub fn criterion() -> Criterion<Bound> {
+pub(crate) fn criterion() -> Criterion<Bound> {
     let (a, b) = (vec![1f32; SQUARE * SQUARE], vec![1f32; SQUARE * SQUARE]);
     let mut out = vec![0f32; SQUARE * SQUARE];
     let flop = 2.0 * (SQUARE as f64).powi(3);

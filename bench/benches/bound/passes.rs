@@ -10,21 +10,21 @@ use peft_core::kernels::testing::randn;
 
 /// What an operation has to do at least, forward and backward.
 #[derive(Debug, Clone)]
-pub struct Work {
+pub(crate) struct Work {
     /// Of the forward pass.
-    pub forward: Throughput,
+    pub(crate) forward: Throughput,
     /// Of the backward pass, without what it makes again.
-    pub backward: Throughput,
+    pub(crate) backward: Throughput,
 }
 
 impl Work {
     /// `flop` floating-point operations each way.
-    pub fn flop(forward: usize, backward: usize) -> Self {
+    pub(crate) fn flop(forward: usize, backward: usize) -> Self {
         Self { forward: Throughput::Elements(forward as u64), backward: Throughput::Elements(backward as u64) }
     }
 
     /// `f32` elements that are read or written each way.
-    pub fn elements(forward: usize, backward: usize) -> Self {
+    pub(crate) fn elements(forward: usize, backward: usize) -> Self {
         let bytes = |n: usize| Throughput::Bytes(4 * n as u64);
         Self { forward: bytes(forward), backward: bytes(backward) }
     }
@@ -32,7 +32,7 @@ impl Work {
 
 /// Measures `op` at `args`, all of which get a gradient: `NAME/forward` without a record, `NAME/backward` from a random gradient of
 /// its result.
-pub fn both<M: Measurement>(
+pub(crate) fn both<M: Measurement>(
     group: &mut BenchmarkGroup<'_, M>,
     name: &str,
     work: &Work,
