@@ -33,6 +33,7 @@ import torch
 import transformers
 import peft
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
