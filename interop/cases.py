@@ -161,7 +161,7 @@ VARIANTS |= {
 
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": list(VARIANTS),
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_"))],
     "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
