@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Make cases that peft-cli is compared with Hugging Face PEFT on: tiny random Llama models, LoRA adapters of every kind.
+"""Make cases that peft-cli is compared with Hugging Face PEFT on: tiny random models, adapters of every kind.
 
     interop/cases.py OUT [--seed 0] [--only MODEL[/VARIANT],…]
 
 OUT/MODEL/base/               the model as transformers saves it
-OUT/MODEL/rows.jsonl          {"input_ids", "labels"}; labels are aligned with input_ids, -100 is not counted
+OUT/MODEL/rows.jsonl          {"input_ids", "labels"}; labels are aligned with input_ids, -100 is not counted;
+                              {"input_ids", "label"} for models with a class head
 OUT/MODEL/VARIANT/adapter/    the adapter as peft saves it, moved away from its initial values
 OUT/MODEL/VARIANT/trained/    the same adapter after STEPS steps of AdamW
 OUT/MODEL/VARIANT/expected.json
-    base_loss, loss, merged_loss   mean negative log likelihood a counted token, over all rows; merged_loss is null where
-                                   peft cannot merge
+    base_loss, loss, merged_loss   mean negative log likelihood a counted token (a row, with a class head), over all rows;
+                                   merged_loss is null where peft cannot merge
+    accuracy                       share of rows whose class is the likeliest, with a class head
     tokens, rows                   how many count
     train_losses, trained_loss     loss of each step (before its update), and over all rows after the last
     batch_rows, learning_rate
@@ -29,8 +31,9 @@ warnings.filterwarnings("ignore")
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+import peft
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -63,6 +66,25 @@ MODELS = {
     "bf16": dict(file="bf16"),
     "f16_tied": dict(file="f16", tie_word_embeddings=True),
     "sharded": dict(file="sharded"),
+    # class heads: on the first token of an encoder, on the last of a decoder
+    "bert": dict(family="bert"),
+    "bert_no_types": dict(family="bert", hidden_act="gelu_new", num_attention_heads=3, type_vocab_size=1, num_labels=2, layer_norm_eps=1e-5),
+    "bert_bf16": dict(family="bert", file="bf16"),
+    "roberta": dict(family="roberta", pad_token_id=5),
+    "xlm_roberta": dict(family="xlm_roberta"),
+    "distilbert": dict(family="distilbert"),
+    "llama_classes": dict(family="llama_classes"),
+}
+
+# configuration and class in transformers, and what every model of the family has
+ENCODER = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_labels=3, pad_token_id=0)
+FAMILIES = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", SHAPE),
+    "llama_classes": ("LlamaConfig", "LlamaForSequenceClassification", dict(SHAPE, num_labels=3)),
+    "bert": ("BertConfig", "BertForSequenceClassification", ENCODER),
+    "roberta": ("RobertaConfig", "RobertaForSequenceClassification", ENCODER),
+    "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", dict(ENCODER, pad_token_id=1)),
+    "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", dict(dim=48, hidden_dim=80, n_layers=3, n_heads=4, num_labels=3, pad_token_id=0)),
 }
 
 VARIANTS = {
@@ -96,37 +118,86 @@ VARIANTS = {
     "rank_over_width": dict(r=64, lora_alpha=32, target_modules=["k_proj", "up_proj"]),
 }
 
+# Other methods than LoRA: peft's class, then its settings.
+VARIANTS |= {
+    "ia3": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3_defaults": ("IA3Config", dict()),
+    "ia3_patterns": ("IA3Config", dict(target_modules=r".*\.(0|2)\..*_proj", feedforward_modules=r".*(up|o)_proj", exclude_modules=["k_proj"])),
+    "ia3_random": ("IA3Config", dict(target_modules=LINEARS, feedforward_modules=["gate_proj", "q_proj"], init_ia3_weights=False)),
+    "ia3_save_norm": ("IA3Config", dict(target_modules=ATTENTION, feedforward_modules=[], modules_to_save=["post_attention_layernorm"])),
+    "prefix": ("PrefixTuningConfig", dict(num_virtual_tokens=5)),
+    "prefix_zero": ("PrefixTuningConfig", dict(num_virtual_tokens=1, init_weights="zero")),
+    "prefix_projected": ("PrefixTuningConfig", dict(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=11)),
+    "prompt": ("PromptTuningConfig", dict(num_virtual_tokens=5)),
+    "prompt_vocabulary": ("PromptTuningConfig", dict(num_virtual_tokens=7, prompt_tuning_init="SAMPLE_VOCAB")),
+    "p_tuning": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=11)),
+    "p_tuning_lstm": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM")),
+    "ln": ("LNTuningConfig", dict()),
+    "ln_some": ("LNTuningConfig", dict(target_modules=["input_layernorm", "model.norm"])),
+}
+
+# The same kinds on the layers that BERT and RoBERTa have, and on DistilBERT's.
+BERT_ATTENTION = ["query", "key", "value"]
+BERT_LINEARS = BERT_ATTENTION + ["intermediate.dense", "output.dense"]
+VARIANTS |= {
+    "bert_lora": dict(r=4, lora_alpha=12, target_modules=BERT_ATTENTION),
+    "bert_regex": dict(r=4, target_modules=r".*\.1\..*(query|intermediate\.dense)"),
+    "bert_rank_pattern": dict(r=4, lora_alpha=8, target_modules=BERT_LINEARS, rank_pattern={"query": 2}, alpha_pattern={"intermediate.dense": 32}),
+    "bert_rslora": dict(r=6, lora_alpha=9, use_rslora=True, target_modules=BERT_LINEARS),
+    "bert_dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=BERT_LINEARS),
+    "bert_lora_bias": dict(r=4, lora_bias=True, target_modules=BERT_ATTENTION),
+    "bert_layers": dict(r=4, target_modules=BERT_ATTENTION, layers_to_transform=[1]),
+    "bert_bias_all": dict(r=4, target_modules=BERT_ATTENTION, bias="all"),
+    "bert_bias_lora_only": dict(r=4, target_modules=BERT_LINEARS, bias="lora_only"),
+    "bert_embeddings": dict(r=4, target_modules=["word_embeddings", "query"]),
+    "bert_save_norms": dict(r=4, target_modules=BERT_ATTENTION, modules_to_save=["LayerNorm"]),
+    "bert_save_pooler": dict(r=4, target_modules=BERT_ATTENTION, modules_to_save=["pooler"]),
+    "distilbert_lora": dict(r=4, lora_alpha=12, target_modules=["q_lin", "k_lin", "v_lin"]),
+    "distilbert_dora": dict(r=4, use_dora=True, target_modules=["q_lin", "out_lin", "lin1", "lin2"]),
+    # peft refuses all-linear here: `pre_classifier` ends like `classifier`, so it is saved whole
+    "distilbert_all_linear": dict(r=3, target_modules="all-linear", exclude_modules=["pre_classifier"]),
+    "distilbert_bias_all": dict(r=4, target_modules=["q_lin", "v_lin"], bias="all"),
+}
+
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": list(VARIANTS),
-    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings"],
-    "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear"],
-    "mqa": ["all_linear", "dora"],
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_"))],
+    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln"],
+    "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
+    "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
     "mha": ["lora", "save_norm"],
-    "head_dim": ["all_linear", "dora_all"],
+    "head_dim": ["all_linear", "dora_all", "prefix", "prompt"],
     "head_dim_small": ["lora", "tokens"],
     "rope_llama3": ["lora"],
-    "rope_yarn": ["lora"],
+    "rope_yarn": ["lora", "prefix", "prompt"],
     "rope_linear": ["lora"],
     "rope_llama3_old_file": ["lora"],
     "rope_yarn_old_file": ["lora"],
-    "bf16": ["all_linear", "dora", "embeddings", "save_head"],
+    "bf16": ["all_linear", "dora", "embeddings", "save_head", "ia3", "prefix", "prompt", "ln"],
     "f16_tied": ["lora", "tokens"],
     "sharded": ["lora", "save_head"],
+    "bert": ["default_targets", "all_linear"] + [name for name in VARIANTS if name.startswith("bert_")],
+    "bert_no_types": ["bert_lora", "all_linear"],
+    "bert_bf16": ["bert_lora", "bert_dora"],
+    "roberta": ["bert_lora", "bert_dora", "bert_bias_all", "all_linear"],
+    "xlm_roberta": ["default_targets", "all_linear"],
+    "distilbert": ["distilbert_lora", "distilbert_dora", "distilbert_all_linear", "distilbert_bias_all"],
+    "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm"],
 }
 
 
 def make_model(name, folder):
     """Write a random model, and return it as it is read back (bf16 files as f32)."""
     special = dict(MODELS[name])
-    file, rope = special.pop("file", ""), special.pop("rope", None)
-    theta = special.pop("rope_theta", 1e4)
-    settings = {**SHAPE, **special}
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        rope_parameters={"rope_theta": theta, **(rope or {"rope_type": "default"})}, **settings,
-    )
-    model = LlamaForCausalLM(config)
+    family, file, rope = special.pop("family", "llama"), special.pop("file", ""), special.pop("rope", None)
+    config_class, model_class, shape = FAMILIES[family]
+    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, **shape}
+    if family.startswith("llama"):
+        theta = special.pop("rope_theta", 1e4)
+        settings |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        settings["rope_parameters"] = {"rope_theta": theta, **(rope or {"rope_type": "default"})}
+    config = getattr(transformers, config_class)(**{**settings, **special})
+    model = getattr(transformers, model_class)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             # Large enough that adapters matter; norms away from 1 and biases away from 0.
@@ -144,13 +215,25 @@ def make_model(name, folder):
         path.write_text(json.dumps(config, indent=2))
 
 
-def load_base(folder):
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def load_base(folder, **more):
+    """The model in a folder, as the class that its config.json names."""
+    architecture = json.loads((pathlib.Path(folder) / "config.json").read_text())["architectures"][0]
+    loaded = getattr(transformers, architecture).from_pretrained(folder, dtype=torch.float32, **more)
+    return (loaded[0].eval(), *loaded[1:]) if isinstance(loaded, tuple) else loaded.eval()
 
 
-def make_rows(rng):
-    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle."""
+def has_classes(model):
+    return "Classification" in (model.config.architectures or [""])[0]
+
+
+def make_rows(rng, classes=0):
+    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle. With `classes`, one of them a row."""
     rows = []
+    if classes:
+        for _ in range(ROWS):
+            ids = [rng.randrange(6, VOCABULARY) for _ in range(rng.randrange(1, 61))]
+            rows.append(dict(input_ids=ids, label=rng.randrange(classes)))
+        return rows
     for number in range(ROWS):
         ids = [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(5, 61))]
         labels = list(ids)
@@ -171,10 +254,16 @@ def summed_loss(model, rows):
     """Summed negative log likelihood of the counted tokens of a padded batch, and their number."""
     width = max(len(row["input_ids"]) for row in rows)
     pad = lambda values, fill: values + [fill] * (width - len(values))
-    ids = torch.tensor([pad(row["input_ids"], 0) for row in rows])
-    labels = torch.tensor([pad(row["labels"], -100) for row in rows])
+    padding = model.config.pad_token_id or 0
+    ids = torch.tensor([pad(row["input_ids"], padding) for row in rows])
     mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows])
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    if has_classes(model):
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        targets = torch.tensor([row["label"] for row in rows])
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), len(rows)
+    labels = torch.tensor([pad(row["labels"], -100) for row in rows])
+    # Prompts put the logits of their virtual tokens in front.
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, :-1]
     targets = labels[:, 1:]
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
@@ -186,6 +275,14 @@ def summed_loss(model, rows):
 def mean_loss(model, rows):
     sums = [summed_loss(model, [row]) for row in rows]
     return sum(loss.item() for loss, _ in sums) / sum(count for _, count in sums)
+
+
+@torch.no_grad()
+def accuracy(model, rows):
+    if not has_classes(model):
+        return None
+    predicted = [int(model(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()) for row in rows]
+    return sum(p == row["label"] for p, row in zip(predicted, rows)) / len(rows)
 
 
 def train(model, rows):
@@ -204,10 +301,35 @@ def train(model, rows):
     return losses
 
 
+def config_of(variant, task_type):
+    kind, settings = VARIANTS[variant] if isinstance(VARIANTS[variant], tuple) else ("LoraConfig", VARIANTS[variant])
+    # peft adds the names of a class head to this list itself.
+    settings = {key: list(value) if key == "modules_to_save" else value for key, value in settings.items()}
+    return getattr(peft, kind)(task_type=task_type, **settings)
+
+
+def soft_prompt(model, adapter):
+    """The soft prompt that `adapter` holds, to be trained as it is. peft itself does not train one that it has loaded."""
+    loaded = PeftModel.from_pretrained(model, adapter)
+    loaded.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    return loaded.eval()
+
+
+def save_trained(trained, start, folder):
+    if not trained.active_peft_config.is_prompt_learning:
+        return trained.save_pretrained(folder)
+    # peft would run the network that made the prompt, which its file does not hold.
+    folder.mkdir()
+    shutil.copy(start / "adapter_config.json", folder)
+    prompt = trained.prompt_encoder["default"].embedding.weight.detach().contiguous()
+    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def make_case(model_name, variant, out, rows, base_loss):
     base = out / model_name / "base"
     folder = out / model_name / variant
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **VARIANTS[variant]))
+    model = load_base(base)
+    model = get_peft_model(model, config_of(variant, "SEQ_CLS" if has_classes(model) else "CAUSAL_LM"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -220,24 +342,27 @@ def make_case(model_name, variant, out, rows, base_loss):
         raise AssertionError("peft's own saved adapter differs from the one in memory")
     try:
         merged_loss = mean_loss(load().merge_and_unload(), rows)
-    except (NotImplementedError, RuntimeError) as error:
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
         print(f"{model_name}/{variant}: peft does not merge it: {error}", file=sys.stderr)
         merged_loss = None
     if merged_loss is not None and abs(merged_loss - loss) > 1e-3:
         # Merging into a tied embedding changes the head as well; what the adapter computes is right.
         print(f"{model_name}/{variant}: peft's merge gives {merged_loss:.5f}, the adapter {loss:.5f}", file=sys.stderr)
         merged_loss = loss
-    trained = load(is_trainable=True)
+    is_soft_prompt = model.active_peft_config.is_prompt_learning
+    trained = soft_prompt(load_base(base), folder / "adapter") if is_soft_prompt else load(is_trainable=True)
     train_losses = train(trained, rows)
-    trained.save_pretrained(folder / "trained")
+    save_trained(trained, folder / "adapter", folder / "trained")
     expected = dict(
-        base_loss=base_loss, loss=loss, merged_loss=merged_loss, tokens=sum(summed_count(row) for row in rows), rows=len(rows),
+        base_loss=base_loss, loss=loss, merged_loss=merged_loss, accuracy=accuracy(load(), rows), tokens=sum(summed_count(row) for row in rows), rows=len(rows),
         train_losses=train_losses, trained_loss=mean_loss(trained, rows), batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
     )
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
 
 
 def summed_count(row):
+    if "label" in row:
+        return 1
     return sum(label != -100 for label in row["labels"][1:])
 
 
@@ -262,9 +387,10 @@ def main():
         torch.manual_seed(options.seed * 1000 + number)
         rng = random.Random(options.seed * 1000 + number)
         make_model(model, options.out / model / "base")
-        rows = make_rows(rng)
+        base = load_base(options.out / model / "base")
+        rows = make_rows(rng, base.config.num_labels if has_classes(base) else 0)
         (options.out / model / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        base_loss = mean_loss(load_base(options.out / model / "base"), rows)
+        base_loss = mean_loss(base, rows)
         for variant in variants:
             if wanted(only, model, variant):
                 torch.manual_seed(options.seed * 1000 + number)

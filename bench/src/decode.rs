@@ -1,86 +1,49 @@
-//! Greedy decoding through `peft_models::generate`, which `hf_decode.py` does with transformers' `generate`.
+//! Greedy decoding by the base alone, through this project's library.
 
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::DType;
 use peft_core::AdapterSet;
-use peft_models::ModelFiles;
 use peft_models::generate::{GenerateOptions, Request, generate};
 use peft_models::source::Placement;
-use peft_train::methods;
+use peft_models::{Decoder, ModelFiles};
 use serde_json::{Value, json};
 
-use crate::{peak_rss_mb, random_tokens};
-
-/// Times that the whole is measured, after a run that is not; the median counts.
-const RUNS: usize = 3;
-
-/// What is measured.
-#[derive(Debug, Clone)]
-pub struct Decoding {
-    /// Sequences a batch.
-    pub batch: usize,
-    /// Random tokens of each prompt.
-    pub prompt_tokens: usize,
-    /// Tokens to write after each prompt, whatever they are.
-    pub new_tokens: usize,
-    /// Weights as they lie in the file instead of `f32`.
-    pub stored: bool,
-    /// Folders of adapters; the sequences take them in turn.
-    pub adapters: Vec<PathBuf>,
-}
-
-/// Loads `files` and decodes. `tokens_per_second` counts new tokens over the time of prefill and decoding together,
-/// `prefill_ms` is the time to the first token, and `tokens` are the first ones of the first sequence.
+/// The prompts in a JSONL file of `{"input_ids": […]}`.
 ///
 /// # Errors
-/// When the model or an adapter cannot be loaded or a step fails.
-pub fn run(files: &ModelFiles, settings: &Decoding) -> Result<Value> {
-    let Decoding { batch, prompt_tokens, new_tokens, .. } = *settings;
-    ensure!(batch > 0 && prompt_tokens > 0 && new_tokens > 1, "nothing to measure: a sequence, a token, two new ones");
-    let weights = if settings.stored { None } else { Some(DType::F32) };
-    let model = files.load(&Placement::cpu(weights), 0)?;
-    let mut set = AdapterSet::empty();
-    for path in &settings.adapters {
-        let name = path.to_str().context("an adapter's path is not text")?;
-        set = set.with(name, Arc::new(methods::open(path, &model)?.adapter));
-    }
-    let ids = random_tokens(batch * prompt_tokens, files.config().vocab_size);
-    let requests: Vec<Request> = ids
-        .chunks(prompt_tokens)
-        .enumerate()
-        .map(|(i, prompt)| Request { prompt: prompt.to_vec(), slot: i.checked_rem(settings.adapters.len()) })
-        .collect();
-    let timed = |max_new_tokens| -> Result<(f64, Vec<Vec<u32>>)> {
-        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
-        let started = Instant::now();
-        let written = generate(&model, &set, &requests, &options, |_, _| true)?;
-        Ok((started.elapsed().as_secs_f64(), written))
+/// When the file cannot be read, holds no prompt, or a row is something else.
+pub fn prompts(path: &Path) -> Result<Vec<Vec<u32>>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let prompt = |(i, line): (usize, &str)| {
+        let place = || format!("{}, line {}", path.display(), i + 1);
+        let mut row: Value = serde_json::from_str(line).with_context(place)?;
+        let ids = row.get_mut("input_ids").map(Value::take).with_context(|| format!("{}: no `input_ids`", place()))?;
+        serde_json::from_value(ids).with_context(|| format!("{}: `input_ids` are not token ids", place()))
     };
-    timed(2)?;
-    let (mut first, mut whole, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..RUNS {
-        first.push(timed(1)?.0);
-        let (seconds, written) = timed(new_tokens)?;
-        whole.push(seconds);
-        tokens = written.into_iter().next().unwrap_or_default();
-    }
-    let (first, whole) = (median(first), median(whole));
-    tokens.truncate(8);
-    let round = |x: f64| (x * 100.0).round() / 100.0;
-    Ok(json!({
-        "tokens_per_second": round((batch * new_tokens) as f64 / whole),
-        "prefill_ms": round(1e3 * first),
-        "step_ms": round(1e3 * (whole - first) / (new_tokens - 1) as f64),
-        "peak_rss_mb": peak_rss_mb()?,
-        "tokens": tokens,
-    }))
+    let prompts = text.lines().enumerate().map(prompt).collect::<Result<Vec<_>>>()?;
+    ensure!(!prompts.is_empty(), "{} holds no prompt", path.display());
+    Ok(prompts)
 }
 
-fn median(mut seconds: Vec<f64>) -> f64 {
-    seconds.sort_by(f64::total_cmp);
-    seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN)
+/// Writes `new_tokens` tokens after each of `prompts`, all in one batch, in `f32`; `stored` leaves the weights as they lie
+/// in the file. The seconds are those of the whole call, the prompts' own pass included.
+///
+/// # Errors
+/// When the model cannot be loaded or generation fails.
+pub fn run(files: &ModelFiles, prompts: &[Vec<u32>], new_tokens: usize, stored: bool) -> Result<Value> {
+    let weights = if stored { None } else { Some(DType::F32) };
+    let model: Decoder = files.load_decoder(&Placement::cpu(weights), 0)?;
+    let requests: Vec<Request> = prompts.iter().map(|p| Request { prompt: p.clone(), slot: None }).collect();
+    let write = |max_new_tokens| {
+        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
+        generate(&model, &AdapterSet::empty(), &requests, &options, |_, _| true)
+    };
+    // Whatever is made at the first use is not what is measured.
+    write(2)?;
+    let started = Instant::now();
+    let written = write(new_tokens)?;
+    Ok(json!({ "seconds": started.elapsed().as_secs_f64(), "tokens": written }))
 }

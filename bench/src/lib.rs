@@ -1,7 +1,8 @@
 /*!
-One LoRA training step on random tokens, written twice: [`ours`] through `peft-train`, [`naive`] as one would write it
-in stock candle. Both start from the same weights, the same A and the same tokens, so their losses must agree. And greedy
-decoding ([`decode`]), beside which `hf_decode.py` stands.
+What is measured of this project: a LoRA training step on random tokens, written twice, and decoding.
+
+The step is written [`ours`], through `peft-train`, and [`naive`], as one would in stock candle. Both start from the same
+weights, the same A and the same tokens, so their losses must agree. [`growth`] measures it over one dimension at a time.
 */
 
 use std::time::Instant;
@@ -12,8 +13,10 @@ use peft_core::kernels::Stream;
 use serde_json::{Value, json};
 
 pub mod decode;
+pub mod growth;
 pub mod naive;
 pub mod ours;
+pub mod shape;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +50,7 @@ pub const LINEARS: [&str; 7] = [
     "mlp.down_proj",
 ];
 
-/// Token ids `[n]`, the same as `hf_step.py` draws: a linear congruential generator, Knuth's constants.
+/// Token ids `[n]`, the same for every step: a linear congruential generator, Knuth's constants.
 #[must_use]
 pub fn random_tokens(n: usize, vocab: usize) -> Vec<u32> {
     let mut state = 0_u64;

@@ -1,32 +1,40 @@
-//! `peft-bench naive|step|decode --model PATH`: one line of JSON with tokens a second, peak memory and what was computed.
+//! `peft-bench`: one measurement a process, as a line of JSON on stdout; and `growth`, which makes a curve of many.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, Parser};
-use peft_bench::decode::{self, Decoding};
-use peft_bench::{Settings, naive, ours};
+use clap::{Args, Parser, Subcommand};
+use peft_bench::growth::{self, GrowthOptions};
+use peft_bench::{Settings, decode, naive, ours, shape};
 use peft_core::kernels;
 use peft_models::ModelFiles;
 
-/// As in `peft-cli`. All programs that are measured get it.
+/// As in `peft-cli`. All measurements get it.
 #[global_allocator]
 static ALLOCATOR: peft_alloc::MiMalloc = peft_alloc::MiMalloc;
 
-/// Measure on random tokens: a LoRA training step (all linear layers of the blocks, AdamW), or greedy decoding.
+/// Measure training steps and decoding. `bench/vs_hf_peft` compares with Hugging Face PEFT.
 #[derive(Debug, Parser)]
-enum Command {
-    /// A training step as one would write it in stock candle
-    Naive(StepArgs),
-    /// A training step as peft-train makes it
+struct Cli {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// A LoRA training step (all linear layers of the blocks, AdamW) on random tokens, as peft-train makes it
     Step(StepArgs),
-    /// Greedy decoding as `peft-cli generate` makes it
+    /// The same step as one would write it in stock candle
+    Naive(StepArgs),
+    /// Greedy tokens after prompts, by the base alone
     Decode(DecodeArgs),
+    /// How a step's speed and memory grow, one dimension at a time: tables on stdout, pictures in a folder
+    Growth(GrowthArgs),
 }
 
 #[derive(Debug, Args)]
 struct StepArgs {
-    /// A model folder or a .gguf file of the Llama family
+    /// A model folder or a .gguf file. One with a class head, or an encoder (two classes), is trained to classify (step only)
     #[arg(long)]
     model: PathBuf,
     /// Sequences a batch
@@ -50,13 +58,30 @@ struct StepArgs {
     /// Hold weights as they lie in the file, not in f32 (step only)
     #[arg(long)]
     stored: bool,
+    /// Blocks, instead of the model's; the weights are then random (step only)
+    #[arg(long)]
+    layers: Option<usize>,
+    /// Tokens of the vocabulary, instead of the model's; the weights are then random (step only)
+    #[arg(long)]
+    vocab: Option<usize>,
 }
 
 impl StepArgs {
     fn settings(&self) -> Settings {
-        let keep = if self.checkpointing { 0 } else { self.keep.unwrap_or(usize::MAX) };
         let Self { batch, seq, steps, rank, stored, .. } = *self;
+        let keep = if self.checkpointing { 0 } else { self.keep.unwrap_or(usize::MAX) };
         Settings { batch, seq, steps, rank, keep, stored }
+    }
+
+    fn files(&self) -> Result<ModelFiles> {
+        let mut files = ModelFiles::open(&self.model)?;
+        if files.lacks_class_head() {
+            files.set_labels(vec!["LABEL_0".into(), "LABEL_1".into()])?;
+        }
+        if self.layers.is_none() && self.vocab.is_none() {
+            return Ok(files);
+        }
+        shape::random(files.decoder_config()?, self.layers, self.vocab)
     }
 }
 
@@ -65,35 +90,49 @@ struct DecodeArgs {
     /// A model folder or a .gguf file of the Llama family
     #[arg(long)]
     model: PathBuf,
-    /// Sequences a batch
-    #[arg(long, default_value_t = 1)]
-    batch: usize,
-    /// Tokens of each prompt
-    #[arg(long, default_value_t = 32)]
-    prompt_tokens: usize,
-    /// Tokens to write after each prompt
-    #[arg(long, default_value_t = 64)]
+    /// The prompts, one batch: JSONL with `input_ids`
+    #[arg(long)]
+    rows: PathBuf,
+    /// Tokens to write after each prompt, whatever they are
+    #[arg(long, default_value_t = 128)]
     new_tokens: usize,
     /// Hold weights as they lie in the file, not in f32
     #[arg(long)]
     stored: bool,
-    /// An adapter's folder; given several times, the sequences take them in turn
+}
+
+#[derive(Debug, Args)]
+struct GrowthArgs {
+    /// A model folder or a .gguf file of the Llama family
     #[arg(long)]
-    adapter: Vec<PathBuf>,
+    model: PathBuf,
+    /// Folder of the pictures
+    #[arg(long, default_value = "docs/growth")]
+    out: PathBuf,
+    /// Sweeps, with commas between; all by default
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Measurements a point; the median counts
+    #[arg(long, default_value_t = 1)]
+    rounds: usize,
+    /// Points up to this value only
+    #[arg(long)]
+    up_to: Option<usize>,
 }
 
 fn main() -> Result<()> {
     peft_alloc::keep_pages();
-    let command = Command::parse();
-    let measured = kernels::on_pool(|| match command {
-        Command::Naive(args) => Ok(naive::run(&ModelFiles::open(&args.model)?, &args.settings())?.1),
-        Command::Step(args) => Ok(ours::run(&ModelFiles::open(&args.model)?, &args.settings())?.1),
-        Command::Decode(args) => {
-            let DecodeArgs { model, batch, prompt_tokens, new_tokens, stored, adapter } = args;
-            let settings = Decoding { batch, prompt_tokens, new_tokens, stored, adapters: adapter };
-            decode::run(&ModelFiles::open(&model)?, &settings)
+    let report = match Cli::parse().what {
+        What::Step(args) => kernels::on_pool(|| anyhow::Ok(ours::run(&args.files()?, &args.settings())?.1))?,
+        What::Naive(args) => kernels::on_pool(|| anyhow::Ok(naive::run(&args.files()?, &args.settings())?.1))?,
+        What::Decode(args) => kernels::on_pool(|| {
+            let files = ModelFiles::open(&args.model)?;
+            decode::run(&files, &decode::prompts(&args.rows)?, args.new_tokens, args.stored)
+        })?,
+        What::Growth(GrowthArgs { model, out, only, rounds, up_to }) => {
+            return growth::run(&GrowthOptions { model, out, only, rounds, up_to });
         }
-    });
-    println!("{}", measured?);
+    };
+    println!("{report}");
     Ok(())
 }

@@ -48,7 +48,7 @@ struct Model {
 
 impl Model {
     fn load(files: &ModelFiles, settings: &Settings) -> Result<Self> {
-        let config = files.config().clone();
+        let config = files.decoder_config()?.clone();
         ensure!(config.rope.scaling == RopeScaling::Default, "the naive step knows no rope scaling");
         ensure!(config.hidden_act == Activation::Silu, "the naive step knows silu only");
         let get = |name: &str| files.tensor(name, DType::F32);

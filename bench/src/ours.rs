@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use peft_core::{AdapterSet, BaseModel, Ctx, Mode, Parameter, Route, StepRng};
+use peft_core::{AdapterSet, BaseModel, ClassToken, Ctx, Mode, Parameter, Route, StepRng, Task};
+use peft_models::ModelFiles;
 use peft_models::source::Placement;
-use peft_models::{Decoder, ModelFiles};
-use peft_train::data::Batch;
+use peft_train::data::{Batch, IGNORE_INDEX, Predictor};
 use peft_train::optim::{AdamW, AdamWConfig, OptParam, Optimizer};
 use peft_train::{Checkpointing, Grads, forward_backward, methods};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ use crate::{LEARNING_RATE, SCALE, Settings, measure, random_tokens, start_a};
 /// When the model cannot be loaded or a step fails.
 pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)> {
     let weights = if settings.stored { None } else { Some(DType::F32) };
-    let model: Decoder = files.load(&Placement::cpu(weights), 0)?;
+    let model = files.load(&Placement::cpu(weights), 0)?;
     let keys = json!({
         "type": "lora",
         "r": settings.rank,
@@ -37,7 +37,7 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
     }
     let lowest = adapter.lowest_segment(model.sites()).unwrap_or(0);
     let set = AdapterSet::one("default", Arc::new(adapter));
-    let batch = packed(settings, files.config().vocab_size);
+    let batch = packed(settings, files.config().vocab_size(), model.task());
     let counted = batch.targets().ids.len() as f64;
     let checkpointing = Checkpointing::KeepTop(settings.keep);
     let opt_params: Vec<OptParam> = parameters.iter().map(|p| OptParam::new(p.name(), p.var().clone())).collect();
@@ -52,14 +52,25 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
     })
 }
 
-/// Every token but the first of each sequence counts.
-fn packed(settings: &Settings, vocab: usize) -> Batch {
+/// Every token but the first of each sequence counts; with a class head, sequence `i` is of class `i` modulo their number.
+fn packed(settings: &Settings, vocab: usize, task: Task) -> Batch {
     let input_ids = random_tokens(settings.batch * settings.seq, vocab);
+    let (labels, predictor) = match task {
+        Task::CausalLm => (input_ids.iter().map(|&id| id as i32).collect(), Predictor::Previous),
+        Task::Classification { classes, reads } => {
+            let place = if reads == ClassToken::First { 0 } else { settings.seq - 1 };
+            let label = |row, t| if t == place { (row % classes) as i32 } else { IGNORE_INDEX };
+            let rows = (0..settings.batch).flat_map(|row| (0..settings.seq).map(move |t| label(row, t)));
+            (rows.collect(), Predictor::Own)
+        }
+    };
     Batch {
-        labels: input_ids.iter().map(|&id| id as i32).collect(),
+        labels,
+        predictor,
         position_ids: (0..settings.batch).flat_map(|_| 0..settings.seq as u32).collect(),
         bounds: (0..=settings.batch).map(|i| i * settings.seq).collect(),
         rows: (0..settings.batch).collect(),
         input_ids,
+        ..Batch::default()
     }
 }

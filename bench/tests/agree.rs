@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use peft_bench::{LINEARS, Settings, naive, ours, random_tokens};
+use peft_bench::{LINEARS, Settings, decode, naive, ours, shape};
 use peft_core::kernels::testing::randn;
 use peft_models::ModelFiles;
 use serde_json::json;
@@ -65,7 +65,36 @@ fn losses_agree_step_by_step() {
 }
 
 #[test]
-fn tokens_are_those_of_hf_step() {
-    assert_eq!(random_tokens(5, 49152), [48575, 14088, 48145, 19828, 42605]);
-    assert!(random_tokens(100, 7).iter().all(|&id| id < 7));
+fn random_models_have_the_shape_that_was_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = tiny(dir.path(), true);
+    let config = files.decoder_config().unwrap();
+    let other = shape::random(config, Some(5), Some(100)).unwrap();
+    let made = other.decoder_config().unwrap();
+    assert_eq!((made.num_hidden_layers, made.vocab_size), (5, 100));
+    assert_eq!(made.hidden_size, config.hidden_size);
+    let settings = Settings { batch: 1, seq: 5, steps: 1, rank: 2, keep: 5, stored: false };
+    // Nothing was learned yet, so every token is about as likely as any other.
+    let (losses, _) = ours::run(&other, &settings).unwrap();
+    assert!((losses[0] - 100f64.ln()).abs() < 0.2, "{losses:?}");
+    assert!(shape::random(config, Some(0), None).is_err());
+}
+
+#[test]
+fn decoding_goes_on_from_every_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = tiny(dir.path(), true);
+    let rows = dir.path().join("rows.jsonl");
+    std::fs::write(&rows, "{\"input_ids\": [3, 4, 5]}\n{\"input_ids\": [9, 7, 5]}\n").unwrap();
+    let prompts = decode::prompts(&rows).unwrap();
+    assert_eq!(prompts, [[3, 4, 5], [9, 7, 5]]);
+    let both = decode::run(&files, &prompts, 6, false).unwrap();
+    let alone = decode::run(&files, &prompts[1..], 6, false).unwrap();
+    assert_eq!(both["tokens"][0].as_array().unwrap().len(), 6);
+    assert_eq!(both["tokens"][1], alone["tokens"][0]);
+    for bad in ["", "{\"ids\": [1]}", "{\"input_ids\": [-1]}", "{"] {
+        std::fs::write(&rows, bad).unwrap();
+        let message = format!("{:#}", decode::prompts(&rows).unwrap_err());
+        assert!(message.contains("rows.jsonl"), "{message}");
+    }
 }

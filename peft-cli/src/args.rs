@@ -44,7 +44,7 @@ pub(crate) struct ModelArgs {
     /// Base model: a folder, a .gguf file or a hub id `org/name[@revision]`
     #[arg(long)]
     pub(crate) model: String,
-    /// Type of the weights: auto (as stored), f32, bf16 or f16
+    /// Type of the weights: auto (as stored), f32, bf16 or f16; a CPU computes in f32 and keeps what widens to it exactly
     #[arg(long, default_value = "auto")]
     pub(crate) dtype: String,
     /// Device: auto, cpu, cuda:0 or metal
@@ -104,6 +104,9 @@ pub(crate) struct EvalArgs {
     /// Template over a row's columns
     #[arg(long)]
     pub(crate) template: Option<String>,
+    /// Names of the classes of a class head, in the order of their numbers; left out, the adapter's or the model's
+    #[arg(long, value_delimiter = ',')]
+    pub(crate) labels: Vec<String>,
     /// A possible completion; give it for each. Accuracy is then the share of rows whose own completion is the likeliest (its text; the end token counts only where a choice begins with another)
     #[arg(long = "choice")]
     pub(crate) choices: Vec<String>,

@@ -1,51 +1,59 @@
 //! How much memory a training step takes, and how many blocks may keep their record within a budget.
 
 use anyhow::{Result, bail};
-use peft_core::{Adapter, Segmented};
-use peft_models::Decoder;
+use peft_core::{Adapter, BaseModel, Segmented, Task};
+use peft_models::AnyModel;
 use peft_train::Checkpointing;
 
 use crate::sample;
 
 /// Bytes that the record of one block keeps for `tokens` tokens: what its operations read in the backward pass and do not
 /// make again.
-fn block_bytes(model: &Decoder, tokens: usize) -> u64 {
-    let c = model.config();
+fn block_bytes(model: &AnyModel, tokens: usize) -> u64 {
+    let w = model.block_widths();
     // The residual stream before attention and before the MLP; rotated queries and keys, values, the attention's result
     // and its row statistics; gate and up.
-    let floats = 2 * c.hidden_size
-        + 2 * c.query_size()
-        + 2 * c.key_value_size()
-        + c.num_attention_heads
-        + 2 * c.intermediate_size;
+    let floats = 2 * w.hidden + 2 * w.query + 2 * w.key_value + w.heads + w.mlp;
     (tokens * floats * 4) as u64
 }
 
 /// Bytes that one block's backward pass has at a time besides its record: what is made again, and gradients.
-fn working_bytes(model: &Decoder, tokens: usize) -> u64 {
-    let c = model.config();
-    let floats = 6 * c.hidden_size + 2 * c.query_size() + 2 * c.key_value_size() + 4 * c.intermediate_size;
+fn working_bytes(model: &AnyModel, tokens: usize) -> u64 {
+    let w = model.block_widths();
+    let floats = 6 * w.hidden + 2 * w.query + 2 * w.key_value + 2 * w.mlp;
     (tokens * floats * 4) as u64
 }
 
 /// Bytes of one block's input.
-fn input_bytes(model: &Decoder, tokens: usize) -> u64 {
-    (tokens * model.config().hidden_size * 4) as u64
+fn input_bytes(model: &AnyModel, tokens: usize) -> u64 {
+    (tokens * model.block_widths().hidden * 4) as u64
 }
 
 /// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
 /// working memory of one block's backward pass and of the logits.
-pub(crate) fn estimate(model: &Decoder, adapter: &Adapter, tokens: usize, checkpointing: Checkpointing) -> u64 {
+pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, checkpointing: Checkpointing) -> u64 {
     let blocks = model.num_blocks() as u64;
+    let (tokens, prefixed) = match adapter.virtual_tokens() {
+        Some(virtual_tokens) => (tokens + virtual_tokens.count, !virtual_tokens.is_prompt()),
+        None => (tokens, false),
+    };
+    // Attention keeps a second copy of keys and values, with those of a prefix behind.
+    let key_value_size = model.prompt_dims().map_or(0, |d| d.key_value_heads * d.head_dim);
+    let copies = if prefixed { (tokens * 2 * key_value_size * 4) as u64 } else { 0 };
+    let record = block_bytes(model, tokens) + copies;
     let kept = match checkpointing {
         Checkpointing::Off => blocks,
         Checkpointing::Full => 0,
         Checkpointing::KeepTop(n) => n as u64,
     };
-    let records = kept * block_bytes(model, tokens) + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
+    let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
     // A block that runs again has its record only then.
-    let again = if kept < blocks { block_bytes(model, tokens) } else { 0 };
-    let logits = 2 * (tokens.min(256) * model.vocab_size() * 4) as u64;
+    let again = if kept < blocks { record } else { 0 };
+    let width = match model.task() {
+        Task::CausalLm => model.vocab_size(),
+        Task::Classification { classes, .. } => classes,
+    };
+    let logits = 2 * (tokens.min(256) * width * 4) as u64;
     let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
     let process = 40 << 20;
     let sum = model.nbytes() as u64 + optimizer + records + again + working_bytes(model, tokens) + logits + process;
@@ -59,7 +67,7 @@ pub(crate) fn estimate(model: &Decoder, adapter: &Adapter, tokens: usize, checkp
 /// # Errors
 /// When the budget is not a size, or not enough even if every block runs again.
 pub(crate) fn auto_checkpointing(
-    model: &Decoder,
+    model: &AnyModel,
     adapter: &Adapter,
     tokens: usize,
     budget: Option<&str>,

@@ -4,15 +4,45 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
+use peft_core::Task;
 use peft_hub::{Kind, Options};
 use peft_models::ModelFiles;
 use peft_models::source::Placement;
 use peft_models::tokenizer::Tokenizer;
-use peft_train::data::HfTextTokenizer;
+use peft_train::class_labels;
+use peft_train::data::{ClassHead, HfTextTokenizer};
 
 /// The files of the model that `spec` names, downloaded where it is a hub id.
 pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
     Ok(ModelFiles::open(&locate(spec, Kind::Model)?)?)
+}
+
+/// Settles the classes of a model with a class head: `labels` where they are given, or those of the head that the adapter
+/// folder holds. Other models are left as they are.
+pub(crate) fn settle_classes(files: &mut ModelFiles, labels: &[String], adapter: Option<&Path>) -> Result<()> {
+    if !labels.is_empty() {
+        return Ok(files.set_labels(labels.to_vec())?);
+    }
+    if let (Some(folder), true) = (adapter, files.config().labels().is_some())
+        && let Some(labels) = class_labels::read(folder)?
+        && (files.lacks_class_head() || folder.join(class_labels::FILE).is_file())
+    {
+        files.set_labels(labels).with_context(|| format!("adapter {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+/// The class head as the data road takes it.
+pub(crate) fn class_head(files: &ModelFiles) -> Option<ClassHead> {
+    match (files.config().task(), files.config().labels()) {
+        (Task::Classification { reads, .. }, Some(labels)) => Some(ClassHead { labels: labels.to_vec(), reads }),
+        _ => None,
+    }
+}
+
+/// The length that rows are cut to: what was asked for, or what the model has positions for.
+pub(crate) fn max_length(files: &ModelFiles, asked: usize) -> usize {
+    files.config().max_length().map_or(asked, |most| most.min(asked))
 }
 
 /// The folder of the adapter that `spec` names.
@@ -31,7 +61,8 @@ pub(crate) fn placement(device: &str, dtype: &str) -> Result<Placement> {
     let weights = parse_dtype(dtype)?;
     let device = parse_device(device)?;
     if device.is_cpu() {
-        return Ok(Placement::cpu(weights));
+        // A CPU computes in f32 whatever the storage, and widening is exact: a copy in f32 would only take memory.
+        return Ok(Placement::cpu(weights.filter(|&d| d != DType::F32)));
     }
     let activations = weights.unwrap_or(if device.supports_bf16() { DType::BF16 } else { DType::F16 });
     Ok(Placement { device, activations, weights: Some(activations) })

@@ -63,6 +63,15 @@ impl AdapterFolder {
         let weights = SafetensorsFile::open(&path)?;
         let mut keys = BTreeMap::new();
         for name in weights.names() {
+            // With bias = "all", PEFT stores the biases of `modules_to_save` a second time, under the wrapper's name (and
+            // the adapter's, where the module holds others).
+            let is_copy = |wrapper: &str| {
+                let plain = name.replacen(wrapper, ".", 1);
+                plain != name && weights.get(&plain).is_some()
+            };
+            if is_copy(".modules_to_save.default.") || is_copy(".modules_to_save.") {
+                continue;
+            }
             let Some(key) = canonical(name) else { continue };
             if let Some(other) = keys.insert(key, name.to_owned()) {
                 let message = format!("holds the same tensor twice, as `{other}` and as `{name}`; remove one of them");

@@ -58,6 +58,30 @@ impl Route {
         }
     }
 
+    /// The slots that the tokens of a range go through, run by run.
+    pub fn slots_of(&self, tokens: Range<usize>) -> impl Iterator<Item = Option<usize>> {
+        let no_runs: &[(Range<usize>, Option<usize>)] = &[];
+        let (whole, runs) = match self {
+            Route::Base => (Some(None), no_runs),
+            Route::Uniform(slot) => (Some(Some(*slot)), no_runs),
+            Route::Rows(runs) => (None, runs.as_slice()),
+        };
+        let meets = move |run: &Range<usize>| run.start < tokens.end && tokens.start < run.end;
+        whole.into_iter().chain(runs.iter().filter(move |(run, _)| meets(run)).map(|(_, slot)| *slot))
+    }
+
+    /// This route with further tokens behind it, `(how many, slot)` after `(how many, slot)`.
+    #[must_use]
+    pub fn followed_by(&self, tokens: usize, more: impl Iterator<Item = (usize, usize)>) -> Self {
+        let Route::Rows(runs) = self else { return self.clone() };
+        let mut end = tokens;
+        let more = more.map(|(n, slot)| {
+            end += n;
+            (end - n..end, Some(slot))
+        });
+        Route::Rows(runs.iter().cloned().chain(more).collect())
+    }
+
     /// The route of a selection of tokens: `rows`, ascending, become tokens `0..rows.len()`.
     #[must_use]
     pub fn select(&self, rows: &[usize]) -> Self {
@@ -131,6 +155,14 @@ mod tests {
         assert_eq!(Route::rows(&bounds, &[Some(1); 4]), Route::Uniform(1));
         let mixed = Route::rows(&bounds, &[Some(0), Some(0), None, Some(1)]);
         assert_eq!(mixed, Route::Rows(vec![(0..5, Some(0)), (5..9, None), (9..10, Some(1))]));
+        let slots = |route: &Route, tokens| route.slots_of(tokens).collect::<Vec<_>>();
+        assert_eq!(slots(&mixed, 0..5), [Some(0)]);
+        assert_eq!(slots(&mixed, 4..10), [Some(0), None, Some(1)]);
+        assert_eq!((slots(&Route::Base, 0..5), slots(&Route::Uniform(2), 0..5)), (vec![None], vec![Some(2)]));
+        let longer = mixed.followed_by(10, [(3, 1), (2, 0)].into_iter());
+        assert_eq!(slots(&longer, 9..15), [Some(1), Some(1), Some(0)]);
+        assert_eq!(slots(&longer, 13..15), [Some(0)]);
+        assert_eq!(Route::Uniform(2).followed_by(10, [(3, 1)].into_iter()), Route::Uniform(2));
         assert_eq!(mixed.select(&[1, 4, 9]), Route::Rows(vec![(0..2, Some(0)), (2..3, Some(1))]));
     }
 }

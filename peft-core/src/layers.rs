@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use peft_kernels::{FrozenWeight, RoutedSpan, ServingForm};
+use peft_kernels::{Branch, FrozenWeight, RoutedSpan, ServingForm};
 
 use crate::ctx::{Ctx, Route};
 use crate::error::{Context, Error, Result};
@@ -81,6 +81,41 @@ impl FrozenLinear {
             Route::Uniform(slot) => self.through(*slot, x, ctx),
             Route::Rows(runs) => self.routed(x, runs, ctx),
         }
+    }
+
+    /// Layers that read the same input, each with whatever adapter `ctx` has there: as [`FrozenLinear::forward`] of every
+    /// one, with their low-rank adapters made together where all tokens use the same.
+    ///
+    /// # Errors
+    /// When a tensor operation fails; the message names the sites.
+    pub fn forward_siblings<const N: usize>(layers: [&Self; N], x: &Tensor, ctx: &Ctx<'_>) -> Result<[Tensor; N]> {
+        let branches: Option<Vec<Branch<'_>>> = layers.iter().map(|l| l.branch(ctx)).collect();
+        let results = match branches {
+            Some(branches) => {
+                peft_kernels::sibling_linears(x, &branches).with_context(|| layers.map(|l| l.path()).join(", "))?
+            }
+            None => layers.iter().map(|l| l.forward(x, ctx)).collect::<Result<_>>()?,
+        };
+        results.try_into().map_err(|r: Vec<_>| Error::msg(format!("{} results of {N} layers", r.len())))
+    }
+
+    /// This layer as one of several that are run together, where its adapter is no more than a low-rank change.
+    fn branch(&self, ctx: &Ctx<'_>) -> Option<Branch<'_>> {
+        let adapter = match ctx.route {
+            Route::Base => None,
+            Route::Uniform(slot) => ctx.adapters.at(*slot, self.site),
+            Route::Rows(_) => return None,
+        };
+        let low_rank = match adapter {
+            None => None,
+            Some(adapter) if adapter.bias.is_some() => return None,
+            Some(adapter) => match &adapter.module {
+                Some(SiteModule::Linear(module)) => Some(module.low_rank(self, ctx)?),
+                Some(_) => return None,
+                None => None,
+            },
+        };
+        Some(Branch { weight: &self.weight, bias: self.bias.as_ref(), low_rank })
     }
 
     /// Whether no adapter of `ctx` touches this layer.

@@ -10,6 +10,7 @@ A method implements [`PeftModule`] for linear sites (and its sisters for embeddi
 method and no model.
 */
 
+mod build;
 mod ctx;
 mod layers;
 mod module;
@@ -18,15 +19,21 @@ mod saved;
 mod segmented;
 mod set;
 mod site;
+mod virtual_tokens;
 
+pub use build::{Built, candidates, insert_saved, parameter_name, selected_site};
 pub use ctx::{Ctx, Mode, Route, StepRng};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
-pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm};
-pub use segmented::{BaseLayer, BaseModel, Segmented, TokenBatch};
+pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
+pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable};
+
+pub use virtual_tokens::{
+    PrefixModule, PromptDims, PromptModule, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens,
+};
 
 pub use peft_kernels as kernels;
 
@@ -36,10 +43,11 @@ pub mod adapter_file;
 pub mod adapter_keys;
 pub mod atomic;
 pub mod checkpoint;
+pub mod config_keys;
 pub mod error;
 pub mod mapping;
 mod python_json;
-mod python_regex;
+pub mod python_regex;
 pub mod safetensors_file;
 pub mod select;
 pub mod select_defaults;
@@ -54,6 +62,7 @@ mod tensor_bytes;
 pub use adapter_config::AdapterConfig;
 pub use adapter_file::{AdapterFolder, ExpectedTensor, write_adapter};
 pub use checkpoint::Checkpoint;
+pub use config_keys::ConfigKeys;
 pub use error::{Context, Error, Result};
 pub use safetensors_file::{SafetensorsFile, write_safetensors};
 pub use select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, select};

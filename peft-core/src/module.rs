@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use candle_core::Tensor;
-use peft_kernels::ServingForm;
+use peft_kernels::{LowRank, ServingForm};
 
 use crate::ctx::Ctx;
 use crate::error::Result;
@@ -18,6 +18,12 @@ pub trait PeftModule: Send + Sync + Debug {
     /// # Errors
     /// When a tensor operation fails.
     fn forward(&self, base: &FrozenLinear, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// The module as no more than `W x + b + s·B(A(drop(x)))`, in tensors that are tracked where the pass trains. Layers
+    /// that read the same input are then run together; `None` for what is more than that.
+    fn low_rank(&self, _base: &FrozenLinear, _ctx: &Ctx<'_>) -> Option<LowRank> {
+        None
+    }
 
     /// The trainable parameters, in the order in which they are stored.
     fn parameters(&self) -> Vec<&Parameter>;

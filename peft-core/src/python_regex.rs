@@ -8,15 +8,18 @@ use crate::error::{Error, Result};
 
 /// One compiled pattern with the config key that it stands in.
 #[derive(Debug, Clone)]
-pub(crate) struct PythonRegex {
+pub struct PythonRegex {
     regex: fancy_regex::Regex,
     key: String,
     pattern: String,
 }
 
 impl PythonRegex {
-    /// `re.fullmatch(pattern, …)`.
-    pub(crate) fn fullmatch(key: &str, pattern: &str) -> Result<Self> {
+    /// `re.fullmatch(pattern, …)`; `key` is the config key that the pattern stands in.
+    ///
+    /// # Errors
+    /// A pattern that Python refuses too.
+    pub fn fullmatch(key: &str, pattern: &str) -> Result<Self> {
         let translated = translate(pattern, true).map_err(|message| bad_pattern(key, pattern, &message))?;
         let (verbose_end, body) = (if translated.verbose { "\n" } else { "" }, &translated.body);
         Self::compile(key, pattern, &format!(r"\A(?:{}{body}{verbose_end})\z", translated.flags))
@@ -36,8 +39,11 @@ impl PythonRegex {
         Ok(Self { regex, key: key.to_owned(), pattern: pattern.to_owned() })
     }
 
-    /// Whether `text` matches. An error means that the pattern backtracks without end on this text.
-    pub(crate) fn is_match(&self, text: &str) -> Result<bool> {
+    /// Whether `text` matches.
+    ///
+    /// # Errors
+    /// When the pattern backtracks without end on this text.
+    pub fn is_match(&self, text: &str) -> Result<bool> {
         self.regex.is_match(text).map_err(|error| self.runtime(text, &error))
     }
 

@@ -1,5 +1,7 @@
 //! `modules_to_save` and full fine-tuning: layers that are trained whole, on a copy of their own.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Tensor};
 use peft_kernels::ServingForm;
 
@@ -8,6 +10,21 @@ use crate::error::Result;
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 use crate::param::{Parameter, Role};
+use crate::segmented::BaseLayer;
+use crate::set::SiteModule;
+
+/// A copy of `layer` that is trained whole in its place, its tensors called `{prefix}.weight` and `{prefix}.bias`. As in
+/// PEFT, a head that is tied to a copied embedding stays on the frozen table.
+///
+/// # Errors
+/// When the base cannot be read.
+pub fn trained_copy(prefix: &str, layer: BaseLayer<'_>) -> Result<SiteModule> {
+    Ok(match layer {
+        BaseLayer::Linear(layer) => SiteModule::Linear(Arc::new(TrainedLinear::new(prefix, layer)?)),
+        BaseLayer::Embedding(e) => SiteModule::Embedding(Arc::new(TrainedEmbedding::new(prefix, e, false)?)),
+        BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(prefix, norm)?)),
+    })
+}
 
 /// A linear layer whose own weight (and bias) are trained in place of the base's.
 #[derive(Debug)]

@@ -1,14 +1,16 @@
 //! A base model as a chain of segments: what the trainer's block-wise backward and the decoder's cache work on.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use peft_kernels::FrozenWeight;
 
 use crate::ctx::Ctx;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::site::{SiteId, SiteTable};
+use crate::virtual_tokens::PromptDims;
 
 /// Token sequences, packed one after another without padding.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +21,61 @@ pub struct TokenBatch<'a> {
     pub positions: &'a [u32],
     /// Sequence `i` holds tokens `bounds[i]..bounds[i + 1]`.
     pub bounds: &'a [usize],
+    /// Token type of each token, `[tokens]` (BERT's `token_type_ids`), or empty where all are 0.
+    pub types: &'a [u32],
+}
+
+impl TokenBatch<'_> {
+    /// The tokens of each sequence.
+    ///
+    /// # Errors
+    /// When the bounds do not cover the tokens, or another field has another length.
+    pub fn sequences(&self) -> Result<impl Iterator<Item = Range<usize>>> {
+        let fits = self.bounds.first() == Some(&0)
+            && self.bounds.last() == Some(&self.ids.len())
+            && self.positions.len() == self.ids.len()
+            && (self.types.is_empty() || self.types.len() == self.ids.len())
+            && self.bounds.is_sorted();
+        if !fits {
+            return Err(Error::msg("a batch's bounds do not cover its tokens"));
+        }
+        Ok(self.bounds.windows(2).map(|w| w[0]..w[1]))
+    }
+}
+
+/// What a model's head computes, which decides what the rows of training data hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// Logits over the vocabulary: every hidden state predicts the next token.
+    CausalLm,
+    /// Logits over classes: one hidden state of each sequence predicts the class of the whole
+    /// (`*ForSequenceClassification`).
+    Classification {
+        /// How many classes the head has.
+        classes: usize,
+        /// Whose hidden state reaches the head.
+        reads: ClassToken,
+    },
+}
+
+impl Task {
+    /// PEFT's name for it, as in `task_type`.
+    #[must_use]
+    pub fn peft_name(self) -> &'static str {
+        match self {
+            Self::CausalLm => "CAUSAL_LM",
+            Self::Classification { .. } => "SEQ_CLS",
+        }
+    }
+}
+
+/// The token whose hidden state stands for its sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClassToken {
+    /// The first, `[CLS]` of encoders.
+    First,
+    /// The last, which alone has seen all others in a causal model.
+    Last,
 }
 
 /// A frozen layer, looked up by its site.
@@ -54,20 +111,38 @@ pub trait BaseModel: Send + Sync {
 
     /// Path of the embedding whose table the output head shares, where they are tied.
     fn tied_embedding(&self) -> Option<&str>;
+
+    /// What virtual tokens have to know, or `None` where the model does not ask its adapters for any.
+    fn prompt_dims(&self) -> Option<PromptDims> {
+        None
+    }
+
+    /// What the head computes.
+    fn task(&self) -> Task {
+        Task::CausalLm
+    }
+
+    /// Paths of the layers that the checkpoint has no weights for and that start at random. They have to be trained and
+    /// stored with the adapter, since nothing else holds them.
+    fn fresh_layers(&self) -> &[String] {
+        &[]
+    }
 }
 
 /// A model as segments. Segment 0 embeds, segments `1..=num_blocks` are blocks, the last makes logits.
 pub trait Segmented: BaseModel {
-    /// What all blocks need of a batch: attention spans and rotary positions.
+    /// What all blocks need of a batch: attention spans and, for decoders, rotary positions.
     type Input: Send + Sync;
 
-    /// Prepares a batch.
+    /// Prepares a batch for a pass through the adapters of `ctx`, whose virtual tokens move positions and are seen by
+    /// attention.
     ///
     /// # Errors
     /// When the batch is malformed or longer than the model's positions.
-    fn prepare(&self, batch: TokenBatch<'_>) -> Result<Self::Input>;
+    fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Self::Input>;
 
-    /// Hidden states `[tokens, hidden]` before the first block.
+    /// Hidden states `[tokens, hidden]` before the first block. Where adapters of `ctx` put prompts in front of sequences,
+    /// the rows of these follow those of the batch's own tokens, all through the model.
     ///
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.
@@ -82,13 +157,14 @@ pub trait Segmented: BaseModel {
     /// When a tensor operation fails.
     fn block(&self, i: usize, hidden: &Tensor, input: &Self::Input, ctx: &Ctx<'_>) -> Result<Tensor>;
 
-    /// The final normalisation, `[rows, hidden]` to the same shape.
+    /// What stands between the last block and the output layer, `[rows, hidden]` to the same shape: the final norm of a
+    /// decoder, the pooler of an encoder with a class head. It sees only the rows that reach the head.
     ///
     /// # Errors
     /// When a tensor operation fails.
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor>;
 
-    /// Logits `[rows, vocab]` of normalised hidden states.
+    /// Logits `[rows, vocab]`, or `[rows, classes]` of a class head, from what [`Segmented::final_norm`] gives.
     ///
     /// # Errors
     /// When a tensor operation fails.

@@ -11,6 +11,7 @@ use crate::layers::FrozenLinear;
 use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
+use crate::virtual_tokens::VirtualTokens;
 
 /// The module that an adapter puts at a site.
 #[derive(Debug, Clone)]
@@ -115,16 +116,36 @@ pub type Exported = (Map<String, Value>, Vec<(String, Tensor)>);
 pub struct Adapter {
     /// The `adapter_config.json` of this adapter.
     pub config: Map<String, Value>,
+    /// Names of the classes, by their number, where the adapter trains a class head; PEFT's files have no place for them.
+    pub labels: Vec<String>,
     sites: Vec<Option<SiteAdapter>>,
+    virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
     export_keys: Map<String, Value>,
+    export_tensors: Vec<(String, ExportTensor)>,
+}
+
+/// A tensor that is no state of an adapter and that other programs expect in its file.
+#[derive(Debug)]
+enum ExportTensor {
+    Constant(Tensor),
+    /// The one stored under this key, again.
+    CopyOf(String),
 }
 
 impl Adapter {
     /// An adapter with nothing in it, for a model with these sites.
     #[must_use]
     pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
-        Self { config, sites: (0..sites.len()).map(|_| None).collect(), constants: Vec::new(), export_keys: Map::new() }
+        Self {
+            config,
+            labels: Vec::new(),
+            sites: (0..sites.len()).map(|_| None).collect(),
+            virtual_tokens: None,
+            constants: Vec::new(),
+            export_keys: Map::new(),
+            export_tensors: Vec::new(),
+        }
     }
 
     /// Puts `adapter` at a site.
@@ -153,6 +174,27 @@ impl Adapter {
         self.export_keys.insert(key.into(), value);
     }
 
+    /// Puts virtual tokens in front of every sequence.
+    pub fn set_virtual_tokens(&mut self, tokens: VirtualTokens) {
+        self.virtual_tokens = Some(tokens);
+    }
+
+    /// What stands in front of every sequence.
+    #[must_use]
+    pub fn virtual_tokens(&self) -> Option<&VirtualTokens> {
+        self.virtual_tokens.as_ref()
+    }
+
+    /// Adds a tensor that is only in what [`Adapter::exported`] gives.
+    pub fn add_export_tensor(&mut self, key: impl Into<String>, value: Tensor) {
+        self.export_tensors.push((key.into(), ExportTensor::Constant(value)));
+    }
+
+    /// Adds a second tensor with the values of the one called `of` to what [`Adapter::exported`] gives.
+    pub fn add_export_copy(&mut self, key: impl Into<String>, of: impl Into<String>) {
+        self.export_tensors.push((key.into(), ExportTensor::CopyOf(of.into())));
+    }
+
     /// What this adapter does at a site.
     #[must_use]
     pub fn at(&self, site: SiteId) -> Option<&SiteAdapter> {
@@ -164,10 +206,11 @@ impl Adapter {
         self.sites.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|s| (SiteId(i as u32), s)))
     }
 
-    /// All trainable parameters, in site order.
+    /// All trainable parameters, in site order, then those of virtual tokens.
     #[must_use]
     pub fn parameters(&self) -> Vec<&Parameter> {
-        self.touched().flat_map(|(_, s)| s.parameters()).collect()
+        let of_sites = self.touched().flat_map(|(_, s)| s.parameters());
+        of_sites.chain(self.virtual_tokens.iter().flat_map(VirtualTokens::parameters)).collect()
     }
 
     /// Trainable elements.
@@ -191,7 +234,8 @@ impl Adapter {
     }
 
     /// Config and tensors of the adapter as other programs read it. The same as [`Adapter::config`] and
-    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here.
+    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here, and a prefix that is
+    /// made by a network becomes what the network makes.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -205,14 +249,25 @@ impl Adapter {
             }
             tensors.extend(site.bias.iter().map(|b| (b.name().to_string(), b.value())));
         }
+        if let Some(virtual_tokens) = &self.virtual_tokens {
+            tensors.extend(virtual_tokens.exported()?);
+        }
         tensors.extend(self.constants.iter().cloned());
+        for (key, tensor) in &self.export_tensors {
+            let value = match tensor {
+                ExportTensor::Constant(value) => Some(value.clone()),
+                ExportTensor::CopyOf(of) => tensors.iter().find(|(k, _)| k == of).map(|(_, v)| v.clone()),
+            };
+            tensors.extend(value.map(|v| (key.clone(), v)));
+        }
         Ok((config, tensors))
     }
 
     /// The lowest segment in which this adapter has a parameter: the backward pass stops there.
     #[must_use]
     pub fn lowest_segment(&self, sites: &SiteTable) -> Option<usize> {
-        self.touched().filter_map(|(id, _)| sites.get(id)).map(|s| s.segment).min()
+        let of_sites = self.touched().filter_map(|(id, _)| sites.get(id)).map(|s| s.segment);
+        of_sites.chain(self.virtual_tokens.as_ref().map(VirtualTokens::segment)).min()
     }
 
     /// The `peft_type` of the config.
@@ -262,6 +317,11 @@ impl AdapterSet {
     /// The adapters' names, by slot.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.slots.iter().map(|(n, _)| n.as_str())
+    }
+
+    /// The adapters, by slot.
+    pub fn adapters(&self) -> impl Iterator<Item = &Arc<Adapter>> {
+        self.slots.iter().map(|(_, a)| a)
     }
 
     /// The adapter in a slot.

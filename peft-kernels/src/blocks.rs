@@ -219,8 +219,21 @@ mod tests {
     fn blocks_are_the_bits_of_candles_conversion() {
         use GgmlDType as D;
         let w = randn(1, (6, 512), 0.7).unwrap();
-        let types =
-            [D::F32, D::F16, D::BF16, D::Q4_0, D::Q4_1, D::Q5_0, D::Q5_1, D::Q8_0, D::Q2K, D::Q3K, D::Q4K, D::Q5K, D::Q6K];
+        let types = [
+            D::F32,
+            D::F16,
+            D::BF16,
+            D::Q4_0,
+            D::Q4_1,
+            D::Q5_0,
+            D::Q5_1,
+            D::Q8_0,
+            D::Q2K,
+            D::Q3K,
+            D::Q4K,
+            D::Q5K,
+            D::Q6K,
+        ];
         for dtype in types {
             let q = QTensor::quantize(&w, dtype).unwrap();
             let want = q.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -182,27 +182,42 @@ pub(crate) fn gemm_into(
     scale: f32,
     parallel: bool,
 ) -> Result<()> {
-    let (m, n) = (lhs.rows, rhs.cols);
-    if m == 0 || n == 0 {
-        return Ok(());
-    }
-    let dst_reach = (m - 1) * stride + n;
-    if stride < n || dst.len() < dst_reach {
-        candle_core::bail!("gemm: [{m}, {n}] does not fit into {} elements in rows of {stride}", dst.len());
-    }
-    check_factors(lhs, rhs)?;
+    check_product(dst.len(), stride, lhs, rhs)?;
     if keep == 1.0
         && let Some((x, w)) = thin_factors(lhs, rhs)
     {
-        return thin::add_product(dst, stride, x, w, n, scale);
+        return thin::add_product(dst, stride, x, w, rhs.cols, scale);
     }
     #[allow(unsafe_code)]
-    // SAFETY: the checks above keep every element that is touched inside the three slices; dst is exclusively borrowed,
-    // so it overlaps neither source.
+    // SAFETY: the check keeps every element that is touched inside the three slices; dst is exclusively borrowed, so it
+    // overlaps neither source.
     unsafe {
         packed_gemm(dst.as_mut_ptr(), stride, keep, lhs, rhs, scale, parallel);
     }
     Ok(())
+}
+
+/// `lhs × rhs` over the thread pool into rows of `dst`, `stride` apart, all of whose elements in those columns are
+/// initialised by it.
+///
+/// # Errors
+/// As [`gemm_into`].
+pub(crate) fn gemm_write(dst: &mut [MaybeUninit<f32>], stride: usize, lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+    check_product(dst.len(), stride, lhs, rhs)?;
+    #[allow(unsafe_code)]
+    // SAFETY: as in `gemm_into`; a product that keeps nothing does not read dst.
+    unsafe {
+        packed_gemm(dst.as_mut_ptr().cast(), stride, 0.0, lhs, rhs, 1.0, true);
+    }
+    Ok(())
+}
+
+fn check_product(dst: usize, stride: usize, lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+    let (m, n) = (lhs.rows, rhs.cols);
+    if m > 0 && n > 0 && (stride < n || dst < (m - 1) * stride + n) {
+        candle_core::bail!("gemm: [{m}, {n}] does not fit into {dst} elements in rows of {stride}");
+    }
+    check_factors(lhs, rhs)
 }
 
 /// `lhs × rhs` into a new row-major buffer, over the thread pool.
@@ -230,7 +245,8 @@ pub(crate) fn gemm(lhs: Mat<'_>, rhs: Mat<'_>, scale: f32) -> Result<Vec<f32>> {
 
 /// `X` and `W` where the product is `X·Wᵀ` of few rows and `W` has no gaps.
 fn thin_factors<'a>(lhs: Mat<'a>, rhs: Mat<'a>) -> Option<(thin::Tokens<'a>, Stored<'a>)> {
-    let suits = lhs.rows <= thin::MAX_TOKENS && lhs.col_stride == 1 && rhs.row_stride == 1 && rhs.col_stride == rhs.rows;
+    let suits =
+        lhs.rows <= thin::MAX_TOKENS && lhs.col_stride == 1 && rhs.row_stride == 1 && rhs.col_stride == rhs.rows;
     let x = thin::Tokens { data: lhs.data, count: lhs.rows, width: lhs.cols, stride: lhs.row_stride };
     suits.then_some((x, Stored::F32(rhs.data)))
 }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, Tensor, TensorId, Var};
 
 use crate::cpu::{self, View};
-use crate::diff_op::{DiffOp, compute, is_cpu_f32, seed};
+use crate::diff_op::{DiffOp, Value, compute, is_cpu_f32, seed};
 
 thread_local! {
     static RECORDING: RefCell<Option<Record>> = const { RefCell::new(None) };
@@ -49,7 +49,7 @@ enum Entry {
     Op {
         op: Arc<dyn Recorded>,
         args: Vec<usize>,
-        out: usize,
+        outs: Vec<usize>,
     },
     /// A part of candle's graph, from variables to the tensor in this slot.
     Foreign(usize),
@@ -68,13 +68,32 @@ struct Slot {
     from: Option<usize>,
 }
 
-/// A [`DiffOp`] whose type is forgotten.
+/// An operation with several results, which only a recording can hold: candle's graph knows operations with one.
+pub(crate) trait MultiOp: Send + Sync + 'static {
+    /// The name that errors show.
+    const NAME: &'static str;
+
+    /// The results for untracked contiguous arguments.
+    fn forward(&self, args: &[Tensor]) -> Result<Vec<Value>>;
+
+    /// Gradients of the arguments for which `needs` is true, for the gradients of those results that have one. Reads the
+    /// arguments and no result. All tensors are untracked and contiguous.
+    fn backward(&self, args: &[Tensor], grads: &[Option<Tensor>], needs: &[bool]) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// A [`DiffOp`] or [`MultiOp`] whose type is forgotten.
 trait Recorded: Send + Sync {
     fn name(&self) -> &'static str;
     fn keeps(&self) -> Keeps;
     fn is_cheap(&self) -> bool;
-    fn forward(&self, args: &[Tensor]) -> Result<Tensor>;
-    fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>>;
+    fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>>;
+    fn backward(
+        &self,
+        args: &[Tensor],
+        results: &[Tensor],
+        grads: &[Option<Tensor>],
+        needs: &[bool],
+    ) -> Result<Vec<Option<Tensor>>>;
 }
 
 impl<T: DiffOp> Recorded for T {
@@ -87,18 +106,53 @@ impl<T: DiffOp> Recorded for T {
     fn is_cheap(&self) -> bool {
         T::CHEAP
     }
-    fn forward(&self, args: &[Tensor]) -> Result<Tensor> {
-        compute(self, args)?.tensor()
+    fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>> {
+        Ok(vec![compute(self, args)?.tensor()?])
     }
-    fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        DiffOp::backward(self, args, res, grad, needs)
+    fn backward(
+        &self,
+        args: &[Tensor],
+        results: &[Tensor],
+        grads: &[Option<Tensor>],
+        needs: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        match (results, grads) {
+            ([result], [Some(grad)]) => DiffOp::backward(self, args, result, grad, needs),
+            _ => candle_core::bail!("{}: {} results of an operation with one", T::NAME, results.len()),
+        }
+    }
+}
+
+struct Multi<T>(T);
+
+impl<T: MultiOp> Recorded for Multi<T> {
+    fn name(&self) -> &'static str {
+        T::NAME
+    }
+    fn keeps(&self) -> Keeps {
+        Keeps::Arguments
+    }
+    fn is_cheap(&self) -> bool {
+        false
+    }
+    fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>> {
+        self.0.forward(args)?.into_iter().map(Value::tensor).collect()
+    }
+    fn backward(
+        &self,
+        args: &[Tensor],
+        _: &[Tensor],
+        grads: &[Option<Tensor>],
+        needs: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        self.0.backward(args, grads, needs)
     }
 }
 
 impl std::fmt::Debug for Entry {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Op { op, args, out } => write!(f, "{} {args:?} → {out}", op.name()),
+            Self::Op { op, args, outs } => write!(f, "{} {args:?} → {outs:?}", op.name()),
             Self::Foreign(slot) => write!(f, "candle → {slot}"),
         }
     }
@@ -128,22 +182,46 @@ pub fn record<E: From<candle_core::Error>>(
     Ok(record.finished(out?)?)
 }
 
+/// Whether operations of this thread are being written down.
+pub(crate) fn is_recording() -> bool {
+    RECORDING.with_borrow(Option::is_some)
+}
+
 /// Writes an operation down and runs it, if a recording is under way.
 pub(crate) fn run<T: DiffOp>(op: T, args: &[Tensor]) -> std::result::Result<Result<Tensor>, T> {
     // The recording is not borrowed while the operation runs: one may be made of others.
-    if RECORDING.with_borrow(Option::is_none) {
+    if !is_recording() {
         return Err(op);
     }
-    let detached: Vec<Tensor> = args.iter().map(Tensor::detach).collect();
-    Ok(compute(&op, &detached).and_then(|value| value.variable()).inspect(|out| {
-        RECORDING.with_borrow_mut(|record| {
-            if let Some(record) = record {
-                let args = args.iter().map(|a| record.slot(a)).collect();
-                let slot = record.insert(out, out.detach(), true, Some(record.entries.len()));
-                record.entries.push(Entry::Op { op: Arc::new(op), args, out: slot });
-            }
-        });
+    Ok(compute(&op, &detached(args)).and_then(|value| value.variable()).inspect(|out| {
+        write_down(Arc::new(op), args, std::slice::from_ref(out));
     }))
+}
+
+/// Runs an operation with several results, and writes it down where a recording is under way.
+pub(crate) fn run_multi<T: MultiOp>(op: T, args: &[Tensor]) -> Result<Vec<Tensor>> {
+    let results = op.forward(&detached(args))?;
+    if !is_recording() || !args.iter().any(Tensor::track_op) {
+        return results.into_iter().map(Value::tensor).collect();
+    }
+    let outs = results.into_iter().map(Value::variable).collect::<Result<Vec<_>>>()?;
+    write_down(Arc::new(Multi(op)), args, &outs);
+    Ok(outs)
+}
+
+fn detached(args: &[Tensor]) -> Vec<Tensor> {
+    args.iter().map(Tensor::detach).collect()
+}
+
+fn write_down(op: Arc<dyn Recorded>, args: &[Tensor], outs: &[Tensor]) {
+    RECORDING.with_borrow_mut(|record| {
+        if let Some(record) = record {
+            let args = args.iter().map(|a| record.slot(a)).collect();
+            let entry = record.entries.len();
+            let outs = outs.iter().map(|out| record.insert(out, out.detach(), true, Some(entry))).collect();
+            record.entries.push(Entry::Op { op, args, outs });
+        }
+    });
 }
 
 impl Record {
@@ -180,11 +258,15 @@ impl Record {
         for entry in self.entries.iter().rev() {
             match entry {
                 Entry::Foreign(slot) => read[*slot] = true,
-                Entry::Op { op, args, out } => {
-                    again[*out] = op.is_cheap() && (read[*out] || op.keeps() == Keeps::All);
-                    read[*out] |= op.keeps() == Keeps::All;
+                Entry::Op { op, args, outs } => {
+                    let mut remakes = false;
+                    for &out in outs {
+                        again[out] = op.is_cheap() && (read[out] || op.keeps() == Keeps::All);
+                        read[out] |= op.keeps() == Keeps::All;
+                        remakes |= again[out];
+                    }
                     for &arg in args {
-                        read[arg] |= op.keeps() != Keeps::Nothing || again[*out];
+                        read[arg] |= op.keeps() != Keeps::Nothing || remakes;
                     }
                 }
             }
@@ -225,12 +307,15 @@ impl Record {
                         self.through_candle(&value, &gradient.value, &mut grads, &mut found)?;
                     }
                 }
-                Entry::Op { op, args, out } => {
-                    if let Some(gradient) = grads[out].take() {
-                        self.through(op.as_ref(), &args, out, gradient, &mut grads)?;
+                Entry::Op { op, args, outs } => {
+                    let gradients: Vec<_> = outs.iter().map(|&out| grads[out].take()).collect();
+                    if gradients.iter().any(Option::is_some) {
+                        self.through(op.as_ref(), &args, &outs, gradients, &mut grads)?;
                     }
-                    // All that read it came later and are done.
-                    self.slots[out].value = None;
+                    // All that read them came later and are done.
+                    for out in outs {
+                        self.slots[out].value = None;
+                    }
                 }
             }
         }
@@ -263,26 +348,28 @@ impl Record {
         &mut self,
         op: &dyn Recorded,
         args: &[usize],
-        out: usize,
-        gradient: Gradient,
+        outs: &[usize],
+        gradients: Vec<Option<Gradient>>,
         grads: &mut [Option<Gradient>],
     ) -> Result<()> {
         let needs: Vec<bool> = args.iter().map(|&a| self.slots[a].tracked).collect();
         let reads = op.keeps() != Keeps::Nothing;
         let values = args.iter().map(|&a| self.value(a, reads)).collect::<Result<Vec<Tensor>>>()?;
-        let res = self.value(out, op.keeps() == Keeps::All)?;
-        let results = op.backward(&values, &res, &gradient.value, &needs)?;
+        let reads = op.keeps() == Keeps::All;
+        let made = outs.iter().map(|&out| self.value(out, reads)).collect::<Result<Vec<Tensor>>>()?;
+        let upstream: Vec<Option<Tensor>> = gradients.into_iter().map(|g| g.map(|g| g.value)).collect();
+        let results = op.backward(&values, &made, &upstream, &needs)?;
         if results.len() != args.len() {
             candle_core::bail!("{}: {} gradients for {} arguments", op.name(), results.len(), args.len());
         }
         // A gradient may be handed through, to several arguments even; then none of them owns it.
         let memory: Vec<Option<usize>> = results.iter().map(|r| r.as_ref().map(address)).collect();
-        let handed = address(&gradient.value);
-        drop(gradient);
+        let handed: Vec<usize> = upstream.iter().flatten().map(address).collect();
+        drop(upstream);
         for (i, ((&arg, need), result)) in args.iter().zip(needs).zip(results).enumerate() {
             let Some(value) = result.filter(|_| need) else { continue };
             let alone = memory.iter().filter(|m| **m == memory[i]).count() == 1;
-            let owned = alone && memory[i] != Some(handed);
+            let owned = alone && memory[i].is_none_or(|m| !handed.contains(&m));
             Gradient { value: value.detach().contiguous()?, owned }.add_to(&mut grads[arg])?;
         }
         Ok(())
@@ -297,11 +384,15 @@ impl Record {
         if !read {
             return Tensor::zeros((), *dtype, device)?.broadcast_as(shape.clone());
         }
-        let Some(Entry::Op { op, args, .. }) = from.and_then(|entry| self.entries.get(entry)).cloned() else {
+        let Some(Entry::Op { op, args, outs }) = from.and_then(|entry| self.entries.get(entry)).cloned() else {
             candle_core::bail!("tape: a tensor that is read was dropped")
         };
         let args = args.into_iter().map(|a| self.value(a, true)).collect::<Result<Vec<_>>>()?;
-        let value = op.forward(&args)?;
+        let made = outs
+            .iter()
+            .position(|&out| out == slot)
+            .and_then(|i| op.forward(&args).map(|r| r.get(i).cloned()).transpose());
+        let Some(value) = made.transpose()? else { candle_core::bail!("{}: a result is missing", op.name()) };
         self.slots[slot].value = Some(value.detach());
         Ok(value)
     }
@@ -409,7 +500,7 @@ mod tests {
         let (_, record) = record(|| block(&x, &a, &b, &s)).unwrap();
         let kept = |name: &str| {
             let outs = record.entries.iter().filter_map(|e| match e {
-                Entry::Op { op, out, .. } if op.name() == name => Some(record.slots[*out].value.is_some()),
+                Entry::Op { op, outs, .. } if op.name() == name => Some(record.slots[outs[0]].value.is_some()),
                 _ => None,
             });
             outs.collect::<Vec<_>>()

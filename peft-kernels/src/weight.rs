@@ -1,5 +1,6 @@
 //! A frozen weight matrix: how it is stored, and the two products that training needs of it.
 
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::quantized::QTensor;
@@ -11,8 +12,14 @@ use crate::diff_op::is_cpu_f32;
 use crate::stored::Stored;
 use crate::thin;
 
-/// Elements of a widened panel: 256 Ki floats stay in the second-level cache of two cores while a GEMM reads them.
-const PANEL_ELEMENTS: usize = 256 * 1024;
+/// Elements of a widened panel. A panel stays in the last-level cache while a GEMM reads it; most matrices of a small model
+/// are one, so that their products are not cut into parts that add to each other.
+const PANEL_ELEMENTS: usize = 1024 * 1024;
+
+thread_local! {
+    /// The widened panel, kept from one product to the next.
+    static PANEL: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
 
 /// A weight matrix `[out, in]` that never gets a gradient, as it lies in its file: dense in `f32`, `f16` or `bf16`, or
 /// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening one panel of rows at a
@@ -217,8 +224,21 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
         }
-        let mut y = vec![0f32; tokens * n];
-        self.add_matmul_t_cpu(x, tokens, &mut y)?;
+        if n == 0 || k == 0 || tokens <= thin::MAX_TOKENS {
+            let mut y = vec![0f32; tokens * n];
+            self.add_matmul_t_cpu(x, tokens, &mut y)?;
+            return Ok(y);
+        }
+        let (mut y, x) = (Vec::with_capacity(tokens * n), Mat::new(x, tokens, k));
+        self.for_panels(|first, panel| {
+            let columns = y.spare_capacity_mut().get_mut(first..).unwrap_or_default();
+            cpu::gemm_write(columns, n, x, Mat::new(panel, panel.len() / k, k).t())
+        })?;
+        #[allow(unsafe_code)]
+        // SAFETY: the panels cover all rows of the matrix, so all columns of y were written.
+        unsafe {
+            y.set_len(tokens * n);
+        }
         Ok(y)
     }
 
@@ -273,19 +293,26 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| f(0, w.data));
         }
-        let rows = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);
-        let mut panel = vec![0f32; rows * self.in_features];
-        for first in (0..self.out_features).step_by(rows) {
+        // Panels of one size: a small rest would make an inefficient product.
+        let most = (PANEL_ELEMENTS / self.in_features).clamp(1, self.out_features);
+        let rows = self.out_features.div_ceil(self.out_features.div_ceil(most));
+        let mut buffer = PANEL.take();
+        if buffer.len() < rows * self.in_features {
+            buffer.resize(rows * self.in_features, 0.0);
+        }
+        let mut panels = (0..self.out_features).step_by(rows);
+        let result = panels.try_for_each(|first| {
             let rows = rows.min(self.out_features - first);
-            let panel = &mut panel[..rows * self.in_features];
+            let panel = &mut buffer[..rows * self.in_features];
             let part = rows.div_ceil(cpu::threads() * 2).max(1);
             panel
                 .par_chunks_mut(part * self.in_features)
                 .enumerate()
                 .try_for_each(|(i, rows)| self.widen(first + i * part, rows))?;
-            f(first, panel)?;
-        }
-        Ok(())
+            f(first, panel)
+        });
+        PANEL.set(buffer);
+        result
     }
 
     /// Writes the rows from `first` on, as many as `out` holds, in `f32`.
@@ -308,7 +335,7 @@ impl FrozenWeight {
                     _ => Stored::Bf16(s.as_slice()?.get(start..).unwrap_or_default()),
                 })
             }
-            WeightStorage::Gguf(q) => f(Stored::Blocks(&*q.data()?, q.dtype())),
+            WeightStorage::Gguf(q) => f(Stored::Blocks(&q.data()?, q.dtype())),
         }
     }
 }

@@ -1,45 +1,23 @@
 //! From a config to an adapter on a base model: which sites, which modules, how they start.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
+use peft_core::adapter_keys::KEY_PREFIX;
 use peft_core::kernels::Stream;
-use peft_core::select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, saved_target_modules, select};
+use peft_core::select::{SelectRules, Unmatched, saved_target_modules, select};
 use peft_core::select_spec::TargetModules;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
-    SiteAdapter, SiteId, SiteKind, SiteModule, SiteTable, TrainedEmbedding, TrainedLinear, TrainedNorm,
+    Adapter, BaseLayer, BaseModel, Built, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
+    SiteAdapter, SiteKind, SiteModule, SiteTable, candidates, insert_saved, parameter_name, selected_site,
 };
-use std::sync::Arc;
 
 use crate::config::{BiasTraining, LoraConfig};
 use crate::dora;
 use crate::embedding::{LoraEmbedding, TrainedTokens};
 use crate::linear::LoraLinear;
-
-/// What PEFT puts in front of the base model's module paths.
-const PREFIX: &str = "base_model.model.";
-
-/// An adapter as built from a config, with what the config's patterns matched.
-#[derive(Debug)]
-pub struct Built {
-    /// The adapter, its parameters as the config's initialisation starts them.
-    pub adapter: Adapter,
-    /// What each pattern matched.
-    pub selection: Selection,
-}
-
-/// The sites of a model as the matcher takes them.
-#[must_use]
-pub fn candidates(sites: &SiteTable) -> Vec<Candidate<'_>> {
-    let kind = |site: &Site| match site.kind {
-        SiteKind::Linear { .. } => ModuleKind::Linear,
-        SiteKind::Embedding { .. } => ModuleKind::Embedding,
-        SiteKind::Norm { .. } => ModuleKind::Norm,
-    };
-    sites.iter().map(|s| Candidate { path: &s.path, kind: kind(s), is_output_head: s.is_output_head }).collect()
-}
 
 impl LoraConfig {
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
@@ -58,7 +36,7 @@ impl LoraConfig {
         let names = saved_target_modules(&spec, "LORA", &candidates).map(|t| t.to_json());
         let mut config = self.to_adapter_config(names);
         if spec.task_type.is_none() {
-            config.insert("task_type".into(), "CAUSAL_LM".into());
+            config.insert("task_type".into(), base.task().peft_name().into());
         }
         let mut adapter = Adapter::new(config, &sites);
         if self.init.subtracts() {
@@ -70,16 +48,21 @@ impl LoraConfig {
 
         let mut adapted = HashSet::new();
         for selected in &selection.sites {
-            let site =
-                sites.get(SiteId(selected.index as u32)).ok_or_else(|| Error::msg("a selected site does not exist"))?;
+            let site = selected_site(&sites, selected.index)?;
             let (r, alpha) = (selected.rank.unwrap_or(self.r), selected.alpha.unwrap_or(self.lora_alpha));
             let module = builder.module(site, r, alpha).with_context(|| site.path.clone())?;
             adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
             adapted.insert(site.id);
         }
+        insert_saved(&mut adapter, &selection, base)?;
+        let mut whole = HashSet::new();
         for saved in &selection.saved {
-            for site in saved.members.iter().filter_map(|&i| sites.get(SiteId(i as u32))) {
-                adapter.insert(site.id, SiteAdapter::new(Some(builder.saved(site)?), None))?;
+            for &index in &saved.members {
+                let site = selected_site(&sites, index)?;
+                whole.insert(site.id);
+                if self.bias == BiasTraining::All {
+                    builder.add_wrapper_biases(&mut adapter, &saved.path, site)?;
+                }
             }
         }
         for (site, tokens) in builder.tokens(&sites)? {
@@ -87,7 +70,7 @@ impl LoraConfig {
                 .insert(site.id, SiteAdapter::new(Some(tokens), None))
                 .map_err(|_| Error::config("trainable_token_indices", format!("`{}` is adapted already", site.path)))?;
         }
-        for site in sites.iter() {
+        for site in sites.iter().filter(|s| !whole.contains(&s.id)) {
             if let Some(bias) = builder.bias(site, adapted.contains(&site.id))? {
                 adapter.insert(site.id, SiteAdapter::new(None, Some(bias)))?;
             }
@@ -99,8 +82,7 @@ impl LoraConfig {
                     BaseLayer::Linear(l) if site.is_output_head => l.weight().clone(),
                     _ => continue,
                 };
-                adapter
-                    .add_constant(format!("{PREFIX}{}.base_layer.weight", site.path), weight.to_dense(base.dtype())?);
+                adapter.add_constant(parameter_name(&site.path, "base_layer.weight"), weight.to_dense(base.dtype())?);
             }
         }
         if adapter.parameters().is_empty() {
@@ -118,11 +100,6 @@ fn saves_embeddings(targets: &Option<TargetModules>, trains_tokens: bool) -> boo
         _ => false,
     };
     named && !trains_tokens
-}
-
-/// The key of a site's tensor in the adapter file.
-pub(crate) fn parameter_name(path: &str, suffix: &str) -> String {
-    format!("{PREFIX}{path}.{suffix}")
 }
 
 struct Builder<'a> {
@@ -209,14 +186,22 @@ impl Builder<'_> {
         })
     }
 
-    fn saved(&self, site: &Site) -> Result<SiteModule> {
-        let prefix = format!("{PREFIX}{}", site.path);
-        Ok(match self.base.layer(site.id)? {
-            BaseLayer::Linear(layer) => SiteModule::Linear(Arc::new(TrainedLinear::new(&prefix, layer)?)),
-            // PEFT copies the table and leaves a tied head on the frozen one.
-            BaseLayer::Embedding(e) => SiteModule::Embedding(Arc::new(TrainedEmbedding::new(&prefix, e, false)?)),
-            BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(&prefix, norm)?)),
-        })
+    /// What PEFT stores of a module in `modules_to_save` besides the module, where `bias = "all"` makes it store whatever
+    /// is called a bias: that of the base's module, and that of the trained one under the wrapper's name.
+    fn add_wrapper_biases(&self, adapter: &mut Adapter, module: &str, site: &Site) -> Result<()> {
+        let bias = match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) => layer.bias(),
+            BaseLayer::Norm(norm) => norm.bias(),
+            BaseLayer::Embedding(_) => None,
+        };
+        if let (Some(bias), Some(inside)) = (bias, site.path.strip_prefix(module)) {
+            let wrapped = |part: &str| format!("{KEY_PREFIX}{module}.{part}{inside}.bias");
+            // Of the adapter's name PEFT removes the one in front of the last part only.
+            let trained = if inside.is_empty() { "modules_to_save" } else { "modules_to_save.default" };
+            adapter.add_export_tensor(wrapped("original_module"), bias.to_dtype(DType::F32)?);
+            adapter.add_export_copy(wrapped(trained), parameter_name(&site.path, "bias"));
+        }
+        Ok(())
     }
 
     fn tokens<'s>(&self, sites: &'s SiteTable) -> Result<Vec<(&'s Site, SiteModule)>> {

@@ -1,10 +1,9 @@
 //! LoRA's config, with PEFT's keys, defaults and meanings (`peft/tuners/lora/config.py`, 0.21).
 
-use std::collections::BTreeMap;
-
+use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::select_spec::TargetSpec;
 use peft_core::suggest::did_you_mean;
-use peft_core::{Error, Result};
+use peft_core::{BaseModel, ConfigKeys, Error, Result, Task};
 use serde_json::{Map, Value, json};
 
 use crate::eva::EvaConfig;
@@ -57,23 +56,18 @@ pub struct LoraConfig {
     raw: Map<String, Value>,
 }
 
-/// PEFT's keys with their defaults, in the order of its file.
+/// PEFT's keys with their defaults.
 fn defaults() -> Map<String, Value> {
-    let value = json!({
-        "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "auto_mapping": null,
-        "base_model_name_or_path": null, "bias": "none", "corda_config": null, "ensure_weight_tying": false,
-        "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "inference_mode": true,
+    let own = json!({
+        "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "bias": "none", "corda_config": null,
+        "ensure_weight_tying": false, "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false,
         "init_lora_weights": true, "layer_replication": null, "layers_pattern": null, "layers_to_transform": null,
         "loftq_config": {}, "lora_alpha": 8, "lora_bias": false, "lora_dropout": 0.0, "lora_ga_config": null,
-        "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null, "peft_type": "LORA",
-        "peft_version": "0.21.2", "qalora_group_size": 16, "r": 8, "rank_pattern": {}, "revision": null,
-        "target_modules": null, "target_parameters": null, "task_type": null, "trainable_token_indices": null,
+        "megatron_config": null, "megatron_core": "megatron.core", "modules_to_save": null, "qalora_group_size": 16,
+        "r": 8, "rank_pattern": {}, "target_modules": null, "target_parameters": null, "trainable_token_indices": null,
         "use_bdlora": null, "use_dora": false, "use_qalora": false, "use_rslora": false
     });
-    match value {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    }
+    peft_defaults("LORA", own)
 }
 
 /// Keys whose features change the maths and are not built here: any value but the default is refused.
@@ -119,33 +113,15 @@ impl LoraConfig {
     }
 
     fn parse(config: &Map<String, Value>, init: fn(Option<&Value>) -> Result<Init>) -> Result<Self> {
-        let get = |key: &str| config.get(key).filter(|v| !v.is_null());
-        let flag = |key: &str| match get(key) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
-            Some(other) => Err(Error::config(key, format!("{other} is neither true nor false"))),
-        };
-        let number = |key: &str, default: f64| match get(key) {
-            None => Ok(default),
-            Some(v) => match v.as_f64() {
-                Some(x) if x.is_finite() => Ok(x),
-                _ => Err(Error::config(key, format!("{v} is not a number"))),
-            },
-        };
+        let keys = ConfigKeys(config);
+        let get = |key: &str| keys.get(key);
         for key in UNSUPPORTED {
             if get(key).is_some_and(|v| *v != Value::Bool(false)) {
                 return Err(Error::config(*key, "is not supported; train or convert the adapter without it"));
             }
         }
-        let r = match get("r") {
-            None => 8,
-            Some(v) => v
-                .as_u64()
-                .and_then(|r| usize::try_from(r).ok())
-                .filter(|r| (1..=65_536).contains(r))
-                .ok_or_else(|| Error::config("r", format!("{v} is not a rank: it is a whole number from 1")))?,
-        };
-        let lora_dropout = number("lora_dropout", 0.0)?;
+        let r = keys.count("r", 65_536)?.unwrap_or(8);
+        let lora_dropout = keys.number("lora_dropout", 0.0)?;
         if !(0.0..1.0).contains(&lora_dropout) {
             return Err(Error::config("lora_dropout", format!("{lora_dropout} is outside [0, 1)")));
         }
@@ -158,13 +134,13 @@ impl LoraConfig {
         };
         let parsed = Self {
             r,
-            lora_alpha: number("lora_alpha", 8.0)?,
+            lora_alpha: keys.number("lora_alpha", 8.0)?,
             lora_dropout: lora_dropout as f32,
             targets: TargetSpec::from_config(config)?,
             bias,
-            use_rslora: flag("use_rslora")?,
-            use_dora: flag("use_dora")?,
-            lora_bias: flag("lora_bias")?,
+            use_rslora: keys.flag("use_rslora", false)?,
+            use_dora: keys.flag("use_dora", false)?,
+            lora_bias: keys.flag("lora_bias", false)?,
             init: init(get("init_lora_weights"))?,
             eva: EvaConfig::parse(get("eva_config"))?,
             trainable_tokens: get("trainable_token_indices").map(parse_tokens).transpose()?,
@@ -178,6 +154,35 @@ impl LoraConfig {
             return Err(Error::config("lora_bias", "goes with init_lora_weights = true or false only"));
         }
         Ok(parsed)
+    }
+
+    /// This config as PEFT completes it for the task of `base`: `task_type`, and for a class head the modules of the head
+    /// in `modules_to_save`, trained and stored whole (`PeftModelForSequenceClassification`). Layers of the head that the
+    /// checkpoint has no weights for are among them, which PEFT leaves to the user.
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        let task = base.task();
+        if let Some(given) = self.targets.task_type.as_deref().filter(|given| *given != task.peft_name()) {
+            let name = task.peft_name();
+            return Err(Error::config("task_type", format!("is {given}, and this model's head is for {name}")));
+        }
+        let mut keys = Map::new();
+        keys.insert("task_type".into(), task.peft_name().into());
+        if matches!(task, Task::Classification { .. }) {
+            let mut saved = self.targets.modules_to_save.clone();
+            for name in ["classifier", "score"] {
+                if !saved.iter().any(|s| s == name) {
+                    saved.push(name.into());
+                }
+            }
+            let missing = |path: &&String| !saved.iter().any(|name| is_or_holds(name, path));
+            let fresh: Vec<String> = base.fresh_layers().iter().filter(missing).cloned().collect();
+            saved.extend(fresh);
+            keys.insert("modules_to_save".into(), saved.into());
+        }
+        self.with_keys(keys)
     }
 
     /// This config with other values for some of its keys.
@@ -222,15 +227,16 @@ impl LoraConfig {
     /// matched where the config said `all-linear`.
     #[must_use]
     pub fn to_adapter_config(&self, target_modules: Option<Value>) -> Map<String, Value> {
-        let mut out: BTreeMap<String, Value> = defaults().into_iter().collect();
-        out.extend(self.raw.iter().map(|(k, v)| (k.clone(), v.clone())));
-        if let Some(targets) = target_modules {
-            out.insert("target_modules".into(), targets);
-        }
-        out.insert("peft_type".into(), "LORA".into());
-        out.insert("inference_mode".into(), true.into());
-        out.into_iter().collect()
+        let mut out = completed(defaults(), &self.raw);
+        out.extend(target_modules.map(|targets| ("target_modules".to_owned(), targets)));
+        out
     }
+}
+
+/// Whether a module called `name` (by the end of its path, as PEFT matches it) is the layer at `path` or holds it.
+fn is_or_holds(name: &str, path: &str) -> bool {
+    let upto = path.match_indices('.').map(|(dot, _)| dot).chain([path.len()]);
+    upto.filter_map(|end| path.get(..end)).any(|module| module.ends_with(name))
 }
 
 fn parse_tokens(value: &Value) -> Result<TrainableTokens> {

@@ -14,7 +14,6 @@ mod init;
 mod linalg;
 mod linear;
 
-pub use build::{Built, candidates};
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;
 pub use embedding::{LoraEmbedding, TrainedTokens};

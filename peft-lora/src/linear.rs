@@ -4,7 +4,7 @@
 //! is shared here and never changes, so the module keeps A₀ and B₀ and subtracts their product itself.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::{self, ServingForm};
+use peft_core::kernels::{self, LowRank, ServingForm};
 use peft_core::{Ctx, Delta, FrozenLinear, Parameter, PeftModule, Result};
 
 use crate::dora;
@@ -85,6 +85,14 @@ impl PeftModule for LoraLinear {
             Some(bias) => Ok(kernels::add_bias(&y, bias)?),
             None => Ok(y),
         }
+    }
+
+    fn low_rank(&self, base: &FrozenLinear, ctx: &Ctx<'_>) -> Option<LowRank> {
+        if self.magnitude.is_some() || self.b_bias.is_some() || self.subtracted.is_some() {
+            return None;
+        }
+        let dropout = ctx.dropout(base.site(), self.dropout);
+        Some(LowRank { a: self.a.get(ctx), b: self.b.get(ctx), scale: self.scale, dropout })
     }
 
     fn parameters(&self) -> Vec<&Parameter> {

@@ -1,23 +1,31 @@
-//! The typed configuration that the shared decoder skeleton is built from.
+//! The typed configurations that the model skeletons are built from.
 //!
-//! A configuration comes from a Hugging Face `config.json` ([`DecoderConfig::from_hf_json`], both the transformers v4
+//! A decoder's comes from a Hugging Face `config.json` ([`DecoderConfig::from_hf_json`], both the transformers v4
 //! and the v5 spellings) or from the metadata of a GGUF file ([`DecoderConfig::from_gguf`]). Both are untrusted: every
 //! number is checked before anything is allocated from it, and a value that the skeleton cannot honour is an error,
 //! never a silent default.
 //!
-//! **Adding a family** is one entry in [`FAMILIES`]: what its files leave unsaid and which keys it understands.
+//! **Adding a family** is one entry in [`FAMILIES`] or [`ENCODER_FAMILIES`]: what its files leave unsaid, which keys it
+//! understands, and how it names its layers.
 
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
+use peft_core::{ClassToken, Task};
 use serde_json::{Map, Value};
 
 use crate::rope::RopeScaling;
 
+mod encoder;
 mod gguf;
 mod hf;
+mod keys;
+mod labels;
+mod model;
 
+pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
 pub(crate) use gguf::GgufDescription;
+pub use model::ModelConfig;
 
 /// Why a model configuration was refused.
 #[derive(Debug, thiserror::Error)]
@@ -222,6 +230,8 @@ pub struct DecoderConfig {
     pub eos_token_ids: Vec<u32>,
     /// Id of the padding token.
     pub pad_token_id: Option<u32>,
+    /// Names of the classes, where the model is a `*ForSequenceClassification`: its head gives a logit each.
+    pub labels: Option<Vec<String>>,
     /// Floating-point type that the weights are stored in, where the file says so.
     pub dtype: Option<DType>,
     /// The `config.json` as read, with keys that this type does not know; empty if the source was a GGUF file.
@@ -232,6 +242,14 @@ impl DecoderConfig {
     /// `model_type` in `config.json`.
     pub fn model_type(&self) -> &'static str {
         self.family.model_type
+    }
+
+    /// What the head computes: the next token, or a class from the last token.
+    pub fn task(&self) -> Task {
+        match &self.labels {
+            Some(labels) => Task::Classification { classes: labels.len(), reads: ClassToken::Last },
+            None => Task::CausalLm,
+        }
     }
 
     /// Rows of `q_proj`: `num_attention_heads · head_dim`.

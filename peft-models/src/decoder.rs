@@ -8,16 +8,18 @@ use peft_core::kernels::{
     self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan, attention, gated_activation, rotary,
 };
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, Segmented,
-    SiteId, SiteKind, SiteTable, TokenBatch,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
+    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
 };
 
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
+use crate::loader::Loader;
 use crate::rope::RopeTable;
 use crate::source::{Placement, WeightSource};
+use crate::virtual_rows::{Layout, VirtualRows};
 
-/// A decoder-only language model.
+/// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
@@ -34,6 +36,7 @@ pub struct Decoder {
 
 #[derive(Debug)]
 struct Block {
+    index: usize,
     input_norm: FrozenNorm,
     q: FrozenLinear,
     k: FrozenLinear,
@@ -50,30 +53,7 @@ struct Block {
 pub struct DecoderInput {
     attention: Arc<AttentionPlan>,
     rotary: Arc<RotaryPlan>,
-}
-
-/// Registers sites in the order of the forward pass while the layers are loaded.
-struct Loader<'a> {
-    source: &'a dyn WeightSource,
-    sites: SiteTable,
-    segment: usize,
-    dtype: DType,
-}
-
-impl Loader<'_> {
-    fn linear(&mut self, path: &str, inp: usize, out: usize, bias: bool) -> Result<FrozenLinear> {
-        let weight = self.source.weight(&format!("{path}.weight"), (out, inp))?;
-        let bias_tensor = if bias { Some(self.source.vector(&format!("{path}.bias"), out)?) } else { None };
-        let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
-        let site = self.sites.register(path, kind, self.segment);
-        FrozenLinear::new(site, path, weight, bias_tensor)
-    }
-
-    fn norm(&mut self, path: &str, dim: usize, eps: f64) -> Result<FrozenNorm> {
-        let weight = self.source.vector(&format!("{path}.weight"), dim)?;
-        let site = self.sites.register(path, SiteKind::Norm { dim, bias: false }, self.segment);
-        Ok(FrozenNorm::new(site, path, NormKind::Rms { offset: 0.0 }, weight, None, eps))
-    }
+    virtual_rows: VirtualRows,
 }
 
 impl Decoder {
@@ -83,28 +63,31 @@ impl Decoder {
     /// A missing tensor or a wrong shape, by its name.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
         let c = &config;
-        let mut l = Loader { source, sites: SiteTable::new(), segment: 0, dtype: placement.activations };
+        let mut l = Loader::new(source, placement);
 
         let (vocab, dim) = (c.vocab_size, c.hidden_size);
-        let table = source.weight("model.embed_tokens.weight", (vocab, dim))?;
-        let path = "model.embed_tokens";
-        let site = l.sites.register(path, SiteKind::Embedding { vocab, dim }, 0);
-        let embed = FrozenEmbedding::new(site, path, table.clone(), l.dtype);
+        let embed = l.embedding("model.embed_tokens", vocab, dim)?;
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
             l.segment = i + 1;
-            blocks.push(Block::load(&mut l, c, &format!("model.layers.{i}"))?);
+            blocks.push(Block::load(&mut l, c, i, &format!("model.layers.{i}"))?);
         }
 
         l.segment = c.num_hidden_layers + 1;
-        let norm = l.norm("model.norm", dim, c.rms_norm_eps)?;
-        let tied = c.tie_word_embeddings;
-        let head_weight = if tied { table } else { source.weight("lm_head.weight", (vocab, dim))? };
-        let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
-        let site = l.sites.register("lm_head", kind, l.segment);
-        l.sites.mark_output_head(site);
-        let head = FrozenLinear::new(site, "lm_head", head_weight, None)?;
+        let norm = l.norm("model.norm", dim, NormKind::Rms { offset: 0.0 }, c.rms_norm_eps)?;
+        let tied = c.tie_word_embeddings && c.labels.is_none();
+        let head = match &c.labels {
+            Some(labels) => l.linear("score", dim, labels.len(), false)?,
+            None => {
+                let weight =
+                    if tied { embed.weight().clone() } else { source.weight("lm_head.weight", (vocab, dim))? };
+                let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
+                let site = l.sites.register("lm_head", kind, l.segment);
+                l.sites.mark_output_head(site);
+                FrozenLinear::new(site, "lm_head", weight, None)?
+            }
+        };
 
         let rope = RopeTable::new(c, 0, &placement.device)?;
         Ok(Self {
@@ -148,26 +131,21 @@ impl Decoder {
             + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
     }
 
-    /// Prepares a step of cached decoding: sequence `i` has `lengths[i]` new tokens at the end of
-    /// `keys[i]` (a range of the cache's rows, new tokens included).
+    /// Prepares a step of cached decoding: the new tokens are the `queries` of the sequences, at the end of their `keys`,
+    /// which are, like their `prefix`, ranges of the cache's rows. Positions count virtual tokens.
     ///
     /// # Errors
     /// When a position is beyond what the rope table can hold.
-    pub fn prepare_cached(
-        &self,
-        positions: &[u32],
-        lengths: &[usize],
-        keys: &[std::ops::Range<usize>],
-    ) -> Result<DecoderInput> {
-        let mut start = 0;
-        let spans = lengths.iter().zip(keys).map(|(n, keys)| {
-            start += n;
-            SequenceSpan { queries: start - n..start, keys: keys.clone(), prefix: 0..0 }
-        });
-        self.input(positions, spans.collect())
+    pub fn prepare_cached(&self, positions: &[u32], sequences: Vec<SequenceSpan>) -> Result<DecoderInput> {
+        self.input(positions, sequences, VirtualRows::default())
     }
 
-    fn input(&self, positions: &[u32], sequences: Vec<SequenceSpan>) -> Result<DecoderInput> {
+    fn input(
+        &self,
+        positions: &[u32],
+        sequences: Vec<SequenceSpan>,
+        virtual_rows: VirtualRows,
+    ) -> Result<DecoderInput> {
         let c = &self.config;
         let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
         let table = self.rope.up_to(longest)?;
@@ -182,7 +160,15 @@ impl Decoder {
             softcap: c.attn_logit_softcapping.map(|x| x as f32),
             sequences,
         };
-        Ok(DecoderInput { attention: Arc::new(attention), rotary })
+        Ok(DecoderInput { attention: Arc::new(attention), rotary, virtual_rows })
+    }
+
+    /// Embeddings `[ids.len(), hidden]` of tokens alone, without prompts.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary or a tensor operation fails.
+    pub fn embed_tokens(&self, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
+        self.embed.forward(ids, ctx)
     }
 
     /// Runs block `i` with its keys and values appended to `cache`.
@@ -206,16 +192,18 @@ impl Decoder {
 }
 
 impl Block {
-    fn load(l: &mut Loader<'_>, c: &DecoderConfig, path: &str) -> Result<Self> {
-        let (hidden, inner, eps) = (c.hidden_size, c.intermediate_size, c.rms_norm_eps);
+    fn load(l: &mut Loader<'_>, c: &DecoderConfig, index: usize, path: &str) -> Result<Self> {
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let (rms, eps) = (NormKind::Rms { offset: 0.0 }, c.rms_norm_eps);
         let (query, key_value) = (c.query_size(), c.key_value_size());
         Ok(Self {
-            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, eps)?,
+            index,
+            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, rms, eps)?,
             q: l.linear(&format!("{path}.self_attn.q_proj"), hidden, query, c.attention_bias)?,
             k: l.linear(&format!("{path}.self_attn.k_proj"), hidden, key_value, c.attention_bias)?,
             v: l.linear(&format!("{path}.self_attn.v_proj"), hidden, key_value, c.attention_bias)?,
             o: l.linear(&format!("{path}.self_attn.o_proj"), query, hidden, c.attention_bias)?,
-            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, eps)?,
+            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, rms, eps)?,
             gate: l.linear(&format!("{path}.mlp.gate_proj"), hidden, inner, c.mlp_bias)?,
             up: l.linear(&format!("{path}.mlp.up_proj"), hidden, inner, c.mlp_bias)?,
             down: l.linear(&format!("{path}.mlp.down_proj"), inner, hidden, c.mlp_bias)?,
@@ -244,7 +232,8 @@ impl Block {
         let attended = self.attend(&x, input, ctx, cache)?;
         let hidden = kernels::add(hidden, &attended)?;
         let x = self.post_norm.forward(&hidden, ctx)?;
-        let inner = gated_activation(&self.gate.forward(&x, ctx)?, &self.up.forward(&x, ctx)?, c.hidden_act.into())?;
+        let [gate, up] = FrozenLinear::forward_siblings([&self.gate, &self.up], &x, ctx)?;
+        let inner = gated_activation(&gate, &up, c.hidden_act.into())?;
         Ok(kernels::add(&hidden, &self.down.forward(&inner, ctx)?)?)
     }
 
@@ -255,11 +244,14 @@ impl Block {
         ctx: &Ctx<'_>,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
-        let (q, k, v) = (self.q.forward(x, ctx)?, self.k.forward(x, ctx)?, self.v.forward(x, ctx)?);
+        let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], x, ctx)?;
         let q = rotary(&q, &input.rotary)?;
         let k = rotary(&k, &input.rotary)?;
         let out = match cache {
-            None => attention(&q, &k, &v, &input.attention)?,
+            None => {
+                let (k, v) = input.virtual_rows.extend(self.index, k, v, ctx)?;
+                attention(&q, &k, &v, &input.attention)?
+            }
             Some(cache) => {
                 cache.append(&k, &v, &input.attention.sequences)?;
                 attention(&q, cache.keys(), cache.values(), &input.attention)?
@@ -303,26 +295,43 @@ impl BaseModel for Decoder {
     fn tied_embedding(&self) -> Option<&str> {
         self.tied.then(|| self.embed.path())
     }
+
+    fn prompt_dims(&self) -> Option<PromptDims> {
+        let c = &self.config;
+        Some(PromptDims {
+            layers: c.num_hidden_layers,
+            hidden_size: c.hidden_size,
+            attention_heads: c.num_attention_heads,
+            key_value_heads: c.num_key_value_heads,
+            head_dim: c.head_dim,
+            max_positions: c.max_position_embeddings,
+        })
+    }
+
+    fn task(&self) -> Task {
+        self.config.task()
+    }
 }
 
 impl Segmented for Decoder {
     type Input = DecoderInput;
 
-    fn prepare(&self, batch: TokenBatch<'_>) -> Result<DecoderInput> {
-        let fits = batch.bounds.first() == Some(&0)
-            && batch.bounds.last() == Some(&batch.ids.len())
-            && batch.positions.len() == batch.ids.len()
-            && batch.bounds.is_sorted();
-        if !fits {
-            return Err(Error::msg("a batch's bounds do not cover its tokens"));
-        }
-        let spans =
-            batch.bounds.windows(2).map(|w| SequenceSpan { queries: w[0]..w[1], keys: w[0]..w[1], prefix: 0..0 });
-        self.input(batch.positions, spans.collect())
+    fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<DecoderInput> {
+        let Layout { positions, sequences, rows } = Layout::of(batch, ctx)?;
+        self.input(&positions, sequences, rows)
     }
 
     fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        self.embed.forward(batch.ids, ctx)
+        let own = self.embed_tokens(batch.ids, ctx)?;
+        let mut rows = VirtualSpans::of(batch.bounds, ctx)?.prompts(ctx)?;
+        if rows.is_empty() {
+            return Ok(own);
+        }
+        for prompt in &mut rows {
+            *prompt = prompt.to_dtype(own.dtype())?;
+        }
+        rows.insert(0, own);
+        Ok(Tensor::cat(&rows, 0)?)
     }
 
     fn num_blocks(&self) -> usize {
@@ -330,7 +339,8 @@ impl Segmented for Decoder {
     }
 
     fn block(&self, i: usize, hidden: &Tensor, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
-        self.block_at(i)?.forward(hidden, input, &self.config, ctx, None).with_context(|| format!("model.layers.{i}"))
+        let ctx = input.virtual_rows.ctx(ctx);
+        self.block_at(i)?.forward(hidden, input, &self.config, &ctx, None).with_context(|| format!("model.layers.{i}"))
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

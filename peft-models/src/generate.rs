@@ -1,8 +1,8 @@
 //! Writing text: prefill, then one token a step for every sequence still open, with a cache of keys and values.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::{Stream, argmax_rows};
-use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch};
+use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
+use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, VirtualModule, VirtualSpans};
 
 use crate::decoder::Decoder;
 use crate::kv_cache::LayerCache;
@@ -37,9 +37,13 @@ pub struct Request {
     pub slot: Option<usize>,
 }
 
+/// A sequence that is not at its end.
 struct Open {
     row: usize,
+    /// Its own rows of the cache.
     keys: std::ops::Range<usize>,
+    /// Rows of its adapter's virtual tokens, which it may share with others.
+    prefix: std::ops::Range<usize>,
     last: u32,
 }
 
@@ -60,24 +64,48 @@ pub fn generate(
     if options.max_new_tokens == 0 || requests.is_empty() {
         return Ok(written);
     }
-    let mut start = 0;
-    let mut open: Vec<Open> = Vec::with_capacity(requests.len());
+    let mut bounds = vec![0];
+    for request in requests {
+        bounds.push(bounds.last().copied().unwrap_or(0) + request.prompt.len());
+    }
+    let slots: Vec<Option<usize>> = requests.iter().map(|r| r.slot).collect();
+    let route = Route::rows(&bounds, &slots);
+    let virtual_tokens = VirtualSpans::of(&bounds, &Ctx::eval(adapters, &route))?;
+    // Virtual tokens come first in the cache, then a region for each sequence.
     let mut capacity = 0;
+    let mut place = |n: usize| {
+        capacity += n;
+        capacity - n..capacity
+    };
+    let virtual_rows: Vec<_> = virtual_tokens.iter().map(|span| place(span.tokens.count)).collect();
+    let mut open: Vec<Open> = Vec::with_capacity(requests.len());
     for (row, r) in requests.iter().enumerate() {
-        open.push(Open { row, keys: capacity..capacity + r.prompt.len(), last: 0 });
-        capacity += r.prompt.len() + options.max_new_tokens;
-        start += r.prompt.len();
+        let prefix = virtual_tokens.of_sequence(row).and_then(|i| virtual_rows.get(i)).cloned().unwrap_or(0..0);
+        let region = place(r.prompt.len() + options.max_new_tokens);
+        open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, last: 0 });
     }
     let width = model.config().key_value_size();
     let mut caches = (0..model.num_blocks())
         .map(|_| LayerCache::new(capacity, width, model.dtype(), model.device()))
         .collect::<Result<Vec<_>>>()?;
 
-    let ids: Vec<u32> = requests.iter().flat_map(|r| r.prompt.iter().copied()).collect();
-    let positions: Vec<u32> = requests.iter().flat_map(|r| 0..r.prompt.len() as u32).collect();
-    let lengths: Vec<usize> = requests.iter().map(|r| r.prompt.len()).collect();
-    debug_assert_eq!(ids.len(), start);
-    let mut step = Step { ids, positions, lengths };
+    let mut step = Step {
+        ids: requests.iter().flat_map(|r| r.prompt.iter().copied()).collect(),
+        lengths: requests.iter().map(|r| r.prompt.len()).collect(),
+        prompts: Vec::new(),
+    };
+    for (span, rows) in virtual_tokens.iter().zip(virtual_rows) {
+        let ctx = Ctx::eval(adapters, &route);
+        match &span.tokens.module {
+            VirtualModule::Prompt(module) => step.prompts.push((span.slot, rows, module.embeddings(&ctx)?)),
+            VirtualModule::Prefix(module) => {
+                for (layer, cache) in caches.iter_mut().enumerate() {
+                    let (keys, values) = module.keys_values(layer, &ctx)?;
+                    cache.write(rows.start, &keys, &values)?;
+                }
+            }
+        }
+    }
     let mut made = 0;
     loop {
         let slots: Vec<Option<usize>> = open.iter().filter_map(|o| requests.get(o.row)).map(|r| r.slot).collect();
@@ -100,11 +128,7 @@ pub fn generate(
         if still.is_empty() {
             return Ok(written);
         }
-        step = Step {
-            ids: still.iter().map(|o| o.last).collect(),
-            positions: still.iter().map(|o| (o.keys.len() - 1) as u32).collect(),
-            lengths: vec![1; still.len()],
-        };
+        step = Step { ids: still.iter().map(|o| o.last).collect(), lengths: vec![1; still.len()], prompts: Vec::new() };
         open = still;
         made += 1;
     }
@@ -124,9 +148,12 @@ fn check(requests: &[Request], options: &GenerateOptions) -> Result<()> {
 }
 
 struct Step {
+    /// The new tokens of all sequences.
     ids: Vec<u32>,
-    positions: Vec<u32>,
+    /// How many each sequence has.
     lengths: Vec<usize>,
+    /// Prompts that run with the first step: the slot, its rows of the cache, the embeddings.
+    prompts: Vec<(usize, std::ops::Range<usize>, Tensor)>,
 }
 
 impl Step {
@@ -140,17 +167,33 @@ impl Step {
         caches: &mut [LayerCache],
     ) -> Result<Tensor> {
         let mut bounds = vec![0];
-        for n in &self.lengths {
-            bounds.push(bounds.last().copied().unwrap_or(0) + n);
+        let mut positions: Vec<u32> = Vec::with_capacity(self.ids.len());
+        let mut sequences = Vec::with_capacity(open.len());
+        for (o, n) in open.iter().zip(&self.lengths) {
+            let queries = positions.len()..positions.len() + n;
+            bounds.push(queries.end);
+            let first = o.prefix.len() + o.keys.len() - n;
+            positions.extend((first as u32..).take(*n));
+            sequences.push(SequenceSpan { queries, keys: o.keys.clone(), prefix: o.prefix.clone() });
         }
         let route = Route::rows(&bounds, slots);
         let ctx = Ctx::eval(adapters, &route);
-        let keys: Vec<_> = open.iter().map(|o| o.keys.clone()).collect();
-        let input = model.prepare_cached(&self.positions, &self.lengths, &keys)?;
-        let batch = TokenBatch { ids: &self.ids, positions: &self.positions, bounds: &bounds };
-        let mut hidden = model.embed(batch, &ctx)?;
+        let mut rows = vec![model.embed_tokens(&self.ids, &ctx)?];
+        for (_, keys, prompt) in &self.prompts {
+            let queries = positions.len()..positions.len() + keys.len();
+            positions.extend((0u32..).take(keys.len()));
+            sequences.push(SequenceSpan { queries, keys: keys.clone(), prefix: 0..0 });
+            rows.push(prompt.to_dtype(model.dtype())?);
+        }
+        let with_prompts =
+            route.followed_by(self.ids.len(), self.prompts.iter().map(|(slot, rows, _)| (rows.len(), *slot)));
+        let input = model.prepare_cached(&positions, sequences)?;
+        let mut hidden = match rows.as_slice() {
+            [own] => own.clone(),
+            rows => Tensor::cat(rows, 0)?,
+        };
         for (i, cache) in caches.iter_mut().enumerate() {
-            hidden = model.block_cached(i, &hidden, &input, &ctx, cache)?;
+            hidden = model.block_cached(i, &hidden, &input, &Ctx { route: &with_prompts, ..ctx }, cache)?;
         }
         let last: Vec<usize> = bounds.iter().skip(1).map(|b| b - 1).collect();
         let index: Vec<u32> = last.iter().map(|&i| i as u32).collect();
@@ -206,7 +249,7 @@ fn draw(logits: &[f32], best: u32, options: &GenerateOptions, stream: Stream) ->
 mod tests {
     #![allow(clippy::unwrap_used)]
     use candle_core::Device;
-    use peft_core::Mode;
+    use peft_core::{Mode, TokenBatch};
     use serde_json::json;
 
     use super::*;
@@ -249,8 +292,8 @@ mod tests {
         let (set, route) = (AdapterSet::empty(), Route::Base);
         let ctx = Ctx { mode: Mode::Eval, ..Ctx::eval(&set, &route) };
         let positions: Vec<u32> = (0..text.len() as u32).collect();
-        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()] };
-        let input = model.prepare(batch).unwrap();
+        let batch = TokenBatch { ids: text, positions: &positions, bounds: &[0, text.len()], types: &[] };
+        let input = model.prepare(batch, &ctx).unwrap();
         let mut hidden = model.embed(batch, &ctx).unwrap();
         for i in 0..model.num_blocks() {
             hidden = model.block(i, &hidden, &input, &ctx).unwrap();
@@ -268,9 +311,8 @@ mod tests {
                 .map(|n| Request { prompt: (0..n).map(|i| (i * 13 + n) % 71).collect(), slot: None })
                 .to_vec();
             let options = GenerateOptions { max_new_tokens: 12, ..GenerateOptions::default() };
-            let run = |requests: &[Request]| {
-                generate(&model, &AdapterSet::empty(), requests, &options, |_, _| true).unwrap()
-            };
+            let run =
+                |requests: &[Request]| generate(&model, &AdapterSet::empty(), requests, &options, |_, _| true).unwrap();
             let together = run(&requests);
             for (request, written) in requests.iter().zip(&together) {
                 assert_eq!(&run(std::slice::from_ref(request))[0], written);

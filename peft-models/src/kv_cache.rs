@@ -30,9 +30,18 @@ impl LayerCache {
         for span in sequences {
             let (n, end) = (span.queries.len(), span.keys.end);
             let start = end.saturating_sub(n);
-            for (cache, new) in [(&self.keys, k), (&self.values, v)] {
-                cache.slice_set(&new.narrow(0, span.queries.start, n)?.contiguous()?, 0, start)?;
-            }
+            self.write(start, &k.narrow(0, span.queries.start, n)?, &v.narrow(0, span.queries.start, n)?)?;
+        }
+        Ok(())
+    }
+
+    /// Writes keys and values to the rows from `start` on.
+    ///
+    /// # Errors
+    /// When there are not so many.
+    pub fn write(&mut self, start: usize, k: &Tensor, v: &Tensor) -> Result<()> {
+        for (cache, new) in [(&self.keys, k), (&self.values, v)] {
+            cache.slice_set(&new.to_dtype(cache.dtype())?.contiguous()?, 0, start)?;
         }
         Ok(())
     }

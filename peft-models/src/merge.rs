@@ -10,7 +10,6 @@ use peft_core::{
     SiteModule, SiteTable,
 };
 
-use crate::decoder::Decoder;
 use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
 use crate::model_files::ModelFiles;
 
@@ -18,11 +17,19 @@ use crate::model_files::ModelFiles;
 pub const MAX_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// A base with adapters applied one after another. Tensors are made when they are asked for.
-#[derive(Debug)]
 pub struct Merged<'a> {
-    model: &'a Decoder,
+    model: &'a dyn BaseModel,
     adapters: Vec<Arc<Adapter>>,
     tied: bool,
+}
+
+impl std::fmt::Debug for Merged<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Merged")
+            .field("adapters", &self.adapters.len())
+            .field("tied", &self.tied)
+            .finish_non_exhaustive()
+    }
 }
 
 /// The two tensors that a site may have.
@@ -37,7 +44,14 @@ impl<'a> Merged<'a> {
     ///
     /// # Errors
     /// When an adapter cannot be merged; the message says why.
-    pub fn new(model: &'a Decoder, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+    pub fn new(model: &'a dyn BaseModel, adapters: Vec<Arc<Adapter>>) -> Result<Self> {
+        if let Some(adapter) = adapters.iter().find(|a| a.virtual_tokens().is_some()) {
+            return Err(Error::msg(format!(
+                "an adapter of type {} cannot be merged: its virtual tokens stand in front of every sequence, and no weight of \
+                 the model holds them; serve it unmerged",
+                adapter.peft_type()
+            )));
+        }
         let tied = match (model.tied_embedding(), head(model.sites())) {
             (Some(path), Some(head)) => {
                 let embedding = model.sites().find(path).map(|s| s.id);
@@ -86,37 +100,46 @@ impl<'a> Merged<'a> {
     /// # Errors
     /// An unknown name, an adapter that cannot be merged, or a result with NaN or infinity.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        self.tensor_as(name, DType::F32)
+    }
+
+    /// A merged tensor, rounded once to `dtype`. One that no adapter touches and that is stored in `dtype` is handed out as
+    /// it is, without a copy: the embedding is a fifth of a small model.
+    ///
+    /// # Errors
+    /// As [`Merged::tensor`].
+    pub fn tensor_as(&self, name: &str, dtype: DType) -> Result<Tensor> {
         let (path, part) = match (name.strip_suffix(".weight"), name.strip_suffix(".bias")) {
             (Some(path), _) => (path, Part::Weight),
             (None, Some(path)) => (path, Part::Bias),
             _ => return Err(Error::msg(format!("`{name}` is neither a weight nor a bias"))),
         };
         let site = self.model.sites().find(path).ok_or_else(|| Error::msg(format!("the model has no `{path}`")))?;
-        let merged = self.merge_site(site, part).with_context(|| path.to_string())?;
+        let merged = self.merge_site(site, part, dtype).with_context(|| path.to_string())?;
         peft_core::check_finite(name, &merged)?;
         Ok(merged)
     }
 
-    fn merge_site(&self, site: &Site, part: Part) -> Result<Tensor> {
+    fn merge_site(&self, site: &Site, part: Part, dtype: DType) -> Result<Tensor> {
         match self.model.layer(site.id)? {
             BaseLayer::Linear(layer) => {
                 let layer = self.linear(site, layer)?;
                 match part {
-                    Part::Weight => Ok(layer.weight().to_dense(DType::F32)?),
+                    Part::Weight => Ok(layer.weight().to_dense(dtype)?),
                     Part::Bias => {
                         let bias = layer.bias().ok_or_else(|| Error::msg("the layer has no bias"))?;
-                        Ok(bias.to_dtype(DType::F32)?)
+                        Ok(bias.to_dtype(dtype)?)
                     }
                 }
             }
             BaseLayer::Embedding(e) => {
-                let mut weight = e.weight().to_dense(DType::F32)?;
+                let mut merged = None;
                 for adapter in &self.adapters {
                     if let Some(SiteModule::Embedding(m)) = adapter.at(site.id).and_then(|s| s.module.as_ref()) {
-                        weight = m.merge(&weight)?;
+                        merged = Some(m.merge(&merged.map_or_else(|| e.weight().to_dense(DType::F32), Ok)?)?);
                     }
                 }
-                Ok(weight)
+                Ok(merged.map_or_else(|| e.weight().to_dense(dtype), |w| w.to_dtype(dtype))?)
             }
             BaseLayer::Norm(norm) => {
                 let (mut weight, mut bias) = (norm.weight().clone(), norm.bias().cloned());
@@ -127,7 +150,7 @@ impl<'a> Merged<'a> {
                     bias = adapter.bias.as_ref().map(|b| b.value()).or(bias);
                 }
                 let part = if part == Part::Weight { Some(weight) } else { bias };
-                Ok(part.ok_or_else(|| Error::msg("the norm has no bias"))?.to_dtype(DType::F32)?)
+                Ok(part.ok_or_else(|| Error::msg("the norm has no bias"))?.to_dtype(dtype)?)
             }
         }
     }
@@ -201,7 +224,7 @@ pub fn write_folder(
             .collect();
         let mut writer = ShardWriter::create(tmp, planned, max_shard_bytes)?;
         for (name, _) in &plan {
-            writer.write(name, &merged.tensor(name)?.to_dtype(dtype)?)?;
+            writer.write(name, &merged.tensor_as(name, dtype)?)?;
         }
         writer.finish()?;
         files.write_companions(tmp, dtype, merged.tied())
@@ -221,7 +244,10 @@ fn refuse_foreign_folder(out: &Path) -> Result<()> {
 /// # Errors
 /// When an adapter cannot be merged, the model does not fit GGUF, or the disk refuses.
 pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weights: GgufType) -> Result<()> {
-    let mut config = files.config().clone();
+    let mut config = files.decoder_config()?.clone();
+    if config.labels.is_some() {
+        return Err(Error::file(files.path(), "has a class head, which GGUF cannot hold; write safetensors"));
+    }
     config.tie_word_embeddings = merged.tied();
     let specs: Vec<GgufTensorSpec> =
         merged.tensors().into_iter().map(|(name, shape)| GgufTensorSpec { name, shape }).collect();
@@ -230,4 +256,99 @@ pub fn write_gguf_file(files: &ModelFiles, merged: &Merged<'_>, out: &Path, weig
     let tokenizer = files.tokenizer()?;
     write_gguf(out, &config, &tokenizer, &specs, &options, |spec| merged.tensor(&spec.name)?.to_device(&Device::Cpu))
         .map_err(|e| Error::msg(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use peft_core::kernels::testing::randn;
+    use peft_core::kernels::{ServingForm, WeightStorage};
+    use peft_core::{BaseModel, Ctx, Parameter, PeftModule, Role, SiteAdapter};
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+    use crate::Decoder;
+    use crate::config::DecoderConfig;
+    use crate::source::{Placement, RandomSource};
+
+    /// Adds a matrix to the weight.
+    #[derive(Debug)]
+    struct Added(Parameter);
+
+    impl PeftModule for Added {
+        fn forward(&self, base: &FrozenLinear, x: &Tensor, _: &Ctx<'_>) -> Result<Tensor> {
+            base.base(x)
+        }
+
+        fn parameters(&self) -> Vec<&Parameter> {
+            vec![&self.0]
+        }
+
+        fn delta(&self, _: &FrozenLinear) -> Result<Delta> {
+            Ok(Delta::Add { weight: self.0.value(), bias: None })
+        }
+
+        fn lower(&self, _: &FrozenLinear) -> Result<Option<ServingForm>> {
+            Ok(None)
+        }
+    }
+
+    fn model(weights: DType) -> Decoder {
+        let Value::Object(map) = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 19, "hidden_size": 8,
+            "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 16, "tie_word_embeddings": true
+        }) else {
+            unreachable!()
+        };
+        let config = DecoderConfig::from_hf_map(map, Path::new("config.json")).unwrap();
+        let placement = Placement::cpu(Some(weights));
+        let source = RandomSource { seed: 1, std: 0.3, untied_head: false, placement: placement.clone() };
+        Decoder::load(config, &source, &placement).unwrap()
+    }
+
+    #[test]
+    fn what_no_adapter_touches_is_handed_out_as_it_lies() {
+        let model = model(DType::BF16);
+        let merged = Merged::new(&model, Vec::new()).unwrap();
+        let stored = |path: &str| match model.layer(model.sites().find(path).unwrap().id).unwrap() {
+            BaseLayer::Linear(l) => l.weight().storage().clone(),
+            BaseLayer::Embedding(e) => e.weight().storage().clone(),
+            BaseLayer::Norm(_) => unreachable!(),
+        };
+        for path in ["model.embed_tokens", "model.layers.0.mlp.up_proj"] {
+            let WeightStorage::Dense(weight) = stored(path) else { unreachable!() };
+            assert_eq!(merged.tensor_as(&format!("{path}.weight"), DType::BF16).unwrap().id(), weight.id(), "{path}");
+        }
+    }
+
+    #[test]
+    fn every_tensor_is_rounded_once() {
+        let path = "model.layers.0.self_attn.q_proj";
+        for stored in [DType::F32, DType::BF16] {
+            let model = model(stored);
+            let mut adapter = Adapter::new(Map::new(), model.sites());
+            // So small that each of the two would be lost in bf16 on its own.
+            let change = Parameter::new("change", &randn(3, (8, 8), 1e-3).unwrap(), Role::Plain).unwrap();
+            let module = SiteModule::Linear(Arc::new(Added(change.clone())));
+            let site = model.sites().find(path).unwrap().id;
+            adapter.insert(site, SiteAdapter::new(Some(module), None)).unwrap();
+            let adapter = Arc::new(adapter);
+            let merged = Merged::new(&model, vec![adapter.clone(), adapter]).unwrap();
+            let bits = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<half::bf16>().unwrap();
+            for (name, _) in merged.tensors() {
+                let exact = merged.tensor(&name).unwrap();
+                assert_eq!(exact.dtype(), DType::F32);
+                let rounded = merged.tensor_as(&name, DType::BF16).unwrap();
+                assert_eq!(bits(&rounded), bits(&exact.to_dtype(DType::BF16).unwrap()), "{name}");
+            }
+            let BaseLayer::Linear(layer) = model.layer(site).unwrap() else { unreachable!() };
+            let twice = (change.value() * 2.0).unwrap();
+            let expected = (layer.weight().to_dense(DType::F32).unwrap() + twice).unwrap();
+            let weight = merged.tensor(&format!("{path}.weight")).unwrap();
+            peft_core::kernels::testing::close("q_proj", &weight, &expected, 1e-6).unwrap();
+        }
+    }
 }

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType, Device, Tensor};
 use peft_core::{Checkpoint, Error, Result};
 
-use crate::config::DecoderConfig;
+use crate::any_model::AnyModel;
+use crate::config::{DecoderConfig, ModelConfig};
 use crate::decoder::Decoder;
+use crate::encoder::Encoder;
 use crate::gguf::Gguf;
-use crate::source::{GgufSource, Placement, RandomSource, SafetensorsSource};
+use crate::source::{GgufSource, Placement, RandomSource, SafetensorsSource, WeightSource};
 use crate::tokenizer::Tokenizer;
 
 /// Files that travel with a model: a merged folder gets them too.
@@ -30,7 +32,7 @@ const TOKENIZER_FILES: &[&str] = &[
 #[derive(Debug)]
 pub struct ModelFiles {
     path: PathBuf,
-    config: DecoderConfig,
+    config: ModelConfig,
     weights: Weights,
 }
 
@@ -59,7 +61,7 @@ impl ModelFiles {
             return Err(Error::file(path, "is neither a model folder nor a .gguf file"));
         }
         let gguf = Gguf::open(path).map_err(message)?;
-        let config = DecoderConfig::from_gguf(&gguf).map_err(message)?;
+        let config = ModelConfig::Decoder(Box::new(DecoderConfig::from_gguf(&gguf).map_err(message)?));
         Ok(Self { path: path.into(), config, weights: Weights::Gguf(Box::new(gguf)) })
     }
 
@@ -71,12 +73,12 @@ impl ModelFiles {
         Ok(Self { path: path.into(), config: Self::config_of(path)?, weights: Weights::Random })
     }
 
-    fn config_of(dir: &Path) -> Result<DecoderConfig> {
+    fn config_of(dir: &Path) -> Result<ModelConfig> {
         let file = dir.join("config.json");
         if !file.is_file() {
             return Err(Error::file(dir, "has no config.json; a model folder holds config.json and model.safetensors"));
         }
-        DecoderConfig::from_hf_json(&file).map_err(message)
+        ModelConfig::from_hf_json(&file).map_err(message)
     }
 
     /// Where the model is.
@@ -87,8 +89,64 @@ impl ModelFiles {
 
     /// The configuration.
     #[must_use]
-    pub fn config(&self) -> &DecoderConfig {
+    pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The configuration of a decoder.
+    ///
+    /// # Errors
+    /// When the model is an encoder.
+    pub fn decoder_config(&self) -> Result<&DecoderConfig> {
+        match &self.config {
+            ModelConfig::Decoder(config) => Ok(config),
+            ModelConfig::Encoder(c) => Err(self.not_a_decoder(c.family.model_type)),
+        }
+    }
+
+    fn not_a_decoder(&self, model_type: &str) -> Error {
+        Error::file(&self.path, format!("is an encoder ({model_type}), and this needs a causal language model"))
+    }
+
+    /// Whether the checkpoint lacks the output layer of its class head, so that the number of classes is not fixed yet.
+    #[must_use]
+    pub fn lacks_class_head(&self) -> bool {
+        match (&self.config, &self.weights) {
+            (ModelConfig::Encoder(c), Weights::Folder(checkpoint)) => {
+                !checkpoint.contains(&format!("{}.weight", c.family.names.head_out))
+            }
+            (ModelConfig::Encoder(_), Weights::Random) => true,
+            _ => false,
+        }
+    }
+
+    /// Names the classes of the class head, by their number.
+    ///
+    /// # Errors
+    /// When the model has no class head, when the names are fewer than two or not all different, or when the checkpoint
+    /// holds a head with another number of classes.
+    pub fn set_labels(&mut self, labels: Vec<String>) -> Result<()> {
+        let Some(known) = self.config.labels() else {
+            return Err(Error::file(&self.path, "has no class head, so there are no classes to name"));
+        };
+        if let Some((i, twice)) = labels.iter().enumerate().find(|(i, name)| labels.iter().take(*i).any(|n| n == *name))
+        {
+            return Err(Error::file(&self.path, format!("class {i} has a name that another has: `{twice}`")));
+        }
+        if labels.len() < 2 {
+            return Err(Error::file(
+                &self.path,
+                format!("{} class is not enough for a class head: two at least", labels.len()),
+            ));
+        }
+        if labels.len() != known.len() && !self.lacks_class_head() {
+            return Err(Error::file(
+                &self.path,
+                format!("has a head for {} classes ({}), not for {}", known.len(), known.join(", "), labels.len()),
+            ));
+        }
+        self.config.set_labels(labels);
+        Ok(())
     }
 
     /// Whether the model is a GGUF file.
@@ -106,24 +164,39 @@ impl ModelFiles {
         }
     }
 
-    /// Loads the weights. `seed` is for a model that starts at random.
+    /// Loads the weights. `seed` is for a model or a head that starts at random.
     ///
     /// # Errors
     /// A missing tensor or a wrong shape, by its name.
-    pub fn load(&self, placement: &Placement, seed: u64) -> Result<Decoder> {
-        let config = self.config.clone();
-        match &self.weights {
-            Weights::Folder(checkpoint) => {
-                let source = SafetensorsSource::new(checkpoint, placement.clone());
-                Decoder::load(config, &source, placement)
+    pub fn load(&self, placement: &Placement, seed: u64) -> Result<AnyModel> {
+        let random = |range: Option<&serde_json::Value>, untied_head: bool| {
+            let std = range.and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
+            RandomSource { seed, std, untied_head, placement: placement.clone() }
+        };
+        let source: Box<dyn WeightSource + '_> = match &self.weights {
+            Weights::Folder(checkpoint) => Box::new(SafetensorsSource::new(checkpoint, placement.clone())),
+            Weights::Gguf(gguf) => Box::new(GgufSource::new(gguf, placement.clone())),
+            Weights::Random => match &self.config {
+                ModelConfig::Decoder(c) => Box::new(random(c.raw.get("initializer_range"), !c.tie_word_embeddings)),
+                ModelConfig::Encoder(c) => Box::new(random(c.raw.get("initializer_range"), true)),
+            },
+        };
+        match &self.config {
+            ModelConfig::Decoder(c) => Decoder::load((**c).clone(), source.as_ref(), placement).map(AnyModel::Decoder),
+            ModelConfig::Encoder(c) => {
+                Encoder::load((**c).clone(), source.as_ref(), placement, seed).map(AnyModel::Encoder)
             }
-            Weights::Gguf(gguf) => Decoder::load(config, &GgufSource::new(gguf, placement.clone()), placement),
-            Weights::Random => {
-                let std =
-                    config.raw.get("initializer_range").and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
-                let untied_head = !config.tie_word_embeddings;
-                Decoder::load(config, &RandomSource { seed, std, untied_head, placement: placement.clone() }, placement)
-            }
+        }
+    }
+
+    /// Loads the weights of a decoder.
+    ///
+    /// # Errors
+    /// When the model is an encoder; a missing tensor or a wrong shape, by its name.
+    pub fn load_decoder(&self, placement: &Placement, seed: u64) -> Result<Decoder> {
+        match self.load(placement, seed)? {
+            AnyModel::Decoder(model) => Ok(model),
+            AnyModel::Encoder(_) => Err(self.not_a_decoder(self.config.model_type())),
         }
     }
 
@@ -187,14 +260,26 @@ impl ModelFiles {
         }
     }
 
+    /// Stored type of the token embedding where it is a float type; `f16` for GGUF blocks.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn stored_dtype(&self) -> Result<DType> {
+        let is_table =
+            |name: &&String| ["embed_tokens.weight", "word_embeddings.weight"].iter().any(|end| name.ends_with(end));
+        match self.tensor_names().iter().find(is_table) {
+            Some(name) => self.tensor_dtype(name),
+            None => Err(Error::file(&self.path, "has no token embedding")),
+        }
+    }
+
     /// Writes config and tokenizer files into `dir`, so that weights beside them make a complete model folder. `tied`
     /// says whether the head shares the embedding in the written weights.
     ///
     /// # Errors
     /// When a file cannot be written.
     pub fn write_companions(&self, dir: &Path, dtype: DType, tied: bool) -> Result<()> {
-        let mut config = self.config.to_hf_json();
-        config.insert("tie_word_embeddings".into(), tied.into());
+        let mut config = self.config.to_hf_json(tied);
         let key =
             if config.contains_key("dtype") || !config.contains_key("torch_dtype") { "dtype" } else { "torch_dtype" };
         let name = match dtype {

@@ -1,6 +1,9 @@
 /*!
-Methods that train parameters of the base itself. Now: [`full`], every parameter, which is the baseline that adapters are
-measured against and the way to pretrain a model from its config.
+Methods that train parameters of the base itself: [`ln`], its norms; [`full`], every parameter, which is the baseline that
+adapters are measured against and the way to pretrain a model from its config.
 */
 
 pub mod full;
+pub mod ln;
+
+pub use ln::LnConfig;

@@ -9,6 +9,7 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::class_labels;
 use crate::data::SamplerState;
 use crate::early_stop::EarlyStopState;
 use crate::optim::Optimizer;
@@ -60,7 +61,7 @@ pub fn save(
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
-        write_files(tmp, adapter.config.clone(), &adapter.tensors())?;
+        write_files(tmp, adapter.config.clone(), &adapter.tensors(), &adapter.labels)?;
         let tensors = optimizer.state().map_err(|e| Error::msg(e.to_string()))?;
         let refs = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect::<Vec<_>>();
         write_safetensors(tmp.join(OPTIMIZER), refs, &std::collections::BTreeMap::new())?;
@@ -82,14 +83,18 @@ pub fn save(
 /// When the disk refuses.
 pub fn write_adapter_files(dir: &Path, adapter: &Adapter) -> Result<()> {
     let (config, tensors) = adapter.exported()?;
-    write_files(dir, config, &tensors)
+    write_files(dir, config, &tensors, &adapter.labels)
 }
 
 fn write_files(
     dir: &Path,
     config: serde_json::Map<String, serde_json::Value>,
     tensors: &[(String, Tensor)],
+    labels: &[String],
 ) -> Result<()> {
+    if !labels.is_empty() {
+        class_labels::write(dir, labels)?;
+    }
     write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }
 

@@ -4,6 +4,9 @@
 //! backward pass goes through the blocks from the top, runs those again that were not kept, takes the gradients out and
 //! drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
 //! differentiated at all.
+//!
+//! What a row asks of the model, the next tokens or a class, is in the batch's targets alone: the hidden states that reach
+//! the head, and what each should predict.
 
 use candle_core::{Tensor, Var};
 use peft_core::kernels::{self, LossSpec, Record};
@@ -39,7 +42,7 @@ impl Checkpointing {
 /// What a pass over a batch measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Measured {
-    /// Sum of the negative log-likelihoods of the counted tokens, in nats.
+    /// Sum of the negative log-likelihoods of the counted tokens (of the rows, with a class head), in nats.
     pub nll: f64,
     /// Counted tokens.
     pub counted: usize,
@@ -56,7 +59,7 @@ impl std::ops::AddAssign for Measured {
 }
 
 fn tokens(batch: &Batch) -> TokenBatch<'_> {
-    TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds }
+    TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &batch.types }
 }
 
 /// Loss of a batch without gradients.
@@ -68,6 +71,21 @@ pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result
     let head = Head::of(ctx, &hidden, &targets.positions, &targets.ids)?;
     let normed = model.final_norm(&head.rows, &head.ctx(ctx))?;
     head.loss(model, &normed, 1.0, None, ctx)
+}
+
+/// Loss of a batch without gradients, and the likeliest class of each row.
+///
+/// # Errors
+/// When a tensor operation fails or a label is outside the head.
+pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<(Measured, Vec<u32>)> {
+    let (hidden, targets) = (last_hidden(model, batch, ctx)?, batch.targets());
+    let head = Head::of(ctx, &hidden, &targets.positions, &targets.ids)?;
+    let ctx = head.ctx(ctx);
+    let logits = model.logits(&model.final_norm(&head.rows, &ctx)?, &ctx)?;
+    let scored = kernels::cross_entropy_rows(&logits, &targets.ids, 1.0, None, false)?;
+    let nll = scored.nll.iter().map(|&x| f64::from(x)).sum();
+    let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
+    Ok((Measured { nll, counted: targets.ids.len(), hits: scored.hits }, predicted))
 }
 
 /// Negative log-likelihood of each counted token, in the order of [`Batch::targets`].
@@ -91,7 +109,7 @@ pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Re
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let ctx = ctx.untracked();
-    let input = model.prepare(tokens(batch))?;
+    let input = model.prepare(tokens(batch), &ctx)?;
     let mut hidden = model.embed(tokens(batch), &ctx)?;
     for i in 0..model.num_blocks() {
         hidden = model.block(i, &hidden, &input, &ctx)?;
@@ -114,7 +132,7 @@ pub fn forward_backward<M: Segmented>(
     grads: &mut Grads,
 ) -> Result<Measured> {
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
-    let input = model.prepare(tokens(batch))?;
+    let input = model.prepare(tokens(batch), ctx)?;
     let (mut hidden, embedding) = if lowest == 0 {
         let (hidden, record) = kernels::record(|| model.embed(tokens(batch), ctx))?;
         (hidden, Some(record).filter(Record::is_tracked))

@@ -1,8 +1,8 @@
 //! Runs training data through a model for [`peft_lora::eva`].
 
-use peft_core::{Context, Ctx, Error, Result, Route, Segmented};
+use peft_core::{Built, Context, Ctx, Error, Result, Route, Segmented};
+use peft_lora::LoraConfig;
 use peft_lora::eva::EvaObserver;
-use peft_lora::{Built, LoraConfig};
 
 use crate::data::{Batch, IGNORE_INDEX};
 use crate::driver::last_hidden;

@@ -4,6 +4,8 @@ Training: rows to tokens to batches, the block-wise step, optimisers, checkpoint
 
 pub mod audit;
 pub mod checkpoint;
+pub mod class_labels;
+mod classify;
 pub mod data;
 mod driver;
 pub mod early_stop;
@@ -16,6 +18,7 @@ pub mod recipe;
 pub mod schedule;
 mod trainer;
 
-pub use driver::{Checkpointing, Measured, evaluate, forward_backward, token_losses};
+pub use classify::{Confusion, evaluate_classes};
+pub use driver::{Checkpointing, Measured, evaluate, forward_backward, predict, token_losses};
 pub use grads::Grads;
 pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset};

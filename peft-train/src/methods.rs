@@ -4,8 +4,14 @@ use std::path::Path;
 
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
-use peft_core::{Adapter, AdapterFolder, BaseModel, Error, ExpectedTensor, Result, Segmented, Unmatched};
+use peft_core::{
+    Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Task, Unmatched,
+};
+use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
+use peft_models::ModelFiles;
+use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
+use peft_selective::LnConfig;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -43,6 +49,51 @@ pub const METHODS: &[MethodInfo] = &[
         paper: "Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353",
     },
     MethodInfo {
+        name: "ia3",
+        peft_type: "IA3",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "feedforward_modules, target_modules = \"paper\", init_ia3_weights, modules_to_save",
+        paper: "Liu et al. 2022, arXiv:2205.05638",
+    },
+    MethodInfo {
+        name: "prefix",
+        peft_type: "PREFIX_TUNING",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "num_virtual_tokens, prefix_projection, encoder_hidden_size, init_weights",
+        paper: "Li & Liang 2021, arXiv:2101.00190",
+    },
+    MethodInfo {
+        name: "prompt",
+        peft_type: "PROMPT_TUNING",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "num_virtual_tokens, prompt_tuning_init, prompt_tuning_init_text",
+        paper: "Lester et al. 2021, arXiv:2104.08691",
+    },
+    MethodInfo {
+        name: "p_tuning",
+        peft_type: "P_TUNING",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "num_virtual_tokens, encoder_reparameterization_type, encoder_hidden_size, encoder_num_layers",
+        paper: "Liu et al. 2021, arXiv:2103.10385",
+    },
+    MethodInfo {
+        name: "ln",
+        peft_type: "LN_TUNING",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "target_modules, modules_to_save",
+        paper: "Zhao et al. 2023, arXiv:2312.11420",
+    },
+    MethodInfo {
         name: "full",
         peft_type: "FULL",
         trainable: true,
@@ -74,14 +125,27 @@ fn method(name: &str) -> Result<&'static MethodInfo> {
     })
 }
 
-/// A recipe's `[method]` table, read.
+/// A method's config, read.
 enum Config {
     Lora(Box<LoraConfig>),
+    Ia3(Box<Ia3Config>),
+    Prefix(PrefixConfig),
+    Prompt(PromptConfig),
+    PTuning(PTuningConfig),
+    Ln(Box<LnConfig>),
     Full(Map<String, Value>),
 }
 
+/// An adapter with what its patterns matched, where it has patterns.
+type Made = (Adapter, Option<Selection>);
+
+fn selected(built: Built) -> Made {
+    (built.adapter, Some(built.selection))
+}
+
 impl Config {
-    fn parse(table: &Map<String, Value>) -> Result<(Self, &'static MethodInfo)> {
+    /// A recipe's `[method]` table.
+    fn of_recipe(table: &Map<String, Value>) -> Result<(Self, &'static MethodInfo)> {
         let mut keys = table.clone();
         let name = match keys.remove("type") {
             None => "lora".to_string(),
@@ -91,10 +155,88 @@ impl Config {
         let info = method(&name)?;
         let config = match info.name {
             "full" => Self::Full(keys),
+            "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
+            "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
+            "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
+            "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
+            "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
             _ => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
         };
         Ok((config, info))
     }
+
+    /// An `adapter_config.json` of the method `info`.
+    fn of_file(info: &MethodInfo, keys: &Map<String, Value>) -> Result<Self> {
+        Ok(match info.name {
+            "full" => Self::Full(keys.clone()),
+            "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
+            "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
+            "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
+            "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
+            "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
+            _ => Self::Lora(Box::new(LoraConfig::from_adapter_config(keys)?)),
+        })
+    }
+
+    /// Refuses a class head where the method does not train and store it.
+    fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
+        if base.task() == Task::CausalLm || matches!(self, Self::Lora(_) | Self::Full(_)) {
+            return Ok(());
+        }
+        let message = format!("{} is for language models here, and this model has a class head; use lora", info.name);
+        Err(Error::config("type", message))
+    }
+
+    /// A fresh adapter.
+    fn create(&self, base: &dyn BaseModel, seed: u64) -> Result<Made> {
+        let strict = Unmatched::Error;
+        Ok(match self {
+            Self::Full(keys) => (peft_selective::full::build(keys, base)?, None),
+            Self::Lora(config) if config.init == Init::Eva => {
+                let message = "eva looks at the training data, and there is none here";
+                return Err(Error::config("init_lora_weights", message));
+            }
+            Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Ia3(config) => selected(config.build(base, seed, strict)?),
+            Self::Ln(config) => selected(config.build(base, strict)?),
+            Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
+            Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
+            Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
+        })
+    }
+
+    /// An adapter for the values in `files`.
+    fn open(&self, base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
+        // The config says how many virtual tokens there are: the file has to agree before anything of that size is made.
+        let stored = |expected: Result<ExpectedTensor>| match files.contains(PROMPT_EMBEDDINGS) {
+            true => files.check(&[expected?]).map(|()| Stored::Flat),
+            false => Ok(Stored::Trained),
+        };
+        let report = Unmatched::Report;
+        Ok(match self {
+            Self::Full(keys) => (peft_selective::full::build(keys, base)?, None),
+            Self::Lora(config) => selected(config.build(base, 0, report)?),
+            Self::Ia3(config) => selected(config.build(base, 0, report)?),
+            Self::Ln(config) => selected(config.build(base, report)?),
+            Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
+            Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
+            Self::Prompt(config) => {
+                files.check(&[config.stored(base)?])?;
+                (config.open(base)?, None)
+            }
+        })
+    }
+}
+
+/// The tokens of the text that a prompt starts from; none where it starts from something else.
+fn start_tokens(config: &PromptConfig) -> Result<Vec<u32>> {
+    let PromptStart::Text(text) = &config.start else { return Ok(Vec::new()) };
+    let key = "tokenizer_name_or_path";
+    let Some(path) = &config.tokenizer else {
+        return Err(Error::config(key, "is not given, and the prompt starts from a text"));
+    };
+    let tokenizer = ModelFiles::open(Path::new(path)).and_then(|files| files.tokenizer()).with_context(|| key)?;
+    tokenizer.encode(text, true).map_err(|e| Error::config("prompt_tuning_init_text", e.to_string()))
 }
 
 /// Makes a fresh adapter from a recipe's `[method]` table.
@@ -102,17 +244,9 @@ impl Config {
 /// # Errors
 /// An unknown method or key, a pattern that matches nothing, or a start that needs training data ([`create_on`]).
 pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Result<Prepared> {
-    let (config, info) = Config::parse(table)?;
-    let (adapter, selection) = match config {
-        Config::Full(keys) => (peft_selective::full::build(&keys, base)?, None),
-        Config::Lora(config) if config.init == Init::Eva => {
-            return Err(Error::config("init_lora_weights", "eva looks at the training data, and there is none here"));
-        }
-        Config::Lora(config) => {
-            let built = config.build(base, seed, Unmatched::Error)?;
-            (built.adapter, Some(built.selection))
-        }
-    };
+    let (config, info) = Config::of_recipe(table)?;
+    config.check_task(info, base)?;
+    let (adapter, selection) = config.create(base, seed)?;
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
 
@@ -121,7 +255,7 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
 /// # Errors
 /// An unknown method or key.
 pub fn looks_at_data(table: &Map<String, Value>) -> Result<bool> {
-    Ok(matches!(Config::parse(table)?.0, Config::Lora(config) if config.init == Init::Eva))
+    Ok(matches!(Config::of_recipe(table)?.0, Config::Lora(config) if config.init == Init::Eva))
 }
 
 /// Like [`create`], with the training data at hand for starts that look at it. `next_batch` gives it without end.
@@ -134,9 +268,10 @@ pub fn create_on<M: Segmented>(
     seed: u64,
     next_batch: impl FnMut() -> Batch,
 ) -> Result<Prepared> {
-    match Config::parse(table)? {
+    match Config::of_recipe(table)? {
         (Config::Lora(config), info) if config.init == Init::Eva => {
-            let eva::Found { built, batches, inputs, settled } = eva::start(*config, model, seed, next_batch)?;
+            let eva::Found { built, batches, inputs, settled } =
+                eva::start(config.for_base(model)?, model, seed, next_batch)?;
             let note =
                 format!("eva: principal components of {inputs} inputs from {batches} batches, {settled} settled");
             let (adapter, selection) = (built.adapter, Some(built.selection));
@@ -161,13 +296,19 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         );
         return Err(Error::file(folder, message));
     };
-    let (adapter, selection) = match info.name {
-        "full" => (peft_selective::full::build(files.config().map(), base)?, None),
-        _ => {
-            let built = LoraConfig::from_adapter_config(files.config().map())?.build(base, 0, Unmatched::Report)?;
-            (built.adapter, Some(built.selection))
+    let config = Config::of_file(info, files.config().map())?;
+    config.check_task(info, base)?;
+    let (adapter, selection) = config.open(base, &files)?;
+    for path in base.fresh_layers() {
+        let site = base.sites().find(path);
+        if site.and_then(|s| adapter.at(s.id)).is_none_or(|a| a.module.is_none()) {
+            let message = format!(
+                "does not hold `{path}`, which the base has no weights for: train with modules_to_save = [\"{path}\"], or \
+                 use the base that this adapter was trained on"
+            );
+            return Err(Error::file(folder, message));
         }
-    };
+    }
     let constants: std::collections::HashSet<String> = {
         let trained: std::collections::HashSet<&str> = adapter.parameters().iter().map(|p| p.name()).collect();
         adapter.tensors().into_iter().map(|(k, _)| k).filter(|k| !trained.contains(k.as_str())).collect()

@@ -17,7 +17,8 @@ pub struct RecipeError(String);
 pub struct ModelTable {
     /// A folder, a `.gguf` file or a hub id.
     pub path: Option<String>,
-    /// `auto` (as stored), `f32`, `bf16` or `f16`.
+    /// `auto` (as stored), `f32`, `bf16` or `f16`. A CPU computes in `f32`, so that there `f32` leaves narrower weights as
+    /// they are stored: they are widened exactly, panel by panel.
     pub dtype: String,
     /// `none`; other kinds come with quantised training.
     pub quantize: String,
@@ -53,8 +54,10 @@ pub struct DataTable {
     pub template: Option<String>,
     /// Path or text of a chat template in place of the tokenizer's.
     pub chat_template: Option<String>,
-    /// Words for class labels.
+    /// Words that a causal LM answers in place of the labels.
     pub label_words: Table,
+    /// Names of the classes of a class head, in the order of their numbers; left out, the model's or those in the data.
+    pub labels: Vec<String>,
     /// Tokens a row, at most.
     pub max_length: usize,
     /// Fill batches by tokens instead of rows.
@@ -76,6 +79,7 @@ impl Default for DataTable {
             template: None,
             chat_template: None,
             label_words: Table::new(),
+            labels: Vec::new(),
             max_length: 512,
             packing: false,
             shuffle: true,

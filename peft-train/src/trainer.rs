@@ -1,15 +1,19 @@
 //! The training loop: batches, steps, evaluations, checkpoints.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use peft_core::{Adapter, AdapterSet, BaseLayer, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng};
+use peft_core::{
+    Adapter, AdapterSet, BaseLayer, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng, Task,
+};
 use std::sync::Arc;
 
 use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::{self, TrainerState};
+use crate::classify::evaluate_classes;
 use crate::data::{Batch, Dataset, Sampler};
 use crate::driver::{Checkpointing, Measured, evaluate, forward_backward};
 use crate::early_stop::{Best, EarlyStop};
@@ -277,17 +281,25 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
         let Some(data) = &self.plan.eval else { return Ok((None, false)) };
         let route = Route::Uniform(0);
-        let measured =
-            evaluate_dataset(self.model, data, &Ctx::eval(&self.set, &route), self.plan.eval_batch_size, |_| {})?;
-        let counted = measured.counted as f64;
-        let row = EvalRow {
-            step: self.state.step,
-            eval_loss: measured.nll / counted,
-            metrics: [("accuracy".to_string(), measured.hits as f64 / counted)].into(),
+        let (ctx, batch_size) = (Ctx::eval(&self.set, &route), self.plan.eval_batch_size);
+        let mut metrics = BTreeMap::new();
+        let measured = match self.model.task() {
+            Task::CausalLm => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
+            Task::Classification { classes, .. } => {
+                let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
+                metrics.insert("f1".to_string(), confusion.macro_f1());
+                measured
+            }
         };
+        let counted = measured.counted as f64;
+        metrics.insert("accuracy".to_string(), measured.hits as f64 / counted);
+        let row = EvalRow { step: self.state.step, eval_loss: measured.nll / counted, metrics };
         let metric = self.early_stop.metric().to_string();
         let value = row.get(&metric).ok_or_else(|| {
-            Error::config("train.metric", format!("`{metric}` is not measured here; use eval_loss or eval_accuracy"))
+            Error::config(
+                "train.metric",
+                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with a class head, eval_f1"),
+            )
         })?;
         let verdict = self.early_stop.observe(self.state.step, value);
         if verdict.is_best {
@@ -329,12 +341,23 @@ fn message(e: impl std::fmt::Display) -> Error {
 /// Loss over a whole data set, whatever the batch size. `progress` is told the rows done.
 ///
 /// # Errors
-/// When a tensor operation fails.
+/// When a tensor operation fails, or the loss is not finite.
 pub fn evaluate_dataset<M: Segmented>(
     model: &M,
     data: &Dataset,
     ctx: &Ctx<'_>,
     batch_size: usize,
+    progress: impl FnMut(usize),
+) -> Result<Measured> {
+    sum_over(model, data, batch_size, |batch| evaluate(model, batch, ctx), progress)
+}
+
+/// Sums what `measure` finds over all rows, in batches of similar lengths.
+pub(crate) fn sum_over<M: Segmented>(
+    model: &M,
+    data: &Dataset,
+    batch_size: usize,
+    mut measure: impl FnMut(&Batch) -> Result<Measured>,
     mut progress: impl FnMut(usize),
 ) -> Result<Measured> {
     let mut total = Measured::default();
@@ -344,7 +367,7 @@ pub fn evaluate_dataset<M: Segmented>(
     for chunk in rows.chunks(batch_size) {
         let batch = Batch::new(data, chunk);
         if !batch.targets().ids.is_empty() {
-            total += evaluate(model, &batch, ctx)?;
+            total += measure(&batch)?;
         }
         progress(chunk.len());
     }

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use peft_train::data::{
-    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, Location, MixturePart, Sampler, SamplerOptions,
-    SamplerState, Truncation,
+    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, Location, MixturePart, Predictor, Sampler,
+    SamplerOptions, SamplerState, Truncation,
 };
 use proptest::prelude::*;
 
@@ -17,6 +17,8 @@ fn dataset(lengths: &[usize]) -> Dataset {
         .map(|(row, &n)| Example {
             input_ids: (0..n as u32).map(|t| row as u32 * 1000 + t).collect(),
             labels: (0..n as i32).map(|t| if t % 3 == 1 { t } else { -100 }).collect(),
+            types: Vec::new(),
+            predictor: Predictor::Previous,
             source: Location::line(&file, row as u64 + 1),
             truncation: Truncation::default(),
         })
@@ -56,6 +58,8 @@ fn a_batch_is_packed_and_shifted_within_sequences() {
     let example = Example {
         input_ids: vec![7, 8],
         labels: vec![7, 8],
+        types: Vec::new(),
+        predictor: Predictor::Previous,
         source: Location::line(&file, 1),
         truncation: Truncation::default(),
     };

@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize()?;
     let named = adapters(&root)?;
     let files = ModelFiles::open(&root.join("examples/quickstart/base"))?;
-    let model = files.load(&Placement::cpu(None), 0)?;
+    let model = files.load_decoder(&Placement::cpu(None), 0)?;
     let server = Server { model, tokenizer: files.tokenizer()?, adapters: RwLock::default() };
     for (name, path) in &named {
         let started = Instant::now();

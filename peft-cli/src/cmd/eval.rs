@@ -3,23 +3,28 @@
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use peft_core::{AdapterSet, Ctx, Route, Segmented};
-use peft_models::Decoder;
+use peft_core::{AdapterSet, BaseModel, Ctx, Route, Segmented, Task};
+use peft_models::{AnyModel, Decoder};
 use peft_train::data::{Batch, DataSpec, Dataset, EncodeOptions, Encoder, Example, Format, Row, TextTokenizer};
-use peft_train::{evaluate_dataset, methods, token_losses};
+use peft_train::{evaluate_classes, evaluate_dataset, methods, token_losses};
 use serde_json::json;
 
 use crate::args::EvalArgs;
 use crate::open;
 
 pub(crate) fn run(args: &EvalArgs) -> Result<()> {
-    let files = open::model(&args.model.model)?;
+    let mut files = open::model(&args.model.model)?;
+    let adapter = args.adapter.as_deref().map(open::adapter).transpose()?;
+    open::settle_classes(&mut files, &args.labels, adapter.as_deref())?;
+    if adapter.is_none() && files.lacks_class_head() {
+        bail!("{} has no class head: give --adapter with one that was trained", args.model.model);
+    }
     let placement = open::placement(&args.model.device, &args.model.dtype)?;
     let model = files.load(&placement, 0)?;
-    let (set, route) = match &args.adapter {
+    let (set, route) = match &adapter {
         None => (AdapterSet::empty(), Route::Base),
-        Some(spec) => {
-            let prepared = methods::open(&open::adapter(spec)?, &model)?;
+        Some(folder) => {
+            let prepared = methods::open(folder, &model)?;
             (AdapterSet::one("adapter", Arc::new(prepared.adapter)), Route::Uniform(0))
         }
     };
@@ -34,17 +39,22 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = tokenizer.as_ref().map(|t| t as &dyn TextTokenizer);
     let options = EncodeOptions {
         template: args.template.clone(),
-        max_length: Some(args.max_length),
+        max_length: Some(open::max_length(&files, args.max_length)),
         vocab_size: Some(model.vocab_size()),
+        class_head: open::class_head(&files),
         ..EncodeOptions::new(format.unwrap_or(Format::Text))
     };
     if args.batch_size == 0 {
         bail!("--batch-size must be at least 1");
     }
     if !args.choices.is_empty() {
-        return choices(args, &model, &ctx, format, tokenizer, options);
+        let model = model.as_language_model().context("--choice")?;
+        return choices(args, model, &ctx, format, tokenizer, options);
     }
     let (data, _) = Dataset::load(&DataSpec::from(args.data.as_path()), format, tokenizer, &options)?;
+    if let Task::Classification { classes, .. } = model.task() {
+        return classified(args, &model, &data, classes, &ctx);
+    }
     let measured = evaluate_dataset(&model, &data, &ctx, args.batch_size, |_| {})?;
     let loss = measured.nll / measured.counted as f64;
     let accuracy = measured.hits as f64 / measured.counted as f64;
@@ -59,6 +69,25 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         out!("perplexity      {:.4}", loss.exp());
         out!("token accuracy  {:.2} %", 100.0 * accuracy);
         out!("tokens          {} counted, in {} examples", measured.counted, data.len());
+    }
+    Ok(())
+}
+
+/// Loss a row, accuracy and F1 of a class head.
+fn classified(args: &EvalArgs, model: &AnyModel, data: &Dataset, classes: usize, ctx: &Ctx<'_>) -> Result<()> {
+    let (measured, confusion) = evaluate_classes(model, data, classes, ctx, args.batch_size, |_| {})?;
+    let loss = measured.nll / measured.counted as f64;
+    let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
+    if args.json {
+        let result = json!({
+            "loss": loss, "perplexity": loss.exp(), "tokens": measured.counted, "examples": data.len(),
+            "accuracy": accuracy, "f1": f1
+        });
+        out!("{result}");
+    } else {
+        out!("loss      {loss:.6} a row");
+        out!("accuracy  {:.2} % ({} of {} rows)", 100.0 * accuracy, measured.hits, measured.counted);
+        out!("f1        {f1:.4}, mean over {classes} classes");
     }
     Ok(())
 }

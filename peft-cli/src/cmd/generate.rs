@@ -35,9 +35,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let files = open::model(&args.model.model)?;
     let tokenizer = files.tokenizer()?;
     let model = files.load(&open::placement(&args.model.device, &args.model.dtype)?, 0)?;
+    let model = model.as_language_model()?;
     let adapters = match &args.adapter {
         None => AdapterSet::empty(),
-        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, &model)?.adapter)),
+        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, model)?.adapter)),
     };
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
@@ -46,7 +47,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         seed: args.seed,
         stop: tokenizer.eos_token_ids().to_vec(),
     };
-    let session = Session { model: &model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
+    let session = Session { model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
     if !args.chat {
         let prompt = args.prompt.as_deref().context("--prompt is missing")?;
         let answer = session.answer(tokenizer.encode(prompt, true)?)?;

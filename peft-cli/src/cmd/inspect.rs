@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use peft_core::AdapterFolder;
 use peft_models::ModelFiles;
+use peft_models::config::ModelConfig;
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
@@ -66,7 +67,7 @@ fn adapter(path: &Path) -> Result<Value> {
     Ok(json!({
         "kind": "adapter", "method": config.peft_type(), "base": value("base_model_name_or_path"),
         "task_type": value("task_type"), "r": value("r"), "lora_alpha": value("lora_alpha"),
-        "ranks": ranks, "parameters": parameters, "bytes": folder.bytes(),
+        "num_virtual_tokens": value("num_virtual_tokens"), "ranks": ranks, "parameters": parameters, "bytes": folder.bytes(),
         "target_modules": value("target_modules"), "sites": listed
     }))
 }
@@ -74,16 +75,15 @@ fn adapter(path: &Path) -> Result<Value> {
 /// `base_model.model.<site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key(key: &str) -> (&str, &str) {
     let key = key.strip_prefix("base_model.model.").unwrap_or(key);
-    for mark in [".lora_", ".base_layer.", ".token_adapter."] {
+    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter."] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }
     }
-    key.rsplit_once('.').unwrap_or(("", key))
+    key.rsplit_once('.').unwrap_or(("every sequence", key))
 }
 
 fn model(files: &ModelFiles) -> Result<Value> {
-    let c = files.config();
     let mut parameters = 0usize;
     let names = files.tensor_names();
     for name in &names {
@@ -97,10 +97,26 @@ fn model(files: &ModelFiles) -> Result<Value> {
             types.dedup();
             types.join(", ")
         }
-        None => files.tensor_dtype("model.embed_tokens.weight")?.as_str().to_string(),
+        None => files.stored_dtype()?.as_str().to_string(),
+    };
+    let c = match files.config() {
+        ModelConfig::Decoder(c) => c,
+        ModelConfig::Encoder(c) => {
+            let classes: &[String] = if files.lacks_class_head() { &[] } else { &c.labels };
+            return Ok(json!({
+                "kind": "model", "model_type": c.family.model_type, "parameters": parameters, "dtype": dtype,
+                "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+                "attention_heads": c.num_attention_heads, "head_dim": c.head_dim(), "vocab_size": c.vocab_size,
+                "max_length": c.max_length(), "task_type": c.task().peft_name(),
+                "classes": classes,
+                "class_head": if files.lacks_class_head() { "none yet: training makes one" } else { "in the checkpoint" },
+                "tensors": names.len()
+            }));
+        }
     };
     Ok(json!({
         "kind": "model", "model_type": c.model_type(), "parameters": parameters, "dtype": dtype,
+        "task_type": c.task().peft_name(), "classes": c.labels.as_deref().unwrap_or_default(),
         "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
         "attention_heads": c.num_attention_heads, "key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings,

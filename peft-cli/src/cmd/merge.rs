@@ -14,16 +14,20 @@ use crate::args::MergeArgs;
 use crate::open;
 
 pub(crate) fn run(args: &MergeArgs) -> Result<()> {
-    let files = open::model(&args.model)?;
+    let mut files = open::model(&args.model)?;
     let dtype = open::parse_dtype(&args.dtype)?;
-    let stored = files.tensor_dtype("model.embed_tokens.weight")?;
+    let stored = files.stored_dtype()?;
     let dtype =
         dtype.unwrap_or(if matches!(stored, DType::F32 | DType::F16 | DType::BF16) { stored } else { DType::F32 });
+    let folders = args.adapter.iter().map(|spec| open::adapter(spec)).collect::<Result<Vec<_>>>()?;
+    for folder in &folders {
+        open::settle_classes(&mut files, &[], Some(folder))?;
+    }
     // As stored, so that a merge in f32 starts from what the file says and takes no more memory than the file.
     let model = files.load(&Placement::cpu(None), 0)?;
     let mut adapters = Vec::new();
-    for spec in &args.adapter {
-        let prepared = methods::open(&open::adapter(spec)?, &model).with_context(|| format!("adapter {spec}"))?;
+    for (spec, folder) in args.adapter.iter().zip(&folders) {
+        let prepared = methods::open(folder, &model).with_context(|| format!("adapter {spec}"))?;
         adapters.push(Arc::new(prepared.adapter));
     }
     let merged = Merged::new(&model, adapters)?;

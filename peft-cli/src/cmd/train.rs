@@ -8,9 +8,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use peft_core::{AdapterSet, BaseModel};
 use peft_models::tokenizer::Tokenizer;
-use peft_models::{Decoder, ModelFiles};
+use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
-    Batch, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, preview,
+    Batch, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
 };
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
 use peft_train::log::{Progress, RunLogger};
@@ -70,7 +70,7 @@ fn load_recipe(args: &TrainArgs) -> Result<Recipe> {
 struct Run {
     recipe: Recipe,
     files: ModelFiles,
-    model: Decoder,
+    model: AnyModel,
     tokenizer: Option<Tokenizer>,
     prepared: Prepared,
     train: Dataset,
@@ -83,7 +83,7 @@ impl Run {
         let started = Instant::now();
         let path = recipe.model.path.as_deref().unwrap_or_default();
         let random = recipe.model.init == "random";
-        let files = if random { ModelFiles::open_random(Path::new(path))? } else { open::model(path)? };
+        let mut files = if random { ModelFiles::open_random(Path::new(path))? } else { open::model(path)? };
         let placement = open::placement(&recipe.model.device, &recipe.model.dtype)?;
         let format = recipe.data.format.as_deref().map(str::parse::<Format>).transpose()?;
         let tokenizer = match format {
@@ -92,25 +92,35 @@ impl Run {
             _ => Some(files.tokenizer()?),
         };
         let text = tokenizer.as_ref().map(open::text_tokenizer).transpose()?;
+        let spec = |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
+        let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
+        settle_classes(&mut files, &recipe, &train)?;
         let options = EncodeOptions {
             template: recipe.data.template.clone(),
             chat_template: recipe.data.chat_template.clone(),
             label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),
-            max_length: Some(recipe.data.max_length),
+            max_length: Some(open::max_length(&files, recipe.data.max_length)),
             text_eos: recipe.data.text_eos,
-            vocab_size: Some(files.config().vocab_size),
+            vocab_size: Some(files.config().vocab_size()),
+            class_head: open::class_head(&files),
             ..EncodeOptions::new(format.unwrap_or(Format::Text))
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
-        let spec = |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
-        let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
         let (train, format) = Dataset::load(&train, format, text, &options)?;
         let eval = match &recipe.data.eval {
             Some(v) => Some(Dataset::load(&spec(v)?, Some(format), text, &options)?.0),
             None => None,
         };
         let model = files.load(&placement, recipe.train.seed)?;
-        let prepared = prepare_adapter(&recipe, &model, &train, resume)?;
+        if !model.fresh_layers().is_empty() && !random {
+            eprintln!(
+                "{path} has no weights for {}: they start at random (seed {}) and are trained and stored with the adapter",
+                model.fresh_layers().join(", "),
+                recipe.train.seed
+            );
+        }
+        let mut prepared = prepare_adapter(&recipe, &files, &model, &train, resume)?;
+        prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
         for note in &prepared.notes {
             eprintln!("{note}");
         }
@@ -223,7 +233,8 @@ impl Run {
             adapter.touched().filter_map(|(id, _)| self.model.sites().get(id)).map(|s| s.path.as_str()).collect();
         if as_json {
             let result = json!({
-                "method": self.prepared.method, "sites": sites, "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
+                "method": self.prepared.method, "sites": sites,
+                "virtual_tokens": adapter.virtual_tokens().map_or(0, |tokens| tokens.count), "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
                 "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.checkpointing), "preview": rows
@@ -231,7 +242,10 @@ impl Run {
             out!("{result}");
             return Ok(());
         }
-        out!("method      {} on {} sites", self.prepared.method, sites.len());
+        match adapter.virtual_tokens() {
+            Some(tokens) => out!("method      {}, {} virtual tokens", self.prepared.method, tokens.count),
+            None => out!("method      {} on {} sites", self.prepared.method, sites.len()),
+        }
         for (key, pattern, n) in &hits {
             out!("  {key:<18} {pattern:<24} {n} sites");
         }
@@ -313,9 +327,24 @@ impl Run {
     }
 
     fn samples(&self, adapters: &AdapterSet) -> Result<Vec<String>> {
-        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, &self.tokenizer) else { return Ok(Vec::new()) };
-        sample::continuations(&self.model, tokenizer, adapters, prompts, self.recipe.sample.max_new_tokens)
+        let prompts = &self.recipe.sample.prompts;
+        let (false, Some(tokenizer)) = (prompts.is_empty(), &self.tokenizer) else { return Ok(Vec::new()) };
+        let model = self.model.as_language_model().context("sample.prompts")?;
+        sample::continuations(model, tokenizer, adapters, prompts, self.recipe.sample.max_new_tokens)
     }
+}
+
+/// The classes of a class head: those that the recipe names, those of the adapter to start from, those of the checkpoint, or
+/// those that occur in the training rows.
+fn settle_classes(files: &mut ModelFiles, recipe: &Recipe, train: &DataSpec) -> Result<()> {
+    let from = recipe.method.get("init_from").and_then(toml::Value::as_str).map(open::adapter).transpose()?;
+    open::settle_classes(files, &recipe.data.labels, from.as_deref())?;
+    if recipe.data.labels.is_empty() && from.is_none() && files.lacks_class_head() {
+        let labels = labels_in(train)?;
+        eprintln!("classes in the training rows: {}", labels.join(", "));
+        files.set_labels(labels)?;
+    }
+    Ok(())
 }
 
 fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
@@ -330,7 +359,25 @@ fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
     Ok(Sampler::new(train, options)?)
 }
 
-fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bool) -> Result<Prepared> {
+/// Whether a prompt starts from the embeddings of a text.
+fn starts_from_text(method: &Map<String, Value>) -> bool {
+    method.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT")
+}
+
+/// `method` with the base's own tokenizer where it names none.
+fn with_tokenizer(mut method: Map<String, Value>, files: &ModelFiles) -> Map<String, Value> {
+    let path = files.path().display().to_string();
+    method.entry("tokenizer_name_or_path").or_insert_with(|| path.into());
+    method
+}
+
+fn prepare_adapter(
+    recipe: &Recipe,
+    files: &ModelFiles,
+    model: &AnyModel,
+    train: &Dataset,
+    resume: bool,
+) -> Result<Prepared> {
     let mut table: Map<String, Value> = match serde_json::to_value(&recipe.method)? {
         Value::Object(map) => map,
         _ => Map::new(),
@@ -346,6 +393,7 @@ fn prepare_adapter(recipe: &Recipe, model: &Decoder, train: &Dataset, resume: bo
             methods::open(&open::adapter(&from)?, model)?
         }
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
+        None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, recipe.train.seed)?,
         None if methods::looks_at_data(&table)? => match if resume { checkpoint::list(output)?.pop() } else { None } {
             // What was found in the data is in the checkpoint, ranks included.
             Some((_, dir)) => methods::open(&dir, model)?,

@@ -90,10 +90,7 @@ impl<'a> Problem<'a> {
     /// The two ranges of keys that a sequence's queries see: the prefix, then its own.
     pub(super) fn parts(&self, sequence: usize) -> [(Range<usize>, Sight); 2] {
         let span = &self.plan.sequences[sequence];
-        [
-            (span.prefix.clone(), Sight::all(span.queries.len(), span.prefix.len())),
-            (span.keys.clone(), Sight::own(self.plan, span)),
-        ]
+        [(span.prefix.clone(), Sight::prefix(self.plan, span)), (span.keys.clone(), Sight::own(self.plan, span))]
     }
 
     /// Multiply-adds of one product over all visible tiles, roughly.

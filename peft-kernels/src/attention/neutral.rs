@@ -101,16 +101,15 @@ fn sequences<'a>(
 }
 
 fn mask(plan: &AttentionPlan, span: &SequenceSpan, device: &Device) -> Result<Option<Tensor>> {
-    let (nq, prefix, own) = (span.queries.len(), span.prefix.len(), span.keys.len());
-    let sight = Sight::own(plan, span);
-    if (0..nq).all(|i| sight.keys_of(i).len() == own) {
+    let (nq, prefix, n) = (span.queries.len(), span.prefix.len(), span.prefix.len() + span.keys.len());
+    let (before, own) = (Sight::prefix(plan, span), Sight::own(plan, span));
+    if (0..nq).all(|i| before.keys_of(i).len() + own.keys_of(i).len() == n) {
         return Ok(None);
     }
-    let n = prefix + own;
     let mut mask = vec![0f32; nq * n];
     for (i, row) in mask.chunks_exact_mut(n).enumerate() {
-        row[..prefix].fill(1.0);
-        row[prefix..][sight.keys_of(i)].fill(1.0);
+        row[before.keys_of(i)].fill(1.0);
+        row[prefix..][own.keys_of(i)].fill(1.0);
     }
     Tensor::from_vec(mask, (nq, n), device).map(Some)
 }

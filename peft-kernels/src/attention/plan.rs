@@ -11,8 +11,7 @@ pub struct SequenceSpan {
     pub queries: Range<usize>,
     /// Its own rows of `k` and `v`. Sequences may not share them; keys that several sequences see are a `prefix`.
     pub keys: Range<usize>,
-    /// Further rows of `k` and `v` that each of its queries sees, whatever the causal mask and the window say (prefix
-    /// tuning). May be empty, and may be shared by several sequences: its gradient is then the sum of theirs.
+    /// Further rows of `k` and `v`, which stand before its own (prefix tuning). May be empty, and may be shared by several sequences: its gradient is then the sum of theirs.
     pub prefix: Range<usize>,
 }
 
@@ -21,8 +20,9 @@ pub struct SequenceSpan {
 /// With `nq` queries and `nk` own keys, query `i` of a sequence stands at position `p = i + nk − nq` of its keys, so that
 /// a cache of earlier keys simply makes `nk` larger than `nq`. `causal` lets it see the keys `0..=p`. `window = Some(w)`
 /// keeps of those the last `w` (`j > p − w`, as `sliding_window` in transformers); without `causal` it keeps the keys with
-/// `|j − p| ≤ w` (as transformers' bidirectional sliding window). Prefix keys are always seen. A query that sees no key at
-/// all gives zeros.
+/// `|j − p| ≤ w` (as transformers' bidirectional sliding window). The keys of a prefix stand before the first own key, at
+/// positions `−len..0`, so that causal queries see all of them and a window reaches over to the last. A query that sees no
+/// key at all gives zeros.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AttentionPlan {
     /// Query heads.
@@ -131,11 +131,13 @@ fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
     !a.is_empty() && !b.is_empty() && a.start < b.end && b.start < a.end
 }
 
-/// Which own keys the queries of one sequence see. Both bounds grow with the query.
+/// Which keys of one range the queries of one sequence see. Both bounds grow with the query.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sight {
     queries: isize,
     keys: isize,
+    /// How many further keys of the sequence stand behind those of the range.
+    behind: isize,
     /// Keys that a query sees to the left of its position, at most.
     left: isize,
     /// And to the right.
@@ -146,8 +148,17 @@ pub(super) struct Sight {
 const FAR: isize = isize::MAX / 4;
 
 impl Sight {
-    /// Of one of `plan`'s sequences, relative to the start of its queries and own keys.
+    /// Of the own keys of one of `plan`'s sequences, relative to their start and that of its queries.
     pub(super) fn own(plan: &AttentionPlan, span: &SequenceSpan) -> Self {
+        Self::of(plan, span.queries.len(), span.keys.len(), 0)
+    }
+
+    /// Of the prefix of one of `plan`'s sequences.
+    pub(super) fn prefix(plan: &AttentionPlan, span: &SequenceSpan) -> Self {
+        Self::of(plan, span.queries.len(), span.prefix.len(), span.keys.len())
+    }
+
+    fn of(plan: &AttentionPlan, queries: usize, keys: usize, behind: usize) -> Self {
         let window = plan.window.map(|w| isize::try_from(w).unwrap_or(FAR).min(FAR));
         let (left, right) = match (plan.causal, window) {
             (true, Some(w)) => (w - 1, 0),
@@ -155,18 +166,13 @@ impl Sight {
             (false, Some(w)) => (w, w),
             (false, None) => (FAR, FAR),
         };
-        Self { queries: span.queries.len() as isize, keys: span.keys.len() as isize, left, right }
-    }
-
-    /// All queries see all `keys`.
-    pub(super) fn all(queries: usize, keys: usize) -> Self {
-        Self { queries: queries as isize, keys: keys as isize, left: FAR, right: FAR }
+        Self { queries: queries as isize, keys: keys as isize, behind: behind as isize, left, right }
     }
 
     /// The keys that query `i` sees; empty ranges have `start == end`.
     #[inline]
     pub(super) fn keys_of(&self, i: usize) -> Range<usize> {
-        let p = i as isize + self.keys - self.queries;
+        let p = i as isize + self.keys + self.behind - self.queries;
         let start = (p - self.left).clamp(0, self.keys);
         let end = (p + self.right + 1).clamp(start, self.keys);
         start as usize..end as usize
@@ -175,7 +181,7 @@ impl Sight {
     /// The queries that see key `j`.
     #[inline]
     pub(super) fn queries_of(&self, j: usize) -> Range<usize> {
-        let i = j as isize - self.keys + self.queries;
+        let i = j as isize - self.keys - self.behind + self.queries;
         let start = (i - self.right).clamp(0, self.queries);
         let end = (i + self.left + 1).clamp(start, self.queries);
         start as usize..end as usize
@@ -200,6 +206,22 @@ mod tests {
                 ] {
                     let mut plan = AttentionPlan::causal(1, 1, 8, &[]);
                     (plan.causal, plan.window) = (causal, window);
+                    // A prefix is seen as the same keys at the beginning of a longer sequence would be.
+                    for (prefix, own) in [(0, nk), (nk / 2, nk - nk / 2), (nk, 0)] {
+                        let span = SequenceSpan { queries: 0..nq, keys: prefix..nk, prefix: 0..prefix };
+                        let (before, after) = (Sight::prefix(&plan, &span), Sight::own(&plan, &span));
+                        let whole = Sight::own(&plan, &SequenceSpan { queries: 0..nq, keys: 0..nk, prefix: 0..0 });
+                        let clipped = |r: Range<usize>, from: usize, n: usize| {
+                            let clip = |x: usize| x.clamp(from, from + n) - from;
+                            clip(r.start)..clip(r.end)
+                        };
+                        let same = |a: Range<usize>, b: Range<usize>| a == b || (a.is_empty() && b.is_empty());
+                        for i in 0..nq {
+                            assert!(same(before.keys_of(i), clipped(whole.keys_of(i), 0, prefix)), "{span:?} {i}");
+                            assert!(same(after.keys_of(i), clipped(whole.keys_of(i), prefix, own)), "{span:?} {i}");
+                        }
+                        assert!((0..prefix).all(|j| same(before.queries_of(j), whole.queries_of(j))));
+                    }
                     let span = SequenceSpan { queries: 0..nq, keys: 0..nk, prefix: 0..0 };
                     let sight = Sight::own(&plan, &span);
                     for i in 0..nq {

@@ -20,15 +20,17 @@ fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
             let kv = h / (plan.heads / plan.kv_heads);
             for (i, token) in s.queries.clone().enumerate() {
                 let p = i as i64 + s.keys.len() as i64 - s.queries.len() as i64;
-                let seen = |j: &usize| {
-                    let j = (*j - s.keys.start) as i64;
+                let seen = |j: i64| {
                     let w = plan.window.map(|w| i64::try_from(w).unwrap_or(i64::MAX / 2));
                     match plan.causal {
                         true => j <= p && w.is_none_or(|w| j > p - w),
                         false => w.is_none_or(|w| (j - p).abs() <= w),
                     }
                 };
-                let keys: Vec<usize> = s.prefix.clone().chain(s.keys.clone().filter(seen)).collect();
+                // The prefix stands before the own keys.
+                let prefix = s.prefix.clone().filter(|j| seen(*j as i64 - s.prefix.end as i64));
+                let keys: Vec<usize> =
+                    prefix.chain(s.keys.clone().filter(|j| seen((j - s.keys.start) as i64))).collect();
                 let qi = &q[token * qw + h * d..][..d];
                 let head = |t: &[f64], j: usize| t[j * kw + kv * d..][..d].to_vec();
                 let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();

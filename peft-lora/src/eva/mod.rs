@@ -13,12 +13,11 @@ use candle_core::{DType, Tensor, TensorId};
 use peft_core::kernels::{ServingForm, Stream};
 use peft_core::select::{SelectRules, SelectedSite, select};
 use peft_core::{
-    Adapter, AdapterSet, BaseLayer, BaseModel, Ctx, Delta, Error, FrozenLinear, Parameter, PeftModule, Result, Site,
-    SiteAdapter, SiteId, SiteModule, SiteTable,
+    Adapter, AdapterSet, BaseLayer, BaseModel, Built, Ctx, Delta, Error, FrozenLinear, Parameter, PeftModule, Result,
+    Site, SiteAdapter, SiteId, SiteModule, SiteTable, candidates, parameter_name,
 };
 use serde_json::{Map, Value};
 
-use crate::build::{Built, candidates, parameter_name};
 use crate::config::LoraConfig;
 use pca::IncrementalPca;
 

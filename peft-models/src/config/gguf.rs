@@ -128,6 +128,7 @@ impl DecoderConfig {
             bos_token_id: token("bos_token_id")?,
             eos_token_ids: token("eos_token_id")?.into_iter().collect(),
             pad_token_id: token("padding_token_id")?,
+            labels: None,
             dtype: None,
             raw: Map::new(),
         }

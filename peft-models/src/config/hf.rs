@@ -3,17 +3,15 @@
 //! v4 has `rope_theta`, `rope_scaling` and `torch_dtype`; v5 has `rope_parameters` and `dtype`
 //! (transformers `modeling_rope_utils.py`, `RotaryEmbeddingConfigMixin`, for which one wins).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use candle_core::DType;
 use peft_core::suggest::did_you_mean;
 use serde_json::{Map, Value, json};
 
-use super::{ACTIVATIONS, Activation, ConfigError, DecoderConfig, FAMILIES, Family, RopeConfig};
+use super::keys::{Keys, activation, dtype, dtype_name, family, read_json, refuse_quantized};
+use super::labels::{class_labels, insert_labels, reads_classes};
+use super::{ConfigError, DecoderConfig, FAMILIES, Family, RopeConfig};
 use crate::rope::{LongRope, RopeScaling, Yarn};
-
-/// A `config.json` is a few kilobytes; anything larger than this is not one.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 const ROPE_TYPES: &[&str] = &["default", "linear", "dynamic", "yarn", "llama3", "longrope"];
 
@@ -24,16 +22,7 @@ impl DecoderConfig {
     /// A file that cannot be read or parsed, an unknown `model_type`, an absent key, and a value that is impossible or
     /// not supported; the message names the file and the key.
     pub fn from_hf_json(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
-        let path = path.as_ref();
-        let path = if path.is_dir() { path.join("config.json") } else { path.to_path_buf() };
-        let io = |source| ConfigError::Io { path: path.clone(), source };
-        let length = std::fs::metadata(&path).map_err(io)?.len();
-        if length > MAX_CONFIG_BYTES {
-            return Err(ConfigError::Json { path, reason: format!("{length} bytes are too many for a configuration") });
-        }
-        let bytes = std::fs::read(&path).map_err(io)?;
-        let raw: Map<String, Value> = serde_json::from_slice(&bytes)
-            .map_err(|error| ConfigError::Json { path: path.clone(), reason: error.to_string() })?;
+        let (raw, path) = read_json(path.as_ref())?;
         Self::from_hf_map(raw, &path)
     }
 
@@ -43,14 +32,8 @@ impl DecoderConfig {
     /// As [`DecoderConfig::from_hf_json`].
     pub fn from_hf_map(raw: Map<String, Value>, path: &Path) -> Result<Self, ConfigError> {
         let keys = Keys { map: &raw, path, prefix: "" };
-        let family = family(&keys)?;
-        if let Some(quantization) = keys.value("quantization_config") {
-            let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-            return Err(keys.invalid(
-                "quantization_config",
-                format!("weights stored by `{method}` cannot be read; use the unquantised model or a .gguf file"),
-            ));
-        }
+        let family = family(&keys, FAMILIES, |family| family.model_type)?;
+        refuse_quantized(&keys)?;
         let hidden_size = keys.required_count("hidden_size")?;
         let num_attention_heads = keys.required_count("num_attention_heads")?;
         if num_attention_heads == 0 {
@@ -76,7 +59,7 @@ impl DecoderConfig {
             num_attention_heads,
             num_key_value_heads: keys.count("num_key_value_heads")?.unwrap_or(num_attention_heads),
             head_dim,
-            hidden_act: activation(&keys)?.unwrap_or(family.hidden_act),
+            hidden_act: activation(&keys, "hidden_act")?.unwrap_or(family.hidden_act),
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps),
             rope: rope(&keys, family, max_position_embeddings)?,
             max_position_embeddings,
@@ -97,6 +80,7 @@ impl DecoderConfig {
                 family.eos_token_id.into_iter().collect()
             },
             pad_token_id: keys.token_ids("pad_token_id")?.first().copied(),
+            labels: reads_classes(&keys).then(|| class_labels(&keys)).transpose()?,
             dtype: dtype(&keys)?,
             raw: Map::new(),
         }
@@ -114,6 +98,9 @@ impl DecoderConfig {
         map.insert("vocab_size".into(), json!(self.vocab_size));
         if map.contains_key("tie_word_embeddings") || self.tie_word_embeddings != self.family.tie_word_embeddings {
             map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
+        }
+        if let Some(labels) = &self.labels {
+            insert_labels(&mut map, labels);
         }
         if let Some(name) = self.dtype.and_then(dtype_name) {
             let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
@@ -164,146 +151,6 @@ impl DecoderConfig {
             set("final_logit_softcapping", json!(self.final_logit_softcapping));
         }
         map
-    }
-}
-
-/// Typed access to the keys of one JSON object; `null` counts as absent.
-struct Keys<'a> {
-    map: &'a Map<String, Value>,
-    path: &'a Path,
-    prefix: &'static str,
-}
-
-impl Keys<'_> {
-    fn value(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
-
-    fn name(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
-    }
-
-    fn invalid(&self, key: &str, reason: String) -> ConfigError {
-        ConfigError::Invalid { path: PathBuf::from(self.path), key: self.name(key), reason }
-    }
-
-    fn wrong(&self, key: &str, value: &Value, wanted: &str) -> ConfigError {
-        let mut shown = value.to_string();
-        if let Some((cut, _)) = shown.char_indices().nth(60) {
-            shown.truncate(cut);
-            shown.push('…');
-        }
-        self.invalid(key, format!("{shown} is not {wanted}"))
-    }
-
-    fn count(&self, key: &str) -> Result<Option<usize>, ConfigError> {
-        self.value(key)
-            .map(|value| {
-                value
-                    .as_u64()
-                    .and_then(|number| usize::try_from(number).ok())
-                    .ok_or_else(|| self.wrong(key, value, "a whole number ≥ 0"))
-            })
-            .transpose()
-    }
-
-    fn required_count(&self, key: &str) -> Result<usize, ConfigError> {
-        self.count(key)?.ok_or_else(|| ConfigError::Missing { path: PathBuf::from(self.path), key: self.name(key) })
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, ConfigError> {
-        self.value(key)
-            .map(|value| {
-                value.as_f64().filter(|number| number.is_finite()).ok_or_else(|| self.wrong(key, value, "a number"))
-            })
-            .transpose()
-    }
-
-    fn required_number(&self, key: &str) -> Result<f64, ConfigError> {
-        self.number(key)?.ok_or_else(|| ConfigError::Missing { path: PathBuf::from(self.path), key: self.name(key) })
-    }
-
-    fn numbers(&self, key: &str) -> Result<Vec<f64>, ConfigError> {
-        let missing = || ConfigError::Missing { path: PathBuf::from(self.path), key: self.name(key) };
-        let value = self.value(key).ok_or_else(missing)?;
-        value
-            .as_array()
-            .and_then(|items| items.iter().map(Value::as_f64).collect())
-            .ok_or_else(|| self.wrong(key, value, "a list of numbers"))
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>, ConfigError> {
-        self.value(key).map(|value| value.as_bool().ok_or_else(|| self.wrong(key, value, "true or false"))).transpose()
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&str>, ConfigError> {
-        self.value(key).map(|value| value.as_str().ok_or_else(|| self.wrong(key, value, "a string"))).transpose()
-    }
-
-    /// One id or a list of ids. −1, which older files write for "none", is dropped.
-    fn token_ids(&self, key: &str) -> Result<Vec<u32>, ConfigError> {
-        let Some(value) = self.value(key) else { return Ok(Vec::new()) };
-        let items = value.as_array().map_or_else(|| std::slice::from_ref(value), Vec::as_slice);
-        let mut ids = Vec::with_capacity(items.len());
-        for item in items {
-            match item.as_i64() {
-                Some(-1) => {}
-                Some(id) => ids.push(u32::try_from(id).map_err(|_| self.wrong(key, item, "a token id"))?),
-                None => return Err(self.wrong(key, item, "a token id")),
-            }
-        }
-        Ok(ids)
-    }
-}
-
-fn family(keys: &Keys<'_>) -> Result<&'static Family, ConfigError> {
-    let missing = || ConfigError::Missing { path: keys.path.into(), key: "model_type".into() };
-    let model_type = keys.text("model_type")?.ok_or_else(missing)?;
-    FAMILIES.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
-        keys.invalid(
-            "model_type",
-            format!(
-                "`{model_type}` is not supported (known: {}){}",
-                known.join(", "),
-                did_you_mean(model_type, &known)
-            ),
-        )
-    })
-}
-
-fn activation(keys: &Keys<'_>) -> Result<Option<Activation>, ConfigError> {
-    let Some(name) = keys.text("hidden_act")? else { return Ok(None) };
-    Activation::from_name(name).map(Some).ok_or_else(|| {
-        let known: Vec<&str> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
-        keys.invalid(
-            "hidden_act",
-            format!("`{name}` is not supported (known: {}){}", known.join(", "), did_you_mean(name, &known)),
-        )
-    })
-}
-
-fn dtype(keys: &Keys<'_>) -> Result<Option<DType>, ConfigError> {
-    let key = if keys.value("dtype").is_some() { "dtype" } else { "torch_dtype" };
-    let Some(name) = keys.text(key)? else { return Ok(None) };
-    match name.strip_prefix("torch.").unwrap_or(name) {
-        "float32" | "float" => Ok(Some(DType::F32)),
-        "bfloat16" => Ok(Some(DType::BF16)),
-        "float16" | "half" => Ok(Some(DType::F16)),
-        "float64" | "double" => Ok(Some(DType::F64)),
-        // What transformers calls "as stored".
-        "auto" => Ok(None),
-        _ => Err(keys.invalid(key, format!("`{name}` is not one of float32, bfloat16, float16"))),
-    }
-}
-
-fn dtype_name(dtype: DType) -> Option<&'static str> {
-    match dtype {
-        DType::F32 => Some("float32"),
-        DType::BF16 => Some("bfloat16"),
-        DType::F16 => Some("float16"),
-        DType::F64 => Some("float64"),
-        _ => None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Packed batches: sequences one after another, without padding.
 
 use super::dataset::Dataset;
-use super::encode::IGNORE_INDEX;
+use super::encode::{IGNORE_INDEX, Predictor};
 
 /// Rows as the model takes them. Sequence `i` is `bounds[i]..bounds[i + 1]` of every token-wise field.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +16,10 @@ pub struct Batch {
     pub labels: Vec<i32>,
     /// `[sequences]`: the data set's rows.
     pub rows: Vec<usize>,
+    /// `[tokens]`: token types, or empty where all are 0.
+    pub types: Vec<u32>,
+    /// Whose hidden state predicts a label.
+    pub predictor: Predictor,
 }
 
 /// The positions that count towards the loss, after the shift.
@@ -37,11 +41,14 @@ impl Batch {
             bounds: Vec::with_capacity(rows.len() + 1),
             labels: Vec::with_capacity(tokens),
             rows: rows.to_vec(),
+            types: Vec::new(),
+            predictor: dataset.predictor(),
         };
         batch.bounds.push(0);
         for &row in rows {
             batch.input_ids.extend_from_slice(dataset.input_ids(row));
             batch.labels.extend_from_slice(dataset.labels(row));
+            batch.types.extend_from_slice(dataset.types(row));
             batch.position_ids.extend((0u32..).take(dataset.row_length(row)));
             batch.bounds.push(batch.input_ids.len());
         }
@@ -58,17 +65,19 @@ impl Batch {
         self.input_ids.len()
     }
 
-    /// Which positions predict a counted token of their own sequence: position `t` predicts `labels[t + 1]`.
+    /// Which positions predict a counted label of their own sequence: position `t` predicts `labels[t + 1]`, or `labels[t]`
+    /// for a class head.
     pub fn targets(&self) -> Targets {
         let mut targets = Targets::default();
+        let distance = self.predictor.distance();
         for pair in self.bounds.windows(2) {
             let &[from, to] = pair else { continue };
             let sequence = self.labels.get(from..to).unwrap_or_default();
-            for (t, &label) in sequence.iter().enumerate().skip(1) {
+            for (t, &label) in sequence.iter().enumerate().skip(distance) {
                 if label == IGNORE_INDEX {
                     continue;
                 }
-                if let (Ok(id), Ok(position)) = (u32::try_from(label), u32::try_from(from + t - 1)) {
+                if let (Ok(id), Ok(position)) = (u32::try_from(label), u32::try_from(from + t - distance)) {
                     targets.positions.push(position);
                     targets.ids.push(id);
                 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX};
+use super::encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor};
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::source::{DataSpec, Row, data_files, read_rows};
@@ -20,6 +20,9 @@ const CHUNK: usize = 2048;
 pub struct Dataset {
     input_ids: Vec<u32>,
     labels: Vec<i32>,
+    /// Aligned with `input_ids`, or empty where all are 0.
+    types: Vec<u32>,
+    predictor: Predictor,
     bounds: Vec<usize>,
     sources: Vec<(u32, u64)>,
     files: Vec<(Arc<Path>, bool)>,
@@ -55,7 +58,7 @@ impl std::fmt::Display for DatasetStats {
             self.rows, self.tokens, self.counted_tokens, self.max_length
         )?;
         if self.truncated_prompts > 0 {
-            write!(f, "; {} rows with context cut on the left", self.truncated_prompts)?;
+            write!(f, "; {} rows with context cut", self.truncated_prompts)?;
         }
         if self.truncated_targets > 0 {
             write!(f, "; {} rows with counted tokens cut", self.truncated_targets)?;
@@ -128,6 +131,12 @@ impl Dataset {
     fn push(&mut self, example: &Example) {
         self.input_ids.extend_from_slice(&example.input_ids);
         self.labels.extend_from_slice(&example.labels);
+        if !(self.types.is_empty() && example.types.is_empty()) {
+            self.types.resize(self.bounds.last().copied().unwrap_or_default(), 0);
+            self.types.extend_from_slice(&example.types);
+            self.types.resize(self.input_ids.len(), 0);
+        }
+        self.predictor = example.predictor;
         self.bounds.push(self.input_ids.len());
         let at = &example.source;
         if self.files.last().is_none_or(|(file, _)| **file != *at.file) {
@@ -137,7 +146,8 @@ impl Dataset {
         let stats = &mut self.stats;
         stats.rows += 1;
         stats.tokens += example.input_ids.len();
-        stats.counted_tokens += example.labels.iter().skip(1).filter(|l| **l != IGNORE_INDEX).count();
+        stats.counted_tokens +=
+            example.labels.iter().skip(example.predictor.distance()).filter(|l| **l != IGNORE_INDEX).count();
         stats.max_length = stats.max_length.max(example.input_ids.len());
         stats.truncated_prompts += usize::from(example.truncation.prompt_tokens > 0);
         stats.truncated_targets += usize::from(example.truncation.target_tokens > 0);
@@ -169,6 +179,16 @@ impl Dataset {
     /// Labels of a row, aligned with its ids; empty for a row that does not exist.
     pub fn labels(&self, row: usize) -> &[i32] {
         self.labels.get(self.range(row)).unwrap_or_default()
+    }
+
+    /// Token types of a row, aligned with its ids; empty where all are 0.
+    pub fn types(&self, row: usize) -> &[u32] {
+        self.types.get(self.range(row)).unwrap_or_default()
+    }
+
+    /// Whose hidden state predicts a label.
+    pub fn predictor(&self) -> Predictor {
+        self.predictor
     }
 
     /// Tokens of a row.

@@ -9,11 +9,15 @@
 //!   `apply_chat_template` does. Every token that shares a byte with an assistant turn counts, end of turn included.
 //! - `tokens`: as they are.
 //!
+//! Rows for a class head are in `classes.rs`.
+//!
 //! Labels are aligned with the ids: the label at `t` is what position `t − 1` predicts, so that of position 0 never counts.
+//! With a class head it is what position `t` itself predicts ([`Predictor`]).
 
 use std::collections::BTreeMap;
 
 use super::chat::ChatTemplate;
+use super::classes::ClassHead;
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::render::{Rendered, Renderer};
@@ -41,6 +45,8 @@ pub struct EncodeOptions {
     pub text_eos: bool,
     /// The model's vocabulary; ids outside are errors.
     pub vocab_size: Option<usize>,
+    /// The classes of a model with a class head; rows then hold one class each.
+    pub class_head: Option<ClassHead>,
 }
 
 impl EncodeOptions {
@@ -54,6 +60,27 @@ impl EncodeOptions {
             max_length: None,
             text_eos: false,
             vocab_size: None,
+            class_head: None,
+        }
+    }
+}
+
+/// Whose hidden state predicts the label at a position.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Predictor {
+    /// That of the position before: causal language models.
+    #[default]
+    Previous,
+    /// That of the position itself: class heads.
+    Own,
+}
+
+impl Predictor {
+    /// How many positions a label lies behind its predictor.
+    pub fn distance(self) -> usize {
+        match self {
+            Self::Previous => 1,
+            Self::Own => 0,
         }
     }
 }
@@ -65,6 +92,10 @@ pub struct Example {
     pub input_ids: Vec<u32>,
     /// Aligned with `input_ids`; [`IGNORE_INDEX`] where nothing counts.
     pub labels: Vec<i32>,
+    /// Token types, aligned with `input_ids`; empty where all are 0.
+    pub types: Vec<u32>,
+    /// Whose hidden state predicts a label.
+    pub predictor: Predictor,
     /// File and line.
     pub source: Location,
     /// What the length limit took away.
@@ -85,10 +116,10 @@ pub struct Truncation {
 
 /// Turns rows into examples. Shared by threads.
 pub struct Encoder<'a> {
-    tokenizer: Option<&'a dyn TextTokenizer>,
-    renderer: Renderer,
+    pub(super) tokenizer: Option<&'a dyn TextTokenizer>,
+    pub(super) renderer: Renderer,
     front: Vec<u32>,
-    max_length: Option<usize>,
+    pub(super) max_length: Option<usize>,
     text_eos: bool,
     vocab_size: Option<usize>,
 }
@@ -138,11 +169,13 @@ impl<'a> Encoder<'a> {
             template,
             chat,
             label_words: options.label_words.clone(),
+            class_head: options.class_head.clone(),
             vocab_size: options.vocab_size,
         };
         renderer.check()?;
         let closes = match format {
-            Format::Completion | Format::Alpaca | Format::Classification => true,
+            Format::Completion | Format::Alpaca => true,
+            Format::Classification => options.class_head.is_none(),
             Format::Text => options.text_eos,
             _ => false,
         };
@@ -168,6 +201,9 @@ impl<'a> Encoder<'a> {
     /// With file and line: missing or ill-typed columns, template failures, ids outside the vocabulary, and rows in which
     /// no token counts.
     pub fn encode(&self, row: &Row) -> Result<Example, DataError> {
+        if let Some(head) = &self.renderer.class_head {
+            return self.classified(row, head);
+        }
         let (mut input_ids, mut labels) = match self.renderer.render(row)? {
             Rendered::Tokens { input_ids, labels } => (input_ids, labels),
             rendered => self.tokenise(rendered, row)?,
@@ -195,7 +231,23 @@ impl<'a> Encoder<'a> {
                 ),
             ));
         }
-        Ok(Example { input_ids, labels, source: row.at.clone(), truncation })
+        let (types, predictor) = (Vec::new(), Predictor::Previous);
+        Ok(Example { input_ids, labels, types, predictor, source: row.at.clone(), truncation })
+    }
+
+    /// Refuses a token of the tokenizer that the model has no embedding for.
+    pub(super) fn check_vocabulary(&self, ids: &[u32], row: &Row) -> Result<(), DataError> {
+        let outside = |id: &&u32| i32::try_from(**id).is_err() || self.vocab_size.is_some_and(|v| **id as usize >= v);
+        match ids.iter().find(outside) {
+            None => Ok(()),
+            Some(id) => Err(DataError::row(
+                &row.at,
+                format!(
+                    "the tokenizer gives id {id}, the model's vocabulary has {}; tokenizer and model do not belong together",
+                    self.vocab_size.unwrap_or_default()
+                ),
+            )),
+        }
     }
 
     fn tokenise(&self, rendered: Rendered, row: &Row) -> Result<(Vec<u32>, Vec<i32>), DataError> {
@@ -238,22 +290,15 @@ impl<'a> Encoder<'a> {
                     .collect();
                 (ids, counted)
             }
-            Rendered::Tokens { .. } => (Vec::new(), Vec::new()),
+            Rendered::Tokens { .. } | Rendered::Classified { .. } | Rendered::ClassifiedTokens { .. } => {
+                (Vec::new(), Vec::new())
+            }
         };
+        self.check_vocabulary(&ids, row)?;
         let mut labels = vec![IGNORE_INDEX; ids.len()];
-        for (i, &id) in ids.iter().enumerate() {
-            let outside = self.vocab_size.is_some_and(|v| id as usize >= v);
-            let label = i32::try_from(id).ok().filter(|_| !outside).ok_or_else(|| {
-                DataError::row(
-                    &row.at,
-                    format!(
-                        "the tokenizer gives id {id}, the model's vocabulary has {}; tokenizer and model do not belong together",
-                        self.vocab_size.unwrap_or_default()
-                    ),
-                )
-            })?;
-            if counted.iter().any(|r| r.contains(&i)) {
-                labels[i] = label;
+        for span in counted {
+            for (label, &id) in labels.iter_mut().zip(&ids).take(span.end).skip(span.start) {
+                *label = id as i32;
             }
         }
         Ok((ids, labels))

@@ -1,12 +1,13 @@
 //! From rows on disk to packed batches: row → tokens + label mask → batch.
 //!
 //! [`source`] reads rows with their place in a file, [`mod@format`] says what columns mean, [`render`] turns a row into text
-//! parts ([`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
+//! parts ([`classes`] those for a class head; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
 //! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`mod@preview`] shows the
 //! result to a person.
 
 pub mod batch;
 pub mod chat;
+pub mod classes;
 pub mod dataset;
 pub mod encode;
 pub mod error;
@@ -24,11 +25,12 @@ mod structured;
 
 pub use batch::{Batch, Targets};
 pub use chat::ChatTemplate;
+pub use classes::{ClassHead, labels_in};
 pub use dataset::{Dataset, DatasetStats};
-pub use encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Truncation};
+pub use encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor, Truncation};
 pub use error::{DataError, Location};
 pub use format::Format;
 pub use preview::{RowPreview, preview};
 pub use sampler::{Sampler, SamplerOptions, SamplerState};
 pub use source::{DataSpec, MixturePart, Row};
-pub use tokenizer::{HfTextTokenizer, TextTokenizer};
+pub use tokenizer::{Framed, HfTextTokenizer, TextTokenizer};

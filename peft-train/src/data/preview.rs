@@ -12,10 +12,13 @@ pub struct RowPreview {
     pub source: String,
     /// Id, text, and whether it counts towards the loss.
     pub tokens: Vec<(u32, String, bool)>,
+    /// The row's class, where rows have one.
+    pub class: Option<i32>,
 }
 
 /// The first `rows` rows of a data set. `decode` gives the text of one token.
 pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String) -> Vec<RowPreview> {
+    let distance = dataset.predictor().distance();
     (0..dataset.len().min(rows))
         .map(|row| RowPreview {
             source: dataset.source(row).map(|s| s.to_string()).unwrap_or_default(),
@@ -24,8 +27,9 @@ pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String
                 .iter()
                 .zip(dataset.labels(row))
                 .enumerate()
-                .map(|(t, (&id, &label))| (id, decode(&[id]), t > 0 && label != IGNORE_INDEX))
+                .map(|(t, (&id, &label))| (id, decode(&[id]), t >= distance && label != IGNORE_INDEX))
                 .collect(),
+            class: dataset.labels(row).iter().copied().find(|l| distance == 0 && *l != IGNORE_INDEX),
         })
         .collect()
 }
@@ -42,7 +46,8 @@ impl RowPreview {
 impl fmt::Display for RowPreview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
-        writeln!(f, "{}  {} tokens, {} counted in ⟦ ⟧", self.source, self.tokens.len(), self.counted())?;
+        let class = self.class.map_or_else(String::new, |c| format!(", class {c}"));
+        writeln!(f, "{}  {} tokens, {} counted in ⟦ ⟧{class}", self.source, self.tokens.len(), self.counted())?;
         let first = self.tokens.iter().position(|(_, _, c)| *c).unwrap_or(0);
         let from =
             if self.tokens.len() <= SHOWN { 0 } else { first.saturating_sub(SHOWN / 2).min(self.tokens.len() - SHOWN) };

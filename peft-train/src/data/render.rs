@@ -6,6 +6,7 @@ use std::ops::Range;
 use serde_json::{Map, Value};
 
 use super::chat::ChatTemplate;
+use super::classes::{ClassHead, row_class};
 use super::encode::IGNORE_INDEX;
 use super::error::{DataError, nearest};
 use super::format::Format;
@@ -45,6 +46,22 @@ pub enum Rendered {
         /// Aligned with `input_ids`.
         labels: Vec<i32>,
     },
+    /// For a class head: tokenised and framed as one sequence.
+    Classified {
+        /// The text.
+        text: String,
+        /// The second text of a pair.
+        pair: Option<String>,
+        /// The number of the class.
+        class: u32,
+    },
+    /// For a class head: tokenised already.
+    ClassifiedTokens {
+        /// Token ids.
+        input_ids: Vec<u32>,
+        /// The number of the class.
+        class: u32,
+    },
 }
 
 /// What rendering a row needs besides the row.
@@ -54,6 +71,7 @@ pub(crate) struct Renderer {
     pub(crate) template: Option<RowTemplate>,
     pub(crate) chat: Option<ChatTemplate>,
     pub(crate) label_words: BTreeMap<String, String>,
+    pub(crate) class_head: Option<ClassHead>,
     pub(crate) vocab_size: Option<usize>,
 }
 
@@ -61,6 +79,9 @@ impl Renderer {
     /// Refuses formats and settings that do not go together, before any row is read.
     pub(crate) fn check(&self) -> Result<(), DataError> {
         let config = |message: &str| Err(DataError::Config(message.to_string()));
+        if self.class_head.is_some() {
+            return self.check_classes();
+        }
         match self.format {
             Format::Text | Format::Completion | Format::Alpaca => {}
             Format::Chat if self.template.is_some() => {
@@ -107,7 +128,28 @@ impl Renderer {
         Ok(())
     }
 
+    fn check_classes(&self) -> Result<(), DataError> {
+        match self.format {
+            Format::Classification if self.label_words.is_empty() => Ok(()),
+            Format::Classification => Err(DataError::Config(
+                "`data.label_words` are what a causal LM answers; a class head has `data.labels`, the names of its classes"
+                    .into(),
+            )),
+            Format::Tokens if self.template.is_some() => {
+                Err(DataError::Config("format tokens takes no `data.template`: its rows hold token ids".into()))
+            }
+            Format::Tokens => Ok(()),
+            other => Err(DataError::Config(format!(
+                "the model has a class head, which takes format classification (`text`, perhaps `text_pair`, and `label`) or \
+                 tokens (`input_ids`, `label`), not {other}"
+            ))),
+        }
+    }
+
     pub(crate) fn render(&self, row: &Row) -> Result<Rendered, DataError> {
+        if let Some(head) = &self.class_head {
+            return self.classified(row, head);
+        }
         match self.format {
             Format::Text => self.text(row),
             Format::Completion => self.completion(row),
@@ -120,6 +162,22 @@ impl Renderer {
                 Err(DataError::row(&row.at, format!("format {} is not available here", self.format)))
             }
         }
+    }
+
+    fn classified(&self, row: &Row, head: &ClassHead) -> Result<Rendered, DataError> {
+        self.check_classes()?;
+        let class = row_class(row, self.format, head)?;
+        if self.format == Format::Tokens {
+            return Ok(Rendered::ClassifiedTokens { input_ids: self.input_ids(row)?, class });
+        }
+        if let Some(template) = &self.template {
+            return Ok(Rendered::Classified { text: prompt_of(template, "label", row)?, pair: None, class });
+        }
+        let pair = match row.fields.get("text_pair") {
+            None | Some(Value::Null) => None,
+            Some(_) => Some(row.string("text_pair")?.to_string()),
+        };
+        Ok(Rendered::Classified { text: row.string("text")?.to_string(), pair, class })
     }
 
     fn text(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -229,25 +287,34 @@ impl Renderer {
         Ok(Rendered::Chat { text, targets })
     }
 
-    fn tokens(&self, row: &Row) -> Result<Rendered, DataError> {
+    fn in_vocab(&self, row: &Row, name: &str, i: usize, id: i64) -> Result<i32, DataError> {
         let limit = self.vocab_size.map_or(i64::from(i32::MAX), |v| v as i64);
-        let integers = |name: &str| -> Result<Vec<i64>, DataError> {
-            let value = row.required(name)?;
-            let list = value.as_array().ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
-            list.iter()
-                .enumerate()
-                .map(|(i, v)| v.as_i64().ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v)))
-                .collect()
-        };
-        let in_vocab = |name: &str, i: usize, id: i64| -> Result<i32, DataError> {
-            match i32::try_from(id) {
-                Ok(small) if id >= 0 && id < limit => Ok(small),
-                _ => Err(DataError::row(
-                    &row.at,
-                    format!("{name}[{i}] is {id}, outside the vocabulary (0 to {})", limit - 1),
-                )),
+        match i32::try_from(id) {
+            Ok(small) if id >= 0 && id < limit => Ok(small),
+            _ => {
+                let message = format!("{name}[{i}] is {id}, outside the vocabulary (0 to {})", limit - 1);
+                Err(DataError::row(&row.at, message))
             }
-        };
+        }
+    }
+
+    fn input_ids(&self, row: &Row) -> Result<Vec<u32>, DataError> {
+        if let Some(mask) = row.fields.get("attention_mask").and_then(Value::as_array)
+            && mask.iter().any(|m| m.as_i64() == Some(0))
+        {
+            return Err(DataError::row(
+                &row.at,
+                "`attention_mask` marks padding; leave padding out of `input_ids` and `labels`, batches are packed without it",
+            ));
+        }
+        let ids = integers(row, "input_ids")?;
+        ids.into_iter()
+            .enumerate()
+            .map(|(i, id)| self.in_vocab(row, "input_ids", i, id).map(i32::unsigned_abs))
+            .collect()
+    }
+
+    fn tokens(&self, row: &Row) -> Result<Rendered, DataError> {
         let class_id = match row.fields.get("labels") {
             Some(Value::Number(_)) => Some("labels"),
             None if row.fields.contains_key("label") => Some("label"),
@@ -262,19 +329,22 @@ impl Renderer {
                 ),
             ));
         }
-        let input_ids = integers("input_ids")?
-            .into_iter()
-            .enumerate()
-            .map(|(i, id)| in_vocab("input_ids", i, id).map(i32::unsigned_abs))
-            .collect::<Result<Vec<u32>, _>>()?;
-        let labels = match row.fields.get("labels") {
-            None | Some(Value::Null) => input_ids.iter().map(|&id| id as i32).collect(),
-            Some(_) => integers("labels")?
-                .into_iter()
-                .enumerate()
-                .map(|(i, id)| if id == i64::from(IGNORE_INDEX) { Ok(IGNORE_INDEX) } else { in_vocab("labels", i, id) })
-                .collect::<Result<Vec<i32>, _>>()?,
-        };
+        let input_ids = self.input_ids(row)?;
+        let labels =
+            match row.fields.get("labels") {
+                None | Some(Value::Null) => input_ids.iter().map(|&id| id as i32).collect(),
+                Some(_) => integers(row, "labels")?
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, id)| {
+                        if id == i64::from(IGNORE_INDEX) {
+                            Ok(IGNORE_INDEX)
+                        } else {
+                            self.in_vocab(row, "labels", i, id)
+                        }
+                    })
+                    .collect::<Result<Vec<i32>, _>>()?,
+            };
         if labels.len() != input_ids.len() {
             return Err(DataError::row(
                 &row.at,
@@ -285,16 +355,18 @@ impl Renderer {
                 ),
             ));
         }
-        if let Some(mask) = row.fields.get("attention_mask").and_then(Value::as_array)
-            && mask.iter().any(|m| m.as_i64() == Some(0))
-        {
-            return Err(DataError::row(
-                &row.at,
-                "`attention_mask` marks padding; leave padding out of `input_ids` and `labels`, batches are packed without it",
-            ));
-        }
         Ok(Rendered::Tokens { input_ids, labels })
     }
+}
+
+/// A column of integers.
+fn integers(row: &Row, name: &str) -> Result<Vec<i64>, DataError> {
+    let value = row.required(name)?;
+    let list = value.as_array().ok_or_else(|| row.wrong_type(name, "an array of token ids", value))?;
+    list.iter()
+        .enumerate()
+        .map(|(i, v)| v.as_i64().ok_or_else(|| row.wrong_type(&format!("{name}[{i}]"), "an integer", v)))
+        .collect()
 }
 
 /// Renders a prompt; a template that reads the target would show the answer to the model.

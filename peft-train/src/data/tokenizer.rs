@@ -5,6 +5,49 @@ use std::ops::Range;
 /// Tokens with the bytes of the text that each stands for.
 pub type TokenSpans = (Vec<u32>, Vec<Range<usize>>);
 
+/// One or two texts between special tokens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Framed {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Token types, aligned with `ids`; empty where all are 0.
+    pub types: Vec<u32>,
+    /// Where in `ids` the texts are.
+    pub texts: Vec<Range<usize>>,
+}
+
+impl Framed {
+    /// Tokens of one text without special tokens.
+    pub fn of(ids: Vec<u32>) -> Self {
+        let text = 0..ids.len();
+        Self { ids, types: Vec::new(), texts: vec![text] }
+    }
+
+    /// At most `max` tokens, and how many were cut: from the right of the longer text, token by token, as transformers'
+    /// `longest_first` does. Special tokens stay. None where they alone are too many.
+    pub fn cut_to(mut self, max: usize) -> Option<(Self, usize)> {
+        let cut = self.ids.len().saturating_sub(max);
+        let mut lengths: Vec<usize> = self.texts.iter().map(ExactSizeIterator::len).collect();
+        if cut > lengths.iter().sum::<usize>() {
+            return None;
+        }
+        for _ in 0..cut {
+            // Of texts of equal length the last is cut.
+            let longest = lengths.iter_mut().max_by_key(|n| **n)?;
+            *longest -= 1;
+        }
+        for (text, length) in self.texts.iter().zip(lengths).rev() {
+            let gone = text.start + length..text.end;
+            self.ids.drain(gone.clone());
+            if !self.types.is_empty() {
+                self.types.drain(gone);
+            }
+        }
+        self.texts.clear();
+        Some((self, cut))
+    }
+}
+
 /// Failure inside a tokenizer.
 pub type TokenizerError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -21,6 +64,12 @@ pub trait TextTokenizer: Send + Sync {
     /// # Errors
     /// Whatever stops the tokenizer.
     fn encode_with_spans(&self, text: &str) -> Result<TokenSpans, TokenizerError>;
+
+    /// `text`, or `text` and `pair`, as the post-processor frames them.
+    ///
+    /// # Errors
+    /// Whatever stops the tokenizer.
+    fn encode_framed(&self, text: &str, pair: Option<&str>) -> Result<Framed, TokenizerError>;
 
     /// The end-of-text token that closes a completion (`eos_token`).
     fn eos_id(&self) -> Option<u32>;
@@ -85,6 +134,23 @@ impl TextTokenizer for HfTextTokenizer {
         let encoding = self.tokenizer.encode(text, false)?;
         let spans = encoding.get_offsets().iter().map(|&(from, to)| from..to).collect();
         Ok((encoding.get_ids().to_vec(), spans))
+    }
+
+    fn encode_framed(&self, text: &str, pair: Option<&str>) -> Result<Framed, TokenizerError> {
+        let encoding = match pair {
+            Some(pair) => self.tokenizer.encode_fast((text, pair), true)?,
+            None => self.tokenizer.encode_fast(text, true)?,
+        };
+        let (types, sequences) = (encoding.get_type_ids(), encoding.get_sequence_ids());
+        let range = |i: usize| match sequences.iter().position(|s| *s == Some(i)) {
+            Some(start) => start..sequences.iter().rposition(|s| *s == Some(i)).map_or(start, |last| last + 1),
+            None => 0..0,
+        };
+        Ok(Framed {
+            ids: encoding.get_ids().to_vec(),
+            types: if types.iter().any(|t| *t != 0) { types.to_vec() } else { Vec::new() },
+            texts: (0..=usize::from(pair.is_some())).map(range).collect(),
+        })
     }
 
     fn eos_id(&self) -> Option<u32> {

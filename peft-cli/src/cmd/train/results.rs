@@ -4,10 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use peft_core::{Adapter, AdapterSet};
+use peft_core::{Adapter, AdapterSet, BaseModel, Task};
 use peft_models::merge::{MAX_SHARD_BYTES, Merged, write_folder};
 use peft_models::tokenizer::Tokenizer;
-use peft_models::{Decoder, ModelFiles};
+use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::Dataset;
 use peft_train::log::{ModelCard, Report, RunFacts, RunLogger, Sample, read_metrics};
 use peft_train::recipe::Recipe;
@@ -19,7 +19,7 @@ use crate::{open, sample};
 
 pub(super) fn facts(
     recipe: &Recipe,
-    model: &Decoder,
+    model: &AnyModel,
     adapter: &Adapter,
     method: &str,
     train: &Dataset,
@@ -55,7 +55,7 @@ pub(super) fn facts(
 pub(super) struct Finished<'a> {
     pub(super) recipe: &'a Recipe,
     pub(super) files: &'a ModelFiles,
-    pub(super) model: &'a Decoder,
+    pub(super) model: &'a AnyModel,
     pub(super) tokenizer: Option<&'a Tokenizer>,
     pub(super) adapter: Arc<Adapter>,
     pub(super) before: Vec<String>,
@@ -66,7 +66,7 @@ impl Finished<'_> {
     pub(super) fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
         if self.facts.method == "full" {
             let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
-            let dtype = self.files.config().dtype.unwrap_or(candle_core::DType::F32);
+            let dtype = self.files.config().dtype().unwrap_or(candle_core::DType::F32);
             write_folder(self.files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?;
         } else {
             checkpoint::write_adapter_files(output, &self.adapter)?;
@@ -95,9 +95,16 @@ impl Finished<'_> {
     }
 
     pub(super) fn samples(&self) -> Result<Vec<Sample>> {
-        let (prompts, Some(tokenizer)) = (&self.recipe.sample.prompts, self.tokenizer) else { return Ok(Vec::new()) };
+        let prompts = &self.recipe.sample.prompts;
+        let (false, Some(tokenizer)) = (prompts.is_empty(), self.tokenizer) else { return Ok(Vec::new()) };
         let set = AdapterSet::one("trained", self.adapter.clone());
-        let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
+        let after = sample::continuations(
+            self.model.as_language_model()?,
+            tokenizer,
+            &set,
+            prompts,
+            self.recipe.sample.max_new_tokens,
+        )?;
         let both = prompts.iter().zip(&self.before).zip(after);
         Ok(both
             .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
@@ -106,6 +113,10 @@ impl Finished<'_> {
 
     fn next(&self, output: &Path) -> Vec<String> {
         let out = output.display();
+        let writes = self.model.task() == Task::CausalLm;
+        if self.facts.method == "full" && !writes {
+            return vec![format!("peft-cli inspect {out}/model")];
+        }
         if self.facts.method == "full" {
             return vec![format!("peft-cli generate --model {out}/model --prompt \"…\"")];
         }
@@ -113,6 +124,10 @@ impl Finished<'_> {
         let mut next = Vec::new();
         if let Some(eval) = self.recipe.data.eval.as_ref().and_then(toml::Value::as_str) {
             next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
+        }
+        if !writes {
+            next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
+            return next;
         }
         let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
         next.push(format!(

@@ -14,20 +14,30 @@ pub(crate) struct Case {
     pub(crate) shape: Shape,
     /// Whether a fresh adapter changes nothing.
     pub(crate) identity: bool,
-    /// Ends of parameter names whose gradient leaves a path out on purpose, so that differences of the loss say another
-    /// thing (DoRA's norm is a constant to A and B).
+    /// Ends of parameter names of which differences of the loss say another thing: their gradient leaves a path out on
+    /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units).
     pub(crate) partial_gradient: &'static [&'static str],
 }
 
 const UNTIED: Shape = Shape { tied: false, attention_bias: false };
 const TIED: Shape = Shape { tied: true, attention_bias: false };
 const BIASED: Shape = Shape { tied: false, attention_bias: true };
+const RELU: &[&str] =
+    &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"];
 
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
-    let dora = method.get("use_dora") == Some(&Value::Bool(true));
-    let identity = method.get("init_lora_weights") != Some(&Value::Bool(false));
-    Case { name, method, shape, identity, partial_gradient: if dora { DORA } else { &[] } }
+    let is = |key: &str, value: Value| method.get(key) == Some(&value);
+    let dora = is("use_dora", json!(true));
+    let soft_prompt = ["prefix", "prompt", "p_tuning"].iter().any(|name| is("type", json!(name)));
+    let identity = !(soft_prompt || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
+    let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
+    let partial_gradient = match (dora, mlp) {
+        (true, _) => DORA,
+        (_, true) => RELU,
+        _ => &[],
+    };
+    Case { name, method, shape, identity, partial_gradient }
 }
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -103,6 +113,55 @@ pub(crate) fn cases() -> Vec<Case> {
             "dropout, dora",
             BIASED,
             json!({"r": 4, "lora_dropout": 0.3, "use_dora": true, "target_modules": attention}),
+        ),
+        case("ia3", UNTIED, json!({"type": "ia3"})),
+        case(
+            "ia3, paper, saved head",
+            TIED,
+            json!({"type": "ia3", "target_modules": "paper", "modules_to_save": ["norm"]}),
+        ),
+        case(
+            "ia3, random, all linears",
+            BIASED,
+            json!({"type": "ia3", "target_modules": "all-linear", "feedforward_modules": ["up_proj", "k_proj"],
+                "init_ia3_weights": false}),
+        ),
+        case(
+            "ia3, patterns",
+            BIASED,
+            json!({"type": "ia3", "target_modules": r".*\.1\..*_proj", "feedforward_modules": ".*(o|down)_proj",
+                "exclude_modules": ["q_proj"]}),
+        ),
+        case("prefix", UNTIED, json!({"type": "prefix", "num_virtual_tokens": 5})),
+        case("prefix, zero", TIED, json!({"type": "prefix", "num_virtual_tokens": 1, "init_weights": "zero"})),
+        case(
+            "prefix, projected",
+            BIASED,
+            json!({"type": "prefix", "num_virtual_tokens": 3, "prefix_projection": true, "encoder_hidden_size": 7}),
+        ),
+        case(
+            "prefix, projected, zero",
+            UNTIED,
+            json!({"type": "prefix", "num_virtual_tokens": 2, "prefix_projection": true, "init_weights": "zero"}),
+        ),
+        case("prompt", UNTIED, json!({"type": "prompt", "num_virtual_tokens": 4})),
+        case(
+            "prompt, vocabulary",
+            TIED,
+            json!({"type": "prompt", "num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ),
+        case("p_tuning", UNTIED, json!({"type": "p_tuning", "num_virtual_tokens": 4, "encoder_hidden_size": 12})),
+        case(
+            "p_tuning, lstm",
+            TIED,
+            json!({"type": "p_tuning", "num_virtual_tokens": 3, "encoder_hidden_size": 5,
+                "encoder_reparameterization_type": "LSTM"}),
+        ),
+        case("ln", UNTIED, json!({"type": "ln"})),
+        case(
+            "ln, some, saved head",
+            TIED,
+            json!({"type": "ln", "target_modules": ["input_layernorm"], "modules_to_save": ["lm_head"]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

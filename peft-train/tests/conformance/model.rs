@@ -136,17 +136,20 @@ pub(crate) fn sequence(batch: &Batch, i: usize) -> Batch {
         bounds: vec![0, span.len()],
         labels: batch.labels[span].to_vec(),
         rows: vec![i],
+        ..Batch::default()
     }
 }
 
-/// Logits `[tokens, vocab]` of a batch.
+/// Logits `[tokens, vocab]` of a batch, without those of virtual tokens.
 pub(crate) fn logits(model: &Decoder, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
-    let tokens = TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds };
-    let input = model.prepare(tokens)?;
+    let tokens =
+        TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &[] };
+    let input = model.prepare(tokens, ctx)?;
     let mut hidden = model.embed(tokens, ctx)?;
     for i in 0..model.num_blocks() {
         hidden = model.block(i, &hidden, &input, ctx)?;
     }
+    let hidden = hidden.narrow(0, 0, batch.input_ids.len())?.contiguous()?;
     model.logits(&model.final_norm(&hidden, ctx)?, ctx)
 }
 

@@ -1,0 +1,243 @@
+//! Virtual tokens: what soft-prompt methods put in front of every sequence that goes through their adapter.
+//!
+//! There are two kinds. A *prefix* is keys and values for each layer, which the sequence's queries see and which see nothing
+//! (prefix tuning). A *prompt* is embeddings that run through the model like tokens (prompt tuning, P-tuning). Nothing
+//! comes before them, so what they become does not depend on the sequence behind them: a pass computes them once for each
+//! adapter, however many sequences use it, and the sequences share their keys and values.
+
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use crate::ctx::{Ctx, Route};
+use crate::error::{Error, Result};
+use crate::param::Parameter;
+
+/// Keys and values in front of each layer's own.
+pub trait PrefixModule: Send + Sync + Debug {
+    /// Keys and values of layer `layer`, each `[virtual tokens, kv_heads · head_dim]`, as attention takes them: no rotary
+    /// embedding is applied to them. Parameters are read through [`Parameter::get`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)>;
+
+    /// The trainable parameters, in the order in which they are stored.
+    fn parameters(&self) -> Vec<&Parameter>;
+
+    /// The tensors that other programs are given, by their keys in the adapter file.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(values(&self.parameters()))
+    }
+}
+
+/// Embeddings in front of each sequence's own.
+pub trait PromptModule: Send + Sync + Debug {
+    /// Embeddings `[virtual tokens, hidden]`. Parameters are read through [`Parameter::get`].
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn embeddings(&self, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// The trainable parameters, in the order in which they are stored.
+    fn parameters(&self) -> Vec<&Parameter>;
+
+    /// The tensors that other programs are given, by their keys in the adapter file.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(values(&self.parameters()))
+    }
+}
+
+fn values(parameters: &[&Parameter]) -> Vec<(String, Tensor)> {
+    parameters.iter().map(|p| (p.name().to_string(), p.value())).collect()
+}
+
+/// What an adapter's virtual tokens are.
+#[derive(Debug, Clone)]
+pub enum VirtualModule {
+    /// Keys and values of each layer.
+    Prefix(Arc<dyn PrefixModule>),
+    /// Embeddings.
+    Prompt(Arc<dyn PromptModule>),
+}
+
+/// The virtual tokens of one adapter.
+#[derive(Debug, Clone)]
+pub struct VirtualTokens {
+    /// How many: PEFT's `num_virtual_tokens`. The sequence's own positions begin after them.
+    pub count: usize,
+    /// Where they come from.
+    pub module: VirtualModule,
+}
+
+impl VirtualTokens {
+    /// The trainable parameters.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        match &self.module {
+            VirtualModule::Prefix(m) => m.parameters(),
+            VirtualModule::Prompt(m) => m.parameters(),
+        }
+    }
+
+    /// Whether they are embeddings that run through the model.
+    #[must_use]
+    pub fn is_prompt(&self) -> bool {
+        matches!(self.module, VirtualModule::Prompt(_))
+    }
+
+    pub(crate) fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        match &self.module {
+            VirtualModule::Prefix(m) => m.exported(),
+            VirtualModule::Prompt(m) => m.exported(),
+        }
+    }
+
+    /// The lowest segment that the gradient has to reach.
+    pub(crate) fn segment(&self) -> usize {
+        usize::from(!self.is_prompt())
+    }
+}
+
+/// What a soft prompt has to know of a base model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PromptDims {
+    /// Layers with attention.
+    pub layers: usize,
+    /// Width of the embeddings.
+    pub hidden_size: usize,
+    /// Query heads.
+    pub attention_heads: usize,
+    /// Key and value heads.
+    pub key_value_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Positions that the model was made for.
+    pub max_positions: usize,
+}
+
+impl PromptDims {
+    /// Width of the keys of one layer, and of its values.
+    #[must_use]
+    pub fn key_value_size(&self) -> usize {
+        self.key_value_heads * self.head_dim
+    }
+}
+
+/// The virtual tokens of one slot in one pass.
+#[derive(Debug, Clone)]
+pub struct VirtualSpan {
+    /// The slot of the adapter.
+    pub slot: usize,
+    /// Its virtual tokens.
+    pub tokens: VirtualTokens,
+}
+
+/// The virtual tokens of one pass: those of each slot once, and which sequence has which.
+#[derive(Debug, Clone, Default)]
+pub struct VirtualSpans {
+    spans: Vec<VirtualSpan>,
+    of_sequence: Vec<Option<usize>>,
+}
+
+impl VirtualSpans {
+    /// The virtual tokens of a packed batch whose sequence `i` holds tokens `bounds[i]..bounds[i + 1]`.
+    ///
+    /// # Errors
+    /// When a sequence goes through several adapters one of which has virtual tokens.
+    pub fn of(bounds: &[usize], ctx: &Ctx<'_>) -> Result<Self> {
+        if *ctx.route == Route::Base || ctx.adapters.adapters().all(|a| a.virtual_tokens().is_none()) {
+            return Ok(Self::default());
+        }
+        let mut found = Self::default();
+        for sequence in bounds.windows(2) {
+            let mut tokens_of = ctx.route.slots_of(sequence[0]..sequence[1]).map(|slot| {
+                let tokens = slot.and_then(|s| ctx.adapters.adapter(s)).and_then(|a| a.virtual_tokens());
+                tokens.and_then(|tokens| Some(VirtualSpan { slot: slot?, tokens: tokens.clone() }))
+            });
+            let first = tokens_of.next().flatten();
+            if tokens_of.any(|other| other.map(|o| o.slot) != first.as_ref().map(|f| f.slot)) {
+                return Err(Error::msg(
+                    "a sequence goes through several adapters, and virtual tokens stand in front of whole sequences",
+                ));
+            }
+            found.of_sequence.push(first.map(|span| {
+                found.spans.iter().position(|s| s.slot == span.slot).unwrap_or_else(|| {
+                    found.spans.push(span);
+                    found.spans.len() - 1
+                })
+            }));
+        }
+        Ok(found)
+    }
+
+    /// Each slot's virtual tokens, in the order in which the batch meets them.
+    pub fn iter(&self) -> impl Iterator<Item = &VirtualSpan> {
+        self.spans.iter()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// The index in [`VirtualSpans::iter`] of the virtual tokens of a sequence.
+    #[must_use]
+    pub fn of_sequence(&self, sequence: usize) -> Option<usize> {
+        self.of_sequence.get(sequence).copied().flatten()
+    }
+
+    /// Keys and values of layer `layer` of all prefixes of this pass, in the order of their rows.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn prefixes(&self, layer: usize, ctx: &Ctx<'_>) -> Result<Vec<(Tensor, Tensor)>> {
+        self.spans
+            .iter()
+            .filter_map(|span| match &span.tokens.module {
+                VirtualModule::Prefix(module) => Some(module.keys_values(layer, ctx)),
+                VirtualModule::Prompt(_) => None,
+            })
+            .collect()
+    }
+
+    /// The embeddings of all prompts of this pass, in the order of their rows.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn prompts(&self, ctx: &Ctx<'_>) -> Result<Vec<Tensor>> {
+        self.spans
+            .iter()
+            .filter_map(|span| match &span.tokens.module {
+                VirtualModule::Prompt(module) => Some(module.embeddings(ctx)),
+                VirtualModule::Prefix(_) => None,
+            })
+            .collect()
+    }
+
+    /// Where each slot's rows lie, in the order of [`VirtualSpans::iter`]: those of prompts follow the `tokens` of the
+    /// batch in the hidden states; those of prefixes follow all of these among the keys and values.
+    #[must_use]
+    pub fn rows(&self, tokens: usize) -> Vec<Range<usize>> {
+        let mut rows = vec![0..0; self.spans.len()];
+        let mut end = tokens;
+        for prompts in [true, false] {
+            for (span, rows) in self.spans.iter().zip(&mut rows) {
+                if span.tokens.is_prompt() == prompts {
+                    *rows = end..end + span.tokens.count;
+                    end = rows.end;
+                }
+            }
+        }
+        rows
+    }
+}

@@ -1,0 +1,103 @@
+//! The configuration of whatever model a folder holds.
+
+use std::path::Path;
+
+use candle_core::DType;
+use peft_core::Task;
+use serde_json::{Map, Value};
+
+use super::keys::{Keys, read_json};
+use super::{ConfigError, DecoderConfig, ENCODER_FAMILIES, EncoderConfig};
+
+/// A configuration of one of the skeletons.
+#[derive(Debug, Clone)]
+pub enum ModelConfig {
+    /// A decoder: causal language model, or sequence classifier on its last token.
+    Decoder(Box<DecoderConfig>),
+    /// An encoder with a class head.
+    Encoder(Box<EncoderConfig>),
+}
+
+impl ModelConfig {
+    /// Reads a `config.json`, or the one in a model folder; its `model_type` says what it is.
+    ///
+    /// # Errors
+    /// As [`DecoderConfig::from_hf_json`] and [`EncoderConfig::from_hf_map`].
+    pub fn from_hf_json(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
+        let (raw, path) = read_json(path.as_ref())?;
+        let keys = Keys { map: &raw, path: &path, prefix: "" };
+        let model_type = keys.model_type()?;
+        if ENCODER_FAMILIES.iter().any(|family| family.model_type == model_type) {
+            return EncoderConfig::from_hf_map(raw, &path).map(|c| Self::Encoder(Box::new(c)));
+        }
+        DecoderConfig::from_hf_map(raw, &path).map(|c| Self::Decoder(Box::new(c)))
+    }
+
+    /// `model_type` in `config.json`.
+    pub fn model_type(&self) -> &'static str {
+        match self {
+            Self::Decoder(c) => c.model_type(),
+            Self::Encoder(c) => c.family.model_type,
+        }
+    }
+
+    /// What the head computes.
+    pub fn task(&self) -> Task {
+        match self {
+            Self::Decoder(c) => c.task(),
+            Self::Encoder(c) => c.task(),
+        }
+    }
+
+    /// Rows of the token embedding.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::Decoder(c) => c.vocab_size,
+            Self::Encoder(c) => c.vocab_size,
+        }
+    }
+
+    /// The most tokens that a sequence may have, where the model has a table of positions.
+    pub fn max_length(&self) -> Option<usize> {
+        match self {
+            Self::Decoder(_) => None,
+            Self::Encoder(c) => Some(c.max_length()),
+        }
+    }
+
+    /// The type that the weights are stored in, where the file says so.
+    pub fn dtype(&self) -> Option<DType> {
+        match self {
+            Self::Decoder(c) => c.dtype,
+            Self::Encoder(c) => c.dtype,
+        }
+    }
+
+    /// Names of the classes of the head, where the model has a class head.
+    pub fn labels(&self) -> Option<&[String]> {
+        match self {
+            Self::Decoder(c) => c.labels.as_deref(),
+            Self::Encoder(c) => Some(&c.labels),
+        }
+    }
+
+    /// Names the classes of a class head.
+    pub(crate) fn set_labels(&mut self, labels: Vec<String>) {
+        match self {
+            Self::Decoder(c) => c.labels = Some(labels),
+            Self::Encoder(c) => c.labels = labels,
+        }
+    }
+
+    /// The `config.json` to write beside weights; `tied` says whether the head of a decoder shares its embedding there.
+    pub fn to_hf_json(&self, tied: bool) -> Map<String, Value> {
+        match self {
+            Self::Decoder(c) => {
+                let mut map = c.to_hf_json();
+                map.insert("tie_word_embeddings".into(), tied.into());
+                map
+            }
+            Self::Encoder(c) => c.to_hf_json(),
+        }
+    }
+}

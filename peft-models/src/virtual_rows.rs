@@ -1,0 +1,82 @@
+//! The rows of virtual tokens in one pass of a decoder: where they lie, who sees them, which adapter they go through.
+
+use candle_core::Tensor;
+use peft_core::kernels::SequenceSpan;
+use peft_core::{Ctx, Error, Result, Route, TokenBatch, VirtualSpans};
+
+/// What virtual tokens make of a batch without a cache.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    /// Positions of the hidden rows: the batch's own, moved, then those of prompts.
+    pub(crate) positions: Vec<u32>,
+    /// The sequences of attention: the batch's own, then each prompt.
+    pub(crate) sequences: Vec<SequenceSpan>,
+    /// What blocks need besides.
+    pub(crate) rows: VirtualRows,
+}
+
+impl Layout {
+    /// The layout of `batch` for the adapters of `ctx`.
+    ///
+    /// # Errors
+    /// When the batch is malformed, or a sequence goes through several adapters one of which has virtual tokens.
+    pub(crate) fn of(batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Self> {
+        let tokens = batch.ids.len();
+        let fits = batch.bounds.first() == Some(&0)
+            && batch.bounds.last() == Some(&tokens)
+            && batch.positions.len() == tokens
+            && batch.bounds.is_sorted();
+        if !fits {
+            return Err(Error::msg("a batch's bounds do not cover its tokens"));
+        }
+        let spans = VirtualSpans::of(batch.bounds, ctx)?;
+        let rows = spans.rows(tokens);
+        let mut positions = batch.positions.to_vec();
+        let mut sequences = Vec::with_capacity(batch.bounds.len());
+        for (i, bounds) in batch.bounds.windows(2).enumerate() {
+            let own = bounds[0]..bounds[1];
+            let prefix = spans.of_sequence(i).and_then(|at| rows.get(at)).cloned().unwrap_or(0..0);
+            let shift = prefix.len() as u32;
+            positions.iter_mut().take(own.end).skip(own.start).for_each(|p| *p = p.saturating_add(shift));
+            sequences.push(SequenceSpan { queries: own.clone(), keys: own, prefix });
+        }
+        let prompts = || spans.iter().zip(&rows).filter(|(span, _)| span.tokens.is_prompt());
+        for (_, rows) in prompts() {
+            positions.extend((0u32..).take(rows.len()));
+            sequences.push(SequenceSpan { queries: rows.clone(), keys: rows.clone(), prefix: 0..0 });
+        }
+        let route = ctx.route.followed_by(tokens, prompts().map(|(span, rows)| (rows.len(), span.slot)));
+        let route = prompts().next().map(|_| route);
+        Ok(Self { positions, sequences, rows: VirtualRows { spans, route } })
+    }
+}
+
+/// What the blocks of one pass need to know of its virtual tokens. Nothing, where there are none.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct VirtualRows {
+    spans: VirtualSpans,
+    /// The route of all hidden rows, where it is not that of the batch's own tokens.
+    route: Option<Route>,
+}
+
+impl VirtualRows {
+    /// The context of the hidden rows, for a context of the batch's own tokens.
+    pub(crate) fn ctx<'c>(&'c self, ctx: &Ctx<'c>) -> Ctx<'c> {
+        Ctx { route: self.route.as_ref().unwrap_or(ctx.route), ..*ctx }
+    }
+
+    /// `keys` and `values` of layer `layer`, those of the prefixes behind them.
+    pub(crate) fn extend(&self, layer: usize, keys: Tensor, values: Tensor, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
+        let prefixes = self.spans.prefixes(layer, ctx)?;
+        if prefixes.is_empty() {
+            return Ok((keys, values));
+        }
+        let dtype = keys.dtype();
+        let (mut all_keys, mut all_values) = (vec![keys], vec![values]);
+        for (keys, values) in prefixes {
+            all_keys.push(keys.to_dtype(dtype)?);
+            all_values.push(values.to_dtype(dtype)?);
+        }
+        Ok((Tensor::cat(&all_keys, 0)?, Tensor::cat(&all_values, 0)?))
+    }
+}

@@ -1,0 +1,96 @@
+//! The config keys that all soft prompts share (`PromptLearningConfig` in `peft/config.py`).
+
+use peft_core::config_keys::{completed, peft_defaults};
+use peft_core::{BaseModel, ConfigKeys, Error, PromptDims, Result};
+use serde_json::{Map, Value, json};
+
+/// Width of an encoder's hidden layer, at most.
+pub(crate) const MAX_ENCODER_WIDTH: usize = 1 << 16;
+
+/// The config of a soft prompt as read.
+#[derive(Debug, Clone)]
+pub(crate) struct SoftPrompt {
+    count: usize,
+    raw: Map<String, Value>,
+}
+
+/// What a soft prompt is on one base model.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Virtual tokens.
+    pub(crate) count: usize,
+    /// `token_dim` in the config: the width that PEFT counts with.
+    pub(crate) token_dim: usize,
+    /// `num_attention_heads` in the config.
+    pub(crate) heads: usize,
+    /// The base.
+    pub(crate) dims: PromptDims,
+}
+
+/// PEFT's keys for a soft prompt with its `own` beside the shared ones.
+pub(crate) fn defaults(peft_type: &str, own: &Value) -> Map<String, Value> {
+    let shared = json!({
+        "modules_to_save": null, "num_attention_heads": null, "num_layers": null, "num_transformer_submodules": null,
+        "num_virtual_tokens": null, "token_dim": null
+    });
+    let mut all = peft_defaults(peft_type, shared);
+    all.extend(own.as_object().into_iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
+    all
+}
+
+impl SoftPrompt {
+    pub(crate) fn read(config: &Map<String, Value>) -> Result<Self> {
+        let keys = ConfigKeys(config);
+        if let Some(saved) = keys.get("modules_to_save").filter(|v| v.as_array().is_none_or(|list| !list.is_empty())) {
+            let message = format!("{saved}: soft prompts train nothing else here; leave it out, or use LoRA");
+            return Err(Error::config("modules_to_save", message));
+        }
+        let Some(count) = keys.count("num_virtual_tokens", 1 << 24)? else {
+            return Err(Error::config("num_virtual_tokens", "is not given; 20 is usual"));
+        };
+        Ok(Self { count, raw: config.clone() })
+    }
+
+    /// Checks the config against a base; `by_key_heads` counts the width of keys as prefixes do, else that of embeddings.
+    pub(crate) fn on(&self, base: &dyn BaseModel, by_key_heads: bool) -> Result<Shape> {
+        let Some(dims) = base.prompt_dims() else {
+            let message = format!("a model of type `{}` takes no virtual tokens here", base.model_type());
+            return Err(Error::config("num_virtual_tokens", message));
+        };
+        if self.count >= dims.max_positions {
+            let message = format!("{} leaves no room in the {} positions of the model", self.count, dims.max_positions);
+            return Err(Error::config("num_virtual_tokens", message));
+        }
+        let (token_dim, heads) = match by_key_heads {
+            true => (dims.key_value_size(), dims.key_value_heads),
+            false => (dims.hidden_size, dims.attention_heads),
+        };
+        let keys = ConfigKeys(&self.raw);
+        for (key, of_model) in [
+            ("num_layers", dims.layers),
+            ("num_attention_heads", heads),
+            ("token_dim", token_dim),
+            ("num_transformer_submodules", 1),
+        ] {
+            if let Some(given) = keys.get(key).filter(|v| v.as_u64() != Some(of_model as u64)) {
+                let message = format!("is {given}, and this base model has {of_model}; it was made for another model");
+                return Err(Error::config(key, message));
+            }
+        }
+        Ok(Shape { count: self.count, token_dim, heads, dims })
+    }
+
+    /// The config as PEFT writes it.
+    pub(crate) fn written(&self, shape: &Shape, defaults: Map<String, Value>) -> Map<String, Value> {
+        let mut out = completed(defaults, &self.raw);
+        for (key, value) in [
+            ("num_layers", shape.dims.layers),
+            ("num_attention_heads", shape.heads),
+            ("token_dim", shape.token_dim),
+            ("num_transformer_submodules", 1),
+        ] {
+            out.insert(key.into(), value.into());
+        }
+        out
+    }
+}

@@ -1,0 +1,33 @@
+/*!
+Soft prompts: virtual tokens in front of every sequence, the base untouched. With PEFT's config keys and files.
+
+* [`PrefixConfig`]: prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-tuning v2, arXiv:2110.07602), keys and values in
+  front of each layer's own, trained as they are or through a network.
+* [`PromptConfig`]: prompt tuning (Lester et al. 2021, arXiv:2104.08691), embeddings in front of each sequence's own.
+* [`PTuningConfig`]: P-tuning (Liu et al. 2021, arXiv:2103.10385), such embeddings made by a network.
+
+PEFT stores what the network makes and drops the network, so its files cannot be trained further there. Checkpoints here hold
+the network, and a run goes on bit by bit; from an adapter file, training goes on with the virtual tokens themselves.
+*/
+
+mod keys;
+mod network;
+mod p_tuning;
+mod prefix;
+mod prompt;
+
+pub use p_tuning::PTuningConfig;
+pub use prefix::PrefixConfig;
+pub use prompt::{PromptConfig, PromptStart};
+
+/// The key of every method's tensor in PEFT's adapter files.
+pub const PROMPT_EMBEDDINGS: &str = "prompt_embeddings";
+
+/// What an adapter folder holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// The virtual tokens, as PEFT writes them.
+    Flat,
+    /// What is trained, as our checkpoints hold it.
+    Trained,
+}

@@ -1,0 +1,173 @@
+//! Prefix tuning (PEFT `tuners/prefix_tuning/model.py`).
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use peft_core::{
+    Adapter, AdapterSet, BaseModel, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PrefixModule, Result, Role,
+    Route, VirtualModule, VirtualTokens,
+};
+use serde_json::{Map, Value, json};
+
+use crate::keys::{MAX_ENCODER_WIDTH, Shape, SoftPrompt, defaults};
+use crate::network::{Linear, Starts, torch_bound};
+use crate::{PROMPT_EMBEDDINGS, Stored};
+
+const PEFT_TYPE: &str = "PREFIX_TUNING";
+
+/// The settings of a prefix.
+#[derive(Debug, Clone)]
+pub struct PrefixConfig {
+    shared: SoftPrompt,
+    /// Whether a network makes the prefix in training.
+    projection: bool,
+    /// Width of the network's hidden layer; `None` is that of a layer's keys.
+    encoder_hidden_size: Option<usize>,
+    /// Start from zeros.
+    zero: bool,
+}
+
+fn known() -> Map<String, Value> {
+    defaults(PEFT_TYPE, &json!({"encoder_hidden_size": null, "init_weights": null, "prefix_projection": false}))
+}
+
+impl PrefixConfig {
+    /// Reads the config of an existing adapter. Keys that PEFT may add later are ignored, as PEFT does.
+    ///
+    /// # Errors
+    /// A value of the wrong type or out of range; the message names the key.
+    pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
+        let keys = ConfigKeys(config);
+        let zero = match keys.text("init_weights")? {
+            None => false,
+            Some("zero") => true,
+            Some(other) => {
+                return Err(Error::config("init_weights", format!("\"{other}\" is not \"zero\", nor left out")));
+            }
+        };
+        Ok(Self {
+            shared: SoftPrompt::read(config)?,
+            projection: keys.flag("prefix_projection", false)?,
+            encoder_hidden_size: keys.count("encoder_hidden_size", MAX_ENCODER_WIDTH)?,
+            zero,
+        })
+    }
+
+    /// Reads the `[method]` table of a recipe: PEFT's keys, where an unknown one is an error with the nearest known.
+    ///
+    /// # Errors
+    /// An unknown key, or a value of the wrong type or out of range; the message names the key.
+    pub fn from_recipe(config: &Map<String, Value>) -> Result<Self> {
+        ConfigKeys(config).refuse_unknown("prefix", &known())?;
+        Self::from_adapter_config(config)
+    }
+
+    /// The tensor of PEFT's file for this config on `base`.
+    ///
+    /// # Errors
+    /// When the config does not fit the base; the message names the key.
+    pub fn stored(&self, base: &dyn BaseModel) -> Result<ExpectedTensor> {
+        let shape = self.shared.on(base, true)?;
+        Ok(ExpectedTensor::required(PROMPT_EMBEDDINGS, [shape.count, 2 * shape.dims.layers * shape.token_dim]))
+    }
+
+    /// Makes the adapter that this config describes on `base`: with [`Stored::Flat`] the prefix itself is trained, whatever
+    /// `prefix_projection` says. Random starts are a function of `seed`.
+    ///
+    /// # Errors
+    /// When the config does not fit the base; the message names the key.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, stored: Stored) -> Result<Adapter> {
+        let shape = self.shared.on(base, true)?;
+        let mut config = self.shared.written(&shape, known());
+        let hidden = self.encoder_hidden_size.unwrap_or(shape.token_dim);
+        config.insert("encoder_hidden_size".into(), hidden.into());
+        let mut starts = Starts::new(seed, base.device());
+        let module: Arc<dyn PrefixModule> = match self.projection && stored == Stored::Trained {
+            true => Arc::new(ProjectedPrefix::new(&shape, hidden, self.zero, &mut starts)?),
+            false => {
+                let width = 2 * shape.dims.layers * shape.token_dim;
+                let embeddings = starts.table(PROMPT_EMBEDDINGS, shape.count, width, self.zero, Role::Plain)?;
+                Arc::new(FlatPrefix { embeddings, width: shape.token_dim })
+            }
+        };
+        let mut adapter = Adapter::new(config, base.sites());
+        adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module: VirtualModule::Prefix(module) });
+        Ok(adapter)
+    }
+}
+
+/// Cuts `[tokens, 2 · width]` into keys and values.
+fn keys_and_values(both: &Tensor, width: usize) -> Result<(Tensor, Tensor)> {
+    Ok((both.narrow(1, 0, width)?.contiguous()?, both.narrow(1, width, width)?.contiguous()?))
+}
+
+/// A prefix that is trained as it is.
+#[derive(Debug)]
+struct FlatPrefix {
+    /// `[virtual tokens, layers · 2 · width]`: keys, then values, layer by layer.
+    embeddings: Parameter,
+    width: usize,
+}
+
+impl PrefixModule for FlatPrefix {
+    fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
+        let both = self.embeddings.get(ctx).narrow(1, 2 * layer * self.width, 2 * self.width)?;
+        keys_and_values(&both, self.width)
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        vec![&self.embeddings]
+    }
+}
+
+/// A prefix that a network makes: `Linear(tanh(Linear(embedding)))`, the last layer cut by the model's layers so that each
+/// block's backward pass touches its own part alone.
+#[derive(Debug)]
+struct ProjectedPrefix {
+    /// `[virtual tokens, width]`.
+    embedding: Parameter,
+    hidden: Linear,
+    layers: Vec<Linear>,
+    width: usize,
+}
+
+impl ProjectedPrefix {
+    fn new(shape: &Shape, hidden: usize, zero: bool, starts: &mut Starts<'_>) -> Result<Self> {
+        let width = shape.token_dim;
+        // Behind zeros nothing moves on the first step.
+        let role = if zero { Role::ZeroAtStart } else { Role::Plain };
+        let embedding = starts.table("embedding.weight", shape.count, width, false, role)?;
+        let first = Linear::new("transform.0", (width, hidden), torch_bound(width), role, starts)?;
+        let bound = if zero { 0.0 } else { torch_bound(hidden) };
+        let layer =
+            |l: usize| Linear::new(&format!("transform.2.{l}"), (hidden, 2 * width), bound, Role::Plain, starts);
+        let layers = (0..shape.dims.layers).map(layer).collect::<Result<_>>()?;
+        Ok(Self { embedding, hidden: first, layers, width })
+    }
+
+    /// `[virtual tokens, 2 · width]` of one layer.
+    fn layer(&self, layer: usize, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let Some(last) = self.layers.get(layer) else {
+            return Err(Error::msg(format!("layer {layer} of a prefix for {}", self.layers.len())));
+        };
+        last.forward(&self.hidden.forward(&self.embedding.get(ctx), ctx)?.tanh()?, ctx)
+    }
+}
+
+impl PrefixModule for ProjectedPrefix {
+    fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
+        keys_and_values(&self.layer(layer, ctx)?, self.width)
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        let layers = self.layers.iter().flat_map(Linear::parameters);
+        std::iter::once(&self.embedding).chain(self.hidden.parameters()).chain(layers).collect()
+    }
+
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let layers = (0..self.layers.len()).map(|l| self.layer(l, &ctx)).collect::<Result<Vec<_>>>()?;
+        Ok(vec![(PROMPT_EMBEDDINGS.to_owned(), Tensor::cat(&layers, 1)?.contiguous()?)])
+    }
+}

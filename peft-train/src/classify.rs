@@ -1,0 +1,114 @@
+//! Measuring a class head: loss, accuracy and F1 over a data set.
+
+use peft_core::{Ctx, Error, Result, Segmented};
+
+use crate::data::{Batch, Dataset};
+use crate::driver::{Measured, predict};
+use crate::trainer::sum_over;
+
+/// How often each class was predicted for each class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Confusion {
+    classes: usize,
+    /// `[class, prediction]`.
+    counts: Vec<u64>,
+}
+
+impl Confusion {
+    /// No row yet.
+    #[must_use]
+    pub fn new(classes: usize) -> Self {
+        Self { classes, counts: vec![0; classes.saturating_mul(classes)] }
+    }
+
+    /// Counts a row of `class` for which `predicted` was the likeliest.
+    pub fn add(&mut self, class: u32, predicted: u32) {
+        let at = class as usize * self.classes + predicted as usize;
+        if let Some(count) = self.counts.get_mut(at) {
+            *count += 1;
+        }
+    }
+
+    fn count(&self, class: usize, predicted: usize) -> u64 {
+        self.counts.get(class * self.classes + predicted).copied().unwrap_or(0)
+    }
+
+    /// Share of rows whose class was predicted.
+    #[must_use]
+    pub fn accuracy(&self) -> f64 {
+        let right: u64 = (0..self.classes).map(|c| self.count(c, c)).sum();
+        right as f64 / self.counts.iter().sum::<u64>().max(1) as f64
+    }
+
+    /// Mean over the classes of the harmonic mean of precision and recall; a class that neither occurs nor is predicted
+    /// is left out (scikit-learn's `f1_score(average="macro")`).
+    #[must_use]
+    pub fn macro_f1(&self) -> f64 {
+        let scores: Vec<f64> = (0..self.classes)
+            .filter_map(|c| {
+                let row: u64 = (0..self.classes).map(|p| self.count(c, p)).sum();
+                let column: u64 = (0..self.classes).map(|t| self.count(t, c)).sum();
+                (row + column > 0).then(|| 2.0 * self.count(c, c) as f64 / (row + column) as f64)
+            })
+            .collect();
+        scores.iter().sum::<f64>() / scores.len().max(1) as f64
+    }
+}
+
+/// Loss and confusion of a model with a head of `classes` classes over a whole data set, whatever the batch size.
+/// `progress` is told the rows done.
+///
+/// # Errors
+/// When a tensor operation fails, or the loss is not finite.
+pub fn evaluate_classes<M: Segmented>(
+    model: &M,
+    data: &Dataset,
+    classes: usize,
+    ctx: &Ctx<'_>,
+    batch_size: usize,
+    progress: impl FnMut(usize),
+) -> Result<(Measured, Confusion)> {
+    let mut confusion = Confusion::new(classes);
+    let one = |batch: &Batch| {
+        let (measured, predicted) = predict(model, batch, ctx)?;
+        let labels = batch.targets().ids;
+        if predicted.len() != labels.len() {
+            return Err(Error::msg("predictions do not line up with the batch"));
+        }
+        for (class, predicted) in labels.into_iter().zip(predicted) {
+            confusion.add(class, predicted);
+        }
+        Ok(measured)
+    };
+    let measured = sum_over(model, data, batch_size, one, progress)?;
+    Ok((measured, confusion))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against scikit-learn 1.7: `accuracy_score`, `f1_score(average="macro")`.
+    #[test]
+    fn scores_of_three_classes() {
+        let mut c = Confusion::new(3);
+        for (class, predicted) in [(0, 0), (0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 2), (2, 0)] {
+            c.add(class, predicted);
+        }
+        assert!((c.accuracy() - 0.625).abs() < 1e-12);
+        // Precision and recall: 2/3 and 2/3; 1/2 and 1/2; 2/3 and 2/3.
+        assert!((c.macro_f1() - (2.0 / 3.0 + 0.5 + 2.0 / 3.0) / 3.0).abs() < 1e-12);
+        assert_eq!(Confusion::new(2).accuracy(), 0.0);
+    }
+
+    #[test]
+    fn a_class_that_does_not_occur_is_left_out() {
+        let mut c = Confusion::new(4);
+        c.add(0, 0);
+        c.add(1, 0);
+        // F1 of class 0 is 2/3, of class 1 it is 0; the others neither occur nor are predicted.
+        assert!((c.macro_f1() - 1.0 / 3.0).abs() < 1e-12);
+        c.add(9, 0);
+        assert!((c.accuracy() - 0.5).abs() < 1e-12);
+    }
+}

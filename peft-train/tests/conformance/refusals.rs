@@ -1,0 +1,107 @@
+//! Files and recipes that cannot be followed: one error that names what is wrong.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use peft_train::checkpoint::write_adapter_files;
+use peft_train::methods;
+use serde_json::{Map, Value, json};
+
+use crate::model::{Kind, base};
+use crate::{create, ensure, for_all};
+
+#[test]
+fn nan_in_a_file_is_refused_by_name() {
+    for_all(|case, model| {
+        let adapter = create(&case.method, model, 1)?;
+        let dir = tempfile::tempdir()?;
+        let last = *adapter.parameters().last().ok_or("no parameter")?;
+        last.set(&Tensor::full(f32::NAN, last.value().shape(), &Device::Cpu)?)?;
+        let (_, tensors) = adapter.exported()?;
+        let (broken, _) =
+            tensors.iter().find(|(name, t)| peft_core::check_finite(name, t).is_err()).ok_or("NaN is not written")?;
+        let opened =
+            write_adapter_files(dir.path(), &adapter).and_then(|()| methods::open(dir.path(), model).map(|_| ()));
+        let text = opened.err().ok_or("NaN was accepted")?.to_string();
+        ensure(text.contains(broken), text)
+    });
+}
+
+fn edit_config(dir: &Path, key: &str, value: Value) {
+    let path = dir.join("adapter_config.json");
+    let mut config: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config.insert(key.into(), value);
+    std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+#[test]
+fn differences_between_config_and_file_are_listed() {
+    let model = base(Default::default(), Kind::F32);
+    let adapter = create(&json!({"r": 2, "target_modules": ["q_proj", "v_proj"]}), &model, 1).unwrap();
+    for (key, value, expect) in [
+        ("target_modules", json!(["q_proj", "v_proj", "o_proj"]), vec!["4 missing", "self_attn.o_proj.lora_A.weight"]),
+        ("target_modules", json!(["q_proj"]), vec!["4 unexpected", "self_attn.v_proj.lora_B.weight"]),
+        ("r", json!(3), vec!["8 of another shape", "[2, 32], expected [3, 32]"]),
+        ("use_dora", json!(true), vec!["4 missing", "q_proj.lora_magnitude_vector"]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &adapter).unwrap();
+        edit_config(dir.path(), key, value);
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        for part in expect {
+            assert!(text.contains(part), "{key}: {text}\nlacks {part}");
+        }
+    }
+}
+
+#[test]
+fn a_prefix_for_another_model_is_refused_by_the_key_that_says_so() {
+    let model = base(Default::default(), Kind::F32);
+    let adapter = create(&json!({"type": "prefix", "num_virtual_tokens": 4}), &model, 1).unwrap();
+    for (key, value, expect) in [
+        ("num_virtual_tokens", json!(5), "prompt_embeddings is [4, 64], expected [5, 64]"),
+        ("num_virtual_tokens", json!(null), "num_virtual_tokens"),
+        ("num_virtual_tokens", json!(4_000_000), "64 positions"),
+        ("num_layers", json!(3), "this base model has 2"),
+        ("token_dim", json!(32), "this base model has 16"),
+        ("num_attention_heads", json!(4), "this base model has 2"),
+        ("num_transformer_submodules", json!(2), "this base model has 1"),
+        ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
+        ("init_weights", json!("ones"), "init_weights"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &adapter).unwrap();
+        edit_config(dir.path(), key, value);
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{key}: {text}\nlacks {expect}");
+    }
+}
+
+#[test]
+fn recipes_that_no_method_can_follow_name_the_key() {
+    let model = base(Default::default(), Kind::F32);
+    for (method, expect) in [
+        (json!({"type": "ia3", "feedforward_modules": ["up_proj"]}), "`up_proj` is not among `target_modules`"),
+        (
+            json!({"type": "ia3", "target_modules": ".*_proj", "feedforward_modules": ".*dwn_proj"}),
+            "feedforward_modules",
+        ),
+        (json!({"type": "ia3", "target_modules": ["embed_tokens"], "feedforward_modules": []}), "IA³ adapts"),
+        (json!({"type": "prefix"}), "num_virtual_tokens"),
+        (json!({"type": "prefix", "num_virtual_tokens": 0}), "num_virtual_tokens"),
+        (json!({"type": "prefix", "num_virtual_tokens": 64}), "64 positions"),
+        (json!({"type": "prefix", "num_virtual_tokens": 4, "prefix_projektion": true}), "`prefix_projection`"),
+        (json!({"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init": "VOCAB"}), "SAMPLE_VOCAB"),
+        (json!({"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT"}), "prompt_tuning_init_text"),
+        (json!({"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init_text": "Say"}), "TEXT"),
+        (
+            json!({"type": "prompt", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Say"}),
+            "tokenizer_name_or_path",
+        ),
+        (json!({"type": "p_tuning", "num_virtual_tokens": 4, "encoder_dropout": 0.1}), "encoder_dropout"),
+        (json!({"type": "ln", "target_modules": ["input_layer_norm"]}), "input_layernorm"),
+    ] {
+        let text = create(&method, &model, 1).unwrap_err().to_string();
+        assert!(text.contains(expect), "{method}: {text}\nlacks {expect}");
+    }
+}
