@@ -19,14 +19,17 @@ class Model:
     # both give the same numbers; widening again and again costs time, holding them widened costs memory.
     budget_dtype: str
     groups: tuple[str, ...]
+    # Of a new head on an encoder; 0 for a language model.
+    classes: int = 0
 
 
 MODELS = {
     "smollm2": Model("smollm2", 4, 256, "f32", ("f32", "checkpointing", "bf16", "methods", "decode", "start", "merge")),
     # f32 weights alone are 4.9 GB here and the peer's step 2 GB more, so the batch is small.
     "llama-1b": Model("llama-1b", 1, 256, "auto", ("f32", "checkpointing", "bf16", "decode")),
+    "minilm": Model("minilm", 32, 64, "f32", ("encoder",), classes=2),
 }
-GROUPS = MODELS["smollm2"].groups
+GROUPS = sorted({group for model in MODELS.values() for group in model.groups})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +66,19 @@ class Bench:
         vocabulary = json.loads((self.folder(model) / "config.json").read_text())["vocab_size"]
         draw = random.Random(0)
         rows = [[draw.randrange(vocabulary) for _ in range(seq)] for _ in range(batch)]
+        target = lambda i, ids: {"label": i % model.classes} if model.classes else {"labels": ids}
         path = self.tmp / f"{name}.jsonl"
-        path.write_text("".join(json.dumps({"input_ids": ids, "labels": ids}) + "\n" for ids in rows))
+        path.write_text("".join(json.dumps({"input_ids": ids, **target(i, ids)}) + "\n" for i, ids in enumerate(rows)))
         return path
 
     def adapter(self, model, method, dtype="f32", random=False):
         """An adapter that the peer made, made once."""
         folder = self.tmp / f"adapter-{model.name}-{method}-{dtype}{'-random' if random else ''}"
         if not folder.exists():
-            extra = ["--random"] if random else []
-            self.peer("adapter", "--model", self.folder(model), "--method", method, "--dtype", dtype, "--output", folder, *extra)
+            self.peer(
+                "adapter", "--model", self.folder(model), "--classes", model.classes, "--method", method, "--dtype", dtype,
+                "--output", folder, *(["--random"] if random else []),
+            )
         return folder
 
 
@@ -129,8 +135,8 @@ class Train(Case):
         rows, steps = bench.rows(model, batch, seq, "train"), options.steps
         if side == "hf":
             result = bench.peer(
-                "train", "--model", bench.folder(model), "--rows", rows, "--dtype", self.dtype, "--method", self.method,
-                "--steps", steps, *(["--checkpointing"] if self.checkpointing else []),
+                "train", "--model", bench.folder(model), "--classes", model.classes, "--rows", rows, "--dtype", self.dtype,
+                "--method", self.method, "--steps", steps, *(["--checkpointing"] if self.checkpointing else []),
             )
             seconds, tokens = result["step_seconds"], result["tokens"]
         else:
@@ -143,13 +149,14 @@ class Train(Case):
                 share = 1 if options.quick else 1 / 4
                 budget = f"{found['hf']['peak_bytes'] * share / 1e6:.0f}MB"
                 memory, dtype = {"train__gradient_checkpointing": "auto", "train__memory_budget": budget}, model.budget_dtype
+            head = {"data__labels": json.dumps([str(i) for i in range(model.classes)])} if model.classes else {}
             result = bench.ours(
                 "peft-cli", "train", "--model", bench.folder(model), "--adapter", bench.adapter(model, self.method, self.dtype),
                 "--data", rows, "--format", "tokens", "--output", output, "--json",
                 *settings(
                     model__dtype=dtype, data__shuffle="false", data__max_length=seq, train__batch_size=batch,
                     train__max_steps=steps, train__learning_rate=2e-4, train__scheduler="constant", train__warmup_steps=0,
-                    train__max_grad_norm=0, **memory,
+                    train__max_grad_norm=0, **memory, **head,
                 ),
             )
             made = read_steps(output)
@@ -258,6 +265,8 @@ class Merge(Case):
 
 def cases(model, catalogue):
     """All cases of `model` with their groups, those methods left out whose `peft_type` the `catalogue` lacks."""
+    if model.classes:
+        return [("encoder", Train(model, "encoder", f"encoder classification, {model.batch} × {model.seq}"))]
     found = [
         ("f32", Train(model, "f32", "f32 train", budget=True, goals=("≥ 1.5", "≤ 0.25"))),
         ("checkpointing", Train(model, "checkpointing", "f32 train, checkpointing", checkpointing=True, goals=("", ""))),

@@ -16,7 +16,7 @@ import time
 import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from methods import METHODS
 
@@ -29,14 +29,20 @@ def read_rows(path):
 
 def load(args):
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    if not getattr(args, "classes", 0):
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    # The head is new, and the same in every process; the base's own dropout would make losses incomparable.
+    torch.manual_seed(1)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=args.classes, dtype=dtype, **dropout)
 
 
-def attach(model, method, **changes):
-    """The adapter of `method`, the same in every process."""
-    kind, keys = METHODS[method].peft
+def attach(model, args, **changes):
+    """The adapter of the method, the same in every process."""
+    kind, keys = METHODS[args.method].peft
     torch.manual_seed(0)
-    return peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", **{**keys, **changes}))
+    task = "SEQ_CLS" if args.classes else "CAUSAL_LM"
+    return peft.get_peft_model(model, getattr(peft, kind)(task_type=task, **{**keys, **changes}))
 
 
 def optimizer_of(model):
@@ -54,17 +60,20 @@ def step(model, optimizer, **batch):
 
 def train(args):
     model = load(args)
-    model.config.use_cache = False
+    if not args.classes:
+        model.config.use_cache = False
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    model = attach(model, args.method).train()
+    model = attach(model, args).train()
     optimizer = optimizer_of(model)
-    ids = torch.tensor([row["input_ids"] for row in read_rows(args.rows)])
+    rows = read_rows(args.rows)
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    labels = torch.tensor([row["label"] for row in rows]) if args.classes else ids
     losses, seconds = [], []
     for _ in range(args.steps):
         started = time.perf_counter()
-        losses.append(step(model, optimizer, input_ids=ids, labels=ids))
+        losses.append(step(model, optimizer, input_ids=ids, labels=labels))
         seconds.append(time.perf_counter() - started)
     return {"losses": losses, "step_seconds": seconds, "tokens": ids.numel()}
 
@@ -85,7 +94,7 @@ def decode(args):
 def start(args):
     tokenizer, model = AutoTokenizer.from_pretrained(args.model), load(args)
     model.config.use_cache = False
-    model = attach(model, args.method).train()
+    model = attach(model, args).train()
     optimizer = optimizer_of(model)
     rows = read_rows(args.rows)
     texts = lambda key: tokenizer([row[key] for row in rows], add_special_tokens=False)["input_ids"]
@@ -109,7 +118,7 @@ def merge(args):
 def adapter(args):
     # Away from its start where it is to be merged: an untrained one changes nothing.
     changes = {"init_lora_weights": False} if args.random else {}
-    attach(load(args), args.method, **changes).save_pretrained(args.output)
+    attach(load(args), args, **changes).save_pretrained(args.output)
     return {}
 
 
@@ -147,6 +156,7 @@ def main():
         sub.add_argument("--steps", type=int, default=1)
         sub.add_argument("--checkpointing", action="store_true")
         sub.add_argument("--random", action="store_true")
+        sub.add_argument("--classes", type=int, default=0, help="classes of a new head; 0 for a language model")
     command(decode, "model", "rows").add_argument("--new-tokens", type=int, required=True)
     command(merge, "model", "adapter", "output")
     command(differ).add_argument("folders", type=pathlib.Path, nargs=2)
