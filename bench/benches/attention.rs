@@ -3,7 +3,7 @@
 
 #![allow(missing_docs, clippy::unwrap_used)]
 
-#[allow(dead_code, unreachable_pub)] // Each program uses a part of it.
+#[allow(dead_code)] // Each program uses a part of it.
 mod bound;
 
 use std::hint::black_box;

@@ -38,7 +38,7 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, check
         None => (tokens, false),
     };
     // Attention keeps a second copy of keys and values, with those of a prefix behind.
-    let key_value_size = model.prompt_dims().map_or(0, |d| d.key_value_heads * d.head_dim);
+    let key_value_size = model.prompt_dims().map_or(0, |d| d.key_value_size());
     let copies = if prefixed { (tokens * 2 * key_value_size * 4) as u64 } else { 0 };
     let record = block_bytes(model, tokens) + copies;
     let kept = match checkpointing {

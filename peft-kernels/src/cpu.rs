@@ -161,6 +161,11 @@ impl<'a> Mat<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// How many columns there are.
+    pub(crate) fn cols(&self) -> usize {
+        self.cols
+    }
+
     fn reach(&self) -> usize {
         if self.rows == 0 || self.cols == 0 {
             return 0;

@@ -70,6 +70,14 @@ pub fn lora_delta(x: &Tensor, a: &Tensor, b: &Tensor, scale: f32, dropout: Optio
     diff_op::apply(LoraLinear { base: None, scale, dropout, xa: OnceLock::new() }, &[x, a, b])
 }
 
+/// `dB = scale·dyᵀ·xa` for `xa = drop(x)·Aᵀ: [tokens, r]` and `dy: [tokens, out]`. Its transpose is made first: that reads
+/// dy along its rows.
+pub(crate) fn b_gradient(xa: Mat<'_>, dy: Mat<'_>, scale: f32) -> Result<Tensor> {
+    let (rank, out) = (xa.cols(), dy.cols());
+    let transposed = cpu::gemm(xa.t(), dy, scale)?;
+    cpu::tensor(cpu::transposed(&transposed, rank, out), (out, rank))
+}
+
 struct LoraLinear {
     base: Option<(FrozenWeight, Option<Tensor>)>,
     scale: f32,
@@ -107,9 +115,7 @@ impl LoraLinear {
                                 Some(xa) => Cow::from(xa),
                                 None => cpu::gemm(Mat::new(&self.dropped(x.data)?, tokens, inp), a.t(), 1.0)?.into(),
                             };
-                            // dBᵀ reads dy along its rows.
-                            let transposed = cpu::gemm(Mat::new(&xa, tokens, r).t(), dy, self.scale)?;
-                            Some(cpu::transposed(&transposed, r, out))
+                            Some(b_gradient(Mat::new(&xa, tokens, r), dy, self.scale)?)
                         } else {
                             None
                         };
@@ -125,7 +131,7 @@ impl LoraLinear {
                         Ok(vec![
                             dx.map(|d| cpu::tensor(d, (tokens, inp))).transpose()?,
                             da.map(|d| cpu::tensor(d, (r, inp))).transpose()?,
-                            db.map(|d| cpu::tensor(d, (out, r))).transpose()?,
+                            db,
                         ])
                     })
                 })

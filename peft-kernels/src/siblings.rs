@@ -12,7 +12,7 @@ use candle_core::{Result, Tensor};
 use crate::cpu::{self, Mat};
 use crate::diff_op::{Value, is_cpu_f32};
 use crate::linear::{add_bias_rows, frozen_linear};
-use crate::lora::{Dropout, lora_linear};
+use crate::lora::{Dropout, b_gradient, lora_linear};
 use crate::tape::{self, MultiOp};
 use crate::weight::FrozenWeight;
 
@@ -240,11 +240,9 @@ impl MultiOp for Siblings {
                 for (layer, grad) in self.branches.iter().zip(grads) {
                     let (Some(l), Some(grad)) = (layer.adapter, grad) else { continue };
                     let out = layer.weight.out_features();
-                    // dBᵀ reads dy along its rows.
-                    let transposed = cpu::with(grad, |dy| {
-                        cpu::gemm(self.columns(xa, tokens, l).t(), Mat::new(dy.data, tokens, out), l.scale)
-                    })?;
-                    found[l.arg + 1] = Some(cpu::tensor(cpu::transposed(&transposed, l.rank, out), (out, l.rank))?);
+                    let columns = self.columns(xa, tokens, l);
+                    let db = cpu::with(grad, |dy| b_gradient(columns, Mat::new(dy.data, tokens, out), l.scale))?;
+                    found[l.arg + 1] = Some(db);
                 }
             }
             if needs[0] {

@@ -179,8 +179,7 @@ impl WithSimd for Part<'_> {
 }
 
 /// Tokens of a tile. It needs a register for each sum and token and one for the weight: AVX2 has 16 of them, of which three
-/// tokens would leave none for the compiler, the others
-/// have 32.
+/// tokens would leave none for the compiler; the others have 32.
 #[inline(always)]
 fn most_tokens<S: Simd>() -> usize {
     if S::F32_LANES == 8 { 2 } else { 4 }

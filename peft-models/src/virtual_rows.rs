@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use peft_core::kernels::SequenceSpan;
-use peft_core::{Ctx, Error, Result, Route, TokenBatch, VirtualSpans};
+use peft_core::{Ctx, Result, Route, TokenBatch, VirtualSpans};
 
 /// What virtual tokens make of a batch without a cache.
 #[derive(Debug)]
@@ -22,19 +22,12 @@ impl Layout {
     /// When the batch is malformed, or a sequence goes through several adapters one of which has virtual tokens.
     pub(crate) fn of(batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Self> {
         let tokens = batch.ids.len();
-        let fits = batch.bounds.first() == Some(&0)
-            && batch.bounds.last() == Some(&tokens)
-            && batch.positions.len() == tokens
-            && batch.bounds.is_sorted();
-        if !fits {
-            return Err(Error::msg("a batch's bounds do not cover its tokens"));
-        }
+        let owns = batch.sequences()?;
         let spans = VirtualSpans::of(batch.bounds, ctx)?;
         let rows = spans.rows(tokens);
         let mut positions = batch.positions.to_vec();
         let mut sequences = Vec::with_capacity(batch.bounds.len());
-        for (i, bounds) in batch.bounds.windows(2).enumerate() {
-            let own = bounds[0]..bounds[1];
+        for (i, own) in owns.enumerate() {
             let prefix = spans.of_sequence(i).and_then(|at| rows.get(at)).cloned().unwrap_or(0..0);
             let shift = prefix.len() as u32;
             positions.iter_mut().take(own.end).skip(own.start).for_each(|p| *p = p.saturating_add(shift));
