@@ -15,19 +15,16 @@ class Model:
     name: str
     batch: int
     seq: int
-    # Weights of the run that has a quarter of the peer's memory: `f32`, or `auto`, as they lie in the file. The file is bf16, so
-    # both give the same numbers; widening again and again costs time, holding them widened costs memory.
-    budget_dtype: str
     groups: tuple[str, ...]
     # Of a new head on an encoder; 0 for a language model.
     classes: int = 0
 
 
 MODELS = {
-    "smollm2": Model("smollm2", 4, 256, "f32", ("f32", "checkpointing", "bf16", "methods", "decode", "start", "merge")),
+    "smollm2": Model("smollm2", 4, 256, ("f32", "checkpointing", "bf16", "methods", "decode", "start", "merge")),
     # f32 weights alone are 4.9 GB here and the peer's step 2 GB more, so the batch is small.
-    "llama-1b": Model("llama-1b", 1, 256, "auto", ("f32", "checkpointing", "bf16", "decode")),
-    "minilm": Model("minilm", 32, 64, "f32", ("encoder",), classes=2),
+    "llama-1b": Model("llama-1b", 1, 256, ("f32", "checkpointing", "bf16", "decode")),
+    "minilm": Model("minilm", 32, 64, ("encoder",), classes=2),
 }
 GROUPS = sorted({group for model in MODELS.values() for group in model.groups})
 
@@ -119,10 +116,12 @@ def losses_agree(ours, hf, tolerance, later):
 class Train(Case):
     """A training step on random tokens; the first step is not timed."""
 
-    def __init__(self, model, name, title, method="lora", dtype="f32", checkpointing=False, budget=False, goals=("≥ 1.5", "")):
+    def __init__(self, model, name, title, method="lora", dtype="f32", checkpointing=False, part=None, goals=("≥ 1.5", "")):
+        """With `part` there is a third side, `budget`: ours, told to keep to the `part`th part of the peer's memory."""
         self.model, self.name, self.method, self.dtype, self.checkpointing = model, name, method, dtype, checkpointing
-        self.sides = ("hf", "ours", "budget") if budget else ("hf", "ours")
-        titles = {"ours": title, "budget": f"{title}, ¼ of the memory"}
+        self.part = part
+        self.sides = ("hf", "ours", "budget") if part else ("hf", "ours")
+        titles = {"ours": title, "budget": f"{title}, 1/{part} of the memory"}
         self.ratios = tuple(
             Ratio(f"{titles[side]}, {what}", key, goal, side)
             for side in self.sides[1:]
@@ -143,18 +142,17 @@ class Train(Case):
             output = bench.tmp / "out"
             shutil.rmtree(output, ignore_errors=True)
             memory = {"train__gradient_checkpointing": "true" if self.checkpointing else "false"}
-            dtype = self.dtype
             if side == "budget":
-                # A quick run's peak is mostly weights, of which a quarter holds nothing.
-                share = 1 if options.quick else 1 / 4
-                budget = f"{found['hf']['peak_bytes'] * share / 1e6:.0f}MB"
-                memory, dtype = {"train__gradient_checkpointing": "auto", "train__memory_budget": budget}, model.budget_dtype
+                # A quick run's peak is mostly weights, of which a part holds nothing.
+                part = 1 if options.quick else self.part
+                budget = f"{found['hf']['peak_bytes'] / part / 1e6:.0f}MB"
+                memory = {"train__gradient_checkpointing": "auto", "train__memory_budget": budget}
             head = {"data__labels": json.dumps([str(i) for i in range(model.classes)])} if model.classes else {}
             result = bench.ours(
                 "peft-cli", "train", "--model", bench.folder(model), "--adapter", bench.adapter(model, self.method, self.dtype),
                 "--data", rows, "--format", "tokens", "--output", output, "--json",
                 *settings(
-                    model__dtype=dtype, data__shuffle="false", data__max_length=seq, train__batch_size=batch,
+                    model__dtype=self.dtype, data__shuffle="false", data__max_length=seq, train__batch_size=batch,
                     train__max_steps=steps, train__learning_rate=2e-4, train__scheduler="constant", train__warmup_steps=0,
                     train__max_grad_norm=0, **memory, **head,
                 ),
@@ -268,9 +266,9 @@ def cases(model, catalogue):
     if model.classes:
         return [("encoder", Train(model, "encoder", f"encoder classification, {model.batch} × {model.seq}"))]
     found = [
-        ("f32", Train(model, "f32", "f32 train", budget=True, goals=("≥ 1.5", "≤ 0.25"))),
+        ("f32", Train(model, "f32", "f32 train", part=4, goals=("≥ 1.5", "≤ 0.25"))),
         ("checkpointing", Train(model, "checkpointing", "f32 train, checkpointing", checkpointing=True, goals=("", ""))),
-        ("bf16", Train(model, "bf16", "bf16 base train", dtype="bf16", goals=("≥ 1.5", "≤ 0.2"))),
+        ("bf16", Train(model, "bf16", "bf16 base train", dtype="bf16", part=5, goals=("≥ 1.5", "≤ 0.2"))),
     ]
     for name, method in METHODS.items():
         if name != "lora" and method.peft_type in catalogue:

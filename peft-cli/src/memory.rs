@@ -1,20 +1,22 @@
 //! How much memory a training step takes, and how many blocks may keep their record within a budget.
 
 use anyhow::{Result, bail};
+use candle_core::DType;
 use peft_core::{Adapter, BaseModel, Segmented, Task};
 use peft_models::AnyModel;
-use peft_train::Checkpointing;
+use peft_train::{Checkpointing, Keep};
 
 use crate::sample;
 
-/// Bytes that the record of one block keeps for `tokens` tokens: what its operations read in the backward pass and do not
-/// make again.
-fn block_bytes(model: &AnyModel, tokens: usize) -> u64 {
+/// Bytes that the record of one block keeps for `tokens` tokens, in `dtype`: what its operations read in the backward pass
+/// and do not make again.
+fn block_bytes(model: &AnyModel, tokens: usize, dtype: DType) -> u64 {
     let w = model.block_widths();
-    // The residual stream before attention and before the MLP; rotated queries and keys, values, the attention's result
-    // and its row statistics; gate and up.
-    let floats = 2 * w.hidden + 2 * w.query + 2 * w.key_value + w.heads + w.mlp;
-    (tokens * floats * 4) as u64
+    // The residual stream before attention and before the MLP; rotated queries and keys, values, the attention's result;
+    // gate and up.
+    let activations = 2 * w.hidden + 2 * w.query + 2 * w.key_value + w.mlp;
+    // Attention's row statistics stay f32.
+    (tokens * (activations * dtype.size_in_bytes() + w.heads * 4)) as u64
 }
 
 /// Bytes that one block's backward pass has at a time besides its record: what is made again, and gradients.
@@ -31,7 +33,7 @@ fn input_bytes(model: &AnyModel, tokens: usize) -> u64 {
 
 /// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
 /// working memory of one block's backward pass and of the logits.
-pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, checkpointing: Checkpointing) -> u64 {
+pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, keep: Keep) -> u64 {
     let blocks = model.num_blocks() as u64;
     let (tokens, prefixed) = match adapter.virtual_tokens() {
         Some(virtual_tokens) => (tokens + virtual_tokens.count, !virtual_tokens.is_prompt()),
@@ -40,15 +42,15 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, check
     // Attention keeps a second copy of keys and values, with those of a prefix behind.
     let key_value_size = model.prompt_dims().map_or(0, |d| d.key_value_size());
     let copies = if prefixed { (tokens * 2 * key_value_size * 4) as u64 } else { 0 };
-    let record = block_bytes(model, tokens) + copies;
-    let kept = match checkpointing {
+    let record = block_bytes(model, tokens, keep.records) + copies;
+    let kept = match keep.checkpointing {
         Checkpointing::Off => blocks,
         Checkpointing::Full => 0,
         Checkpointing::KeepTop(n) => n as u64,
     };
     let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
     // A block that runs again has its record only then.
-    let again = if kept < blocks { record } else { 0 };
+    let again = if kept < blocks { block_bytes(model, tokens, DType::F32) + copies } else { 0 };
     let width = match model.task() {
         Task::CausalLm => model.vocab_size(),
         Task::Classification { classes, .. } => classes,
@@ -70,9 +72,10 @@ pub(crate) fn auto_checkpointing(
     model: &AnyModel,
     adapter: &Adapter,
     tokens: usize,
+    records: DType,
     budget: Option<&str>,
 ) -> Result<Checkpointing> {
-    let peak = |n| estimate(model, adapter, tokens, Checkpointing::KeepTop(n));
+    let peak = |n| estimate(model, adapter, tokens, Keep { checkpointing: Checkpointing::KeepTop(n), records });
     let limit = match budget {
         Some(text) => parse_size(text)?,
         None => model.nbytes() as u64 + sample::available_memory().unwrap_or(u64::MAX / 2) / 2,

@@ -96,20 +96,25 @@ pub(crate) fn for_row_blocks<T: Send>(
 
 /// A new buffer of `len` elements that `f(first_row, rows)` fills, as in [`for_row_blocks`]. Each block is small enough to
 /// be zeroed and filled while it is in the first-level cache, so that the buffer goes to memory once.
-pub(crate) fn new_rows(len: usize, width: usize, cost: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) -> Vec<f32> {
+pub(crate) fn new_rows<T: Copy + Default + Send>(
+    len: usize,
+    width: usize,
+    cost: usize,
+    f: impl Fn(usize, &mut [T]) + Sync + Send,
+) -> Vec<T> {
     let mut out = Vec::with_capacity(len);
     if width == 0 || !len.is_multiple_of(width) {
-        out.resize(len, 0.0);
+        out.resize(len, T::default());
         return out;
     }
     let room = out.spare_capacity_mut().get_mut(..len).unwrap_or_default();
     let step = (CACHED_ELEMENTS / width).next_multiple_of(8).max(8);
-    for_row_blocks(room, width, cost, |first, block: &mut [MaybeUninit<f32>]| {
+    for_row_blocks(room, width, cost, |first, block: &mut [MaybeUninit<T>]| {
         for (i, rows) in block.chunks_mut(step * width).enumerate() {
-            rows.fill(MaybeUninit::new(0.0));
+            rows.fill(MaybeUninit::new(T::default()));
             #[allow(unsafe_code)]
-            // SAFETY: all elements were initialised just above, and MaybeUninit<f32> has the layout of f32.
-            let rows = unsafe { &mut *(std::ptr::from_mut(rows) as *mut [f32]) };
+            // SAFETY: all elements were initialised just above, and MaybeUninit<T> has the layout of T.
+            let rows = unsafe { &mut *(std::ptr::from_mut(rows) as *mut [T]) };
             f(first + i * step, rows);
         }
     });

@@ -17,11 +17,13 @@ mod bias;
 mod blocks;
 mod cpu;
 mod cross_entropy;
+mod deferred;
 mod diff_op;
 mod dropout;
 mod embedding;
 mod linear;
 mod lora;
+mod narrow;
 mod norm;
 mod philox;
 mod reduce;
@@ -46,6 +48,7 @@ pub use cpu::{on_pool, threads};
 pub use cross_entropy::{
     CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,
 };
+pub use deferred::Deferred;
 pub use diff_op::seed;
 pub use dropout::dropout;
 pub use embedding::{embedding, replace_columns, replace_rows};

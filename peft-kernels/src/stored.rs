@@ -40,6 +40,14 @@ impl Stored<'_> {
         }
     }
 
+    /// Writes `bf16` elements, as many as `out` holds, in `f32`. To be called inside of [`simd::run`].
+    #[inline(always)]
+    pub(crate) fn widen_bf16(x: &[bf16], out: &mut [f32]) {
+        for (x, y) in x.iter().zip(out) {
+            *y = f32::from_bits(u32::from(x.to_bits()) << 16);
+        }
+    }
+
     /// Writes the elements from `start` on, as many as `out` holds. Both are whole blocks.
     ///
     /// # Errors
@@ -54,11 +62,7 @@ impl Stored<'_> {
             Self::F16(x) => x[range].convert_to_f32_slice(out),
             Self::Bf16(x) => simd::run(
                 #[inline(always)]
-                || {
-                    for (x, y) in x[range].iter().zip(out) {
-                        *y = f32::from_bits(u32::from(x.to_bits()) << 16);
-                    }
-                },
+                || Self::widen_bf16(&x[range], out),
             ),
             Self::Blocks(bytes, dtype) => {
                 let (size, block) = (dtype.type_size(), dtype.block_size());

@@ -1,5 +1,6 @@
 //! A frozen weight matrix: how it is stored, and the two products that training needs of it.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
@@ -8,6 +9,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::cpu::{self, Mat};
+use crate::deferred::Deferred;
 use crate::diff_op::is_cpu_f32;
 use crate::stored::Stored;
 use crate::thin;
@@ -42,6 +44,8 @@ pub enum WeightStorage {
     Dense(Tensor),
     /// Rows of GGUF blocks.
     Gguf(Arc<QTensor>),
+    /// Nothing in memory: read from its file for every use.
+    Deferred(Deferred),
 }
 
 impl FrozenWeight {
@@ -70,6 +74,20 @@ impl FrozenWeight {
         Ok(Self { storage: WeightStorage::Gguf(weight), out_features, in_features, square_norms: Arc::default() })
     }
 
+    /// A weight `[out, in]` that stays in its file.
+    #[must_use]
+    pub fn deferred(out_features: usize, in_features: usize, weight: Deferred) -> Self {
+        Self { storage: WeightStorage::Deferred(weight), out_features, in_features, square_norms: Arc::default() }
+    }
+
+    /// The weight in memory.
+    fn resident(&self) -> Result<Cow<'_, Self>> {
+        match &self.storage {
+            WeightStorage::Deferred(d) => d.read(self.out_features, self.in_features).map(Cow::Owned),
+            _ => Ok(Cow::Borrowed(self)),
+        }
+    }
+
     /// Rows of the matrix: the size of the output.
     #[must_use]
     pub fn out_features(&self) -> usize {
@@ -94,24 +112,27 @@ impl FrozenWeight {
         match &self.storage {
             WeightStorage::Dense(w) => w.device().clone(),
             WeightStorage::Gguf(q) => q.device(),
+            WeightStorage::Deferred(d) => d.device().clone(),
         }
     }
 
-    /// Bytes of storage.
+    /// Bytes of storage in memory.
     #[must_use]
     pub fn nbytes(&self) -> usize {
         match &self.storage {
             WeightStorage::Dense(w) => w.elem_count() * w.dtype().size_in_bytes(),
             WeightStorage::Gguf(q) => q.storage_size_in_bytes(),
+            WeightStorage::Deferred(_) => 0,
         }
     }
 
-    /// A name for the storage: `f32`, `bf16`, `q4_1` and so on.
+    /// A name for the storage: `f32`, `bf16`, `q4_1` and so on, `deferred` where nothing is in memory.
     #[must_use]
     pub fn dtype_name(&self) -> String {
         match &self.storage {
             WeightStorage::Dense(w) => w.dtype().as_str().to_string(),
             WeightStorage::Gguf(q) => format!("{:?}", q.dtype()).to_lowercase(),
+            WeightStorage::Deferred(_) => "deferred".to_string(),
         }
     }
 
@@ -123,6 +144,7 @@ impl FrozenWeight {
         match &self.storage {
             WeightStorage::Dense(w) => w.to_dtype(dtype),
             WeightStorage::Gguf(q) => q.dequantize(&q.device())?.to_dtype(dtype),
+            WeightStorage::Deferred(d) => d.read(self.out_features, self.in_features)?.to_dense(dtype),
         }
     }
 
@@ -139,12 +161,13 @@ impl FrozenWeight {
             return match &self.storage {
                 WeightStorage::Dense(w) => w.index_select(&index, 0),
                 WeightStorage::Gguf(q) => q.embedding(&index),
+                WeightStorage::Deferred(_) => self.resident()?.rows(ids),
             };
         }
-        let mut out = vec![0f32; ids.len() * self.in_features];
+        let (weight, mut out) = (self.resident()?, vec![0f32; ids.len() * self.in_features]);
         if self.in_features > 0 {
             let mut rows = out.chunks_mut(self.in_features).zip(ids);
-            rows.try_for_each(|(row, &id)| self.widen(id as usize, row))?;
+            rows.try_for_each(|(row, &id)| weight.widen(id as usize, row))?;
         }
         cpu::tensor(out, (ids.len(), self.in_features))
     }
@@ -290,6 +313,9 @@ impl FrozenWeight {
         if self.out_features == 0 || self.in_features == 0 {
             return Ok(());
         }
+        if let WeightStorage::Deferred(_) = self.storage {
+            return self.resident()?.for_panels(f);
+        }
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| f(0, w.data));
         }
@@ -336,6 +362,7 @@ impl FrozenWeight {
                 })
             }
             WeightStorage::Gguf(q) => f(Stored::Blocks(&q.data()?, q.dtype())),
+            WeightStorage::Deferred(_) => self.resident()?.with_stored(f),
         }
     }
 }
@@ -357,6 +384,9 @@ mod tests {
         for dtype in [GgmlDType::Q4_0, GgmlDType::Q4_1, GgmlDType::Q8_0, GgmlDType::Q5_0, GgmlDType::F16] {
             all.push(FrozenWeight::gguf(Arc::new(QTensor::quantize(&w, dtype).unwrap())).unwrap());
         }
+        let on_disk = all[2].clone();
+        let deferred = Deferred::new(Device::Cpu, move || Ok(on_disk.clone()));
+        all.push(FrozenWeight::deferred(out, inp, deferred));
         all
     }
 

@@ -325,6 +325,49 @@ mod tests {
     }
 
     #[test]
+    fn what_stays_in_its_file_merges_the_same() {
+        let loaded = model(DType::BF16);
+        let dir = tempfile::tempdir().unwrap();
+        let files = || ModelFiles::open(dir.path()).unwrap();
+        let config = Value::Object(loaded.config().to_hf_json());
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let stored = Merged::new(&loaded, Vec::new()).unwrap();
+        let plan = stored.tensors().into_iter().map(|(name, shape)| PlannedTensor { name, shape, dtype: DType::BF16 });
+        let mut writer = ShardWriter::create(dir.path(), plan.collect(), MAX_SHARD_BYTES).unwrap();
+        for (name, _) in stored.tensors() {
+            writer.write(&name, &stored.tensor_as(&name, DType::BF16).unwrap()).unwrap();
+        }
+        writer.finish().unwrap();
+
+        let deferred = files().load_deferred(&Placement::cpu(None), 0).unwrap();
+        assert_eq!(deferred.nbytes(), 0);
+        let mut adapter = Adapter::new(Map::new(), deferred.sites());
+        let change = Parameter::new("change", &randn(3, (8, 8), 1e-2).unwrap(), Role::Plain).unwrap();
+        let site = deferred.sites().find("model.layers.0.self_attn.q_proj").unwrap().id;
+        let module = SiteModule::Linear(Arc::new(Added(change)));
+        adapter.insert(site, SiteAdapter::new(Some(module), None)).unwrap();
+        let adapters = vec![Arc::new(adapter)];
+        let here = Merged::new(&loaded, adapters.clone()).unwrap();
+        let there = Merged::new(&deferred, adapters.clone()).unwrap();
+        let bits = |m: &Merged<'_>, name: &str| {
+            let t = m.tensor_as(name, DType::BF16).unwrap();
+            t.flatten_all().unwrap().to_vec1::<half::bf16>().unwrap()
+        };
+        for (name, _) in here.tensors() {
+            assert_eq!(bits(&there, &name), bits(&here, &name), "{name}");
+        }
+
+        // A matrix that is not there is named when it is read.
+        let mut config = loaded.config().to_hf_json();
+        config.insert("intermediate_size".into(), 13.into());
+        std::fs::write(dir.path().join("config.json"), Value::Object(config).to_string()).unwrap();
+        let other = files().load_deferred(&Placement::cpu(None), 0).unwrap();
+        let merged = Merged::new(&other, Vec::new()).unwrap();
+        let message = merged.tensor("model.layers.0.mlp.up_proj.weight").unwrap_err().to_string();
+        assert!(message.contains("model.layers.0.mlp.up_proj") && message.contains("[12, 8]"), "{message}");
+    }
+
+    #[test]
     fn every_tensor_is_rounded_once() {
         let path = "model.layers.0.self_attn.q_proj";
         for stored in [DType::F32, DType::BF16] {

@@ -1,6 +1,7 @@
 //! A base model on disk: a Hugging Face folder or a GGUF file, with its configuration, weights and tokenizer.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::{Checkpoint, Error, Result};
@@ -10,7 +11,7 @@ use crate::config::{DecoderConfig, ModelConfig};
 use crate::decoder::Decoder;
 use crate::encoder::Encoder;
 use crate::gguf::Gguf;
-use crate::source::{GgufSource, Placement, RandomSource, SafetensorsSource, WeightSource};
+use crate::source::{DeferredSource, GgufSource, Placement, RandomSource, SafetensorsSource, WeightSource};
 use crate::tokenizer::Tokenizer;
 
 /// Files that travel with a model: a merged folder gets them too.
@@ -38,8 +39,8 @@ pub struct ModelFiles {
 
 #[derive(Debug)]
 enum Weights {
-    Folder(Checkpoint),
-    Gguf(Box<Gguf>),
+    Folder(Arc<Checkpoint>),
+    Gguf(Arc<Gguf>),
     /// None yet: a config to train from nothing.
     Random,
 }
@@ -52,7 +53,7 @@ impl ModelFiles {
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_dir() {
             let config = Self::config_of(path)?;
-            return Ok(Self { path: path.into(), config, weights: Weights::Folder(Checkpoint::open(path)?) });
+            return Ok(Self { path: path.into(), config, weights: Weights::Folder(Arc::new(Checkpoint::open(path)?)) });
         }
         if !path.exists() {
             return Err(Error::file(path, "does not exist; give a model folder or a .gguf file"));
@@ -62,7 +63,7 @@ impl ModelFiles {
         }
         let gguf = Gguf::open(path).map_err(message)?;
         let config = ModelConfig::Decoder(Box::new(DecoderConfig::from_gguf(&gguf).map_err(message)?));
-        Ok(Self { path: path.into(), config, weights: Weights::Gguf(Box::new(gguf)) })
+        Ok(Self { path: path.into(), config, weights: Weights::Gguf(Arc::new(gguf)) })
     }
 
     /// Opens a folder with a `config.json` and a tokenizer whose weights are to be made at random.
@@ -169,23 +170,47 @@ impl ModelFiles {
     /// # Errors
     /// A missing tensor or a wrong shape, by its name.
     pub fn load(&self, placement: &Placement, seed: u64) -> Result<AnyModel> {
-        let random = |range: Option<&serde_json::Value>, untied_head: bool| {
-            let std = range.and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
-            RandomSource { seed, std, untied_head, placement: placement.clone() }
+        let source: Box<dyn WeightSource> = match &self.weights {
+            Weights::Folder(checkpoint) => Box::new(SafetensorsSource::new(checkpoint.clone(), placement.clone())),
+            Weights::Gguf(gguf) => Box::new(GgufSource::new(gguf.clone(), placement.clone())),
+            Weights::Random => Box::new(self.random_source(placement, seed)),
         };
-        let source: Box<dyn WeightSource + '_> = match &self.weights {
-            Weights::Folder(checkpoint) => Box::new(SafetensorsSource::new(checkpoint, placement.clone())),
-            Weights::Gguf(gguf) => Box::new(GgufSource::new(gguf, placement.clone())),
-            Weights::Random => match &self.config {
-                ModelConfig::Decoder(c) => Box::new(random(c.raw.get("initializer_range"), !c.tie_word_embeddings)),
-                ModelConfig::Encoder(c) => Box::new(random(c.raw.get("initializer_range"), true)),
-            },
-        };
-        match &self.config {
-            ModelConfig::Decoder(c) => Decoder::load((**c).clone(), source.as_ref(), placement).map(AnyModel::Decoder),
-            ModelConfig::Encoder(c) => {
-                Encoder::load((**c).clone(), source.as_ref(), placement, seed).map(AnyModel::Encoder)
+        self.load_from(source.as_ref(), placement, seed)
+    }
+
+    /// The model with its matrices left in their files ([`DeferredSource`]): for work that goes over them once. A missing or
+    /// misshapen matrix is found when it is used.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::load`] for vectors.
+    pub fn load_deferred(&self, placement: &Placement, seed: u64) -> Result<AnyModel> {
+        let device = placement.device.clone();
+        match &self.weights {
+            Weights::Folder(checkpoint) => {
+                let source = SafetensorsSource::new(checkpoint.clone(), placement.clone());
+                self.load_from(&DeferredSource { source, device }, placement, seed)
             }
+            Weights::Gguf(gguf) => {
+                let source = GgufSource::new(gguf.clone(), placement.clone());
+                self.load_from(&DeferredSource { source, device }, placement, seed)
+            }
+            Weights::Random => self.load(placement, seed),
+        }
+    }
+
+    fn random_source(&self, placement: &Placement, seed: u64) -> RandomSource {
+        let (raw, untied_head) = match &self.config {
+            ModelConfig::Decoder(c) => (&c.raw, !c.tie_word_embeddings),
+            ModelConfig::Encoder(c) => (&c.raw, true),
+        };
+        let std = raw.get("initializer_range").and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
+        RandomSource { seed, std, untied_head, placement: placement.clone() }
+    }
+
+    fn load_from(&self, source: &dyn WeightSource, placement: &Placement, seed: u64) -> Result<AnyModel> {
+        match &self.config {
+            ModelConfig::Decoder(c) => Decoder::load((**c).clone(), source, placement).map(AnyModel::Decoder),
+            ModelConfig::Encoder(c) => Encoder::load((**c).clone(), source, placement, seed).map(AnyModel::Encoder),
         }
     }
 

@@ -1,8 +1,10 @@
 //! Where a model's weights come from, and in which type they are kept.
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 use peft_core::checkpoint::Checkpoint;
-use peft_core::kernels::{FrozenWeight, Stream};
+use peft_core::kernels::{Deferred, FrozenWeight, Stream};
 use peft_core::{Context, Error, Result};
 
 use crate::gguf::Gguf;
@@ -52,16 +54,16 @@ fn shape_error(name: &str, actual: &[usize], expected: Vec<usize>) -> Error {
 }
 
 /// A Hugging Face folder's safetensors.
-#[derive(Debug)]
-pub struct SafetensorsSource<'a> {
-    checkpoint: &'a Checkpoint,
+#[derive(Debug, Clone)]
+pub struct SafetensorsSource {
+    checkpoint: Arc<Checkpoint>,
     placement: Placement,
 }
 
-impl<'a> SafetensorsSource<'a> {
+impl SafetensorsSource {
     /// Reads from `checkpoint` with the types of `placement`.
     #[must_use]
-    pub fn new(checkpoint: &'a Checkpoint, placement: Placement) -> Self {
+    pub fn new(checkpoint: Arc<Checkpoint>, placement: Placement) -> Self {
         Self { checkpoint, placement }
     }
 
@@ -74,7 +76,7 @@ impl<'a> SafetensorsSource<'a> {
     }
 }
 
-impl WeightSource for SafetensorsSource<'_> {
+impl WeightSource for SafetensorsSource {
     fn contains(&self, name: &str) -> bool {
         self.checkpoint.contains(name)
     }
@@ -101,16 +103,16 @@ impl WeightSource for SafetensorsSource<'_> {
 }
 
 /// A GGUF file: blocks as they lie on disk, or widened where a type is asked for.
-#[derive(Debug)]
-pub struct GgufSource<'a> {
-    gguf: &'a Gguf,
+#[derive(Debug, Clone)]
+pub struct GgufSource {
+    gguf: Arc<Gguf>,
     placement: Placement,
 }
 
-impl<'a> GgufSource<'a> {
+impl GgufSource {
     /// Reads from `gguf` with the types of `placement`.
     #[must_use]
-    pub fn new(gguf: &'a Gguf, placement: Placement) -> Self {
+    pub fn new(gguf: Arc<Gguf>, placement: Placement) -> Self {
         Self { gguf, placement }
     }
 
@@ -123,7 +125,7 @@ impl<'a> GgufSource<'a> {
     }
 }
 
-impl WeightSource for GgufSource<'_> {
+impl WeightSource for GgufSource {
     fn contains(&self, name: &str) -> bool {
         self.gguf.hf_tensor(name).is_some()
     }
@@ -158,6 +160,35 @@ impl WeightSource for GgufSource<'_> {
                 .and_then(|t| t.block_type())
                 .map_or_else(|| "gguf".into(), |d| format!("{d:?}").to_lowercase()),
         }
+    }
+}
+
+/// Another source whose matrices stay where they are until they are used ([`Deferred`]); vectors are read at once.
+#[derive(Debug)]
+pub struct DeferredSource<S> {
+    /// Where matrices are read from, again for every use.
+    pub source: S,
+    /// Where they are read to.
+    pub device: Device,
+}
+
+impl<S: WeightSource + Clone + Send + Sync + 'static> WeightSource for DeferredSource<S> {
+    fn contains(&self, name: &str) -> bool {
+        self.source.contains(name)
+    }
+
+    fn weight(&self, name: &str, dims: (usize, usize)) -> Result<FrozenWeight> {
+        let (source, key) = (self.source.clone(), name.to_string());
+        let read = move || source.weight(&key, dims).map_err(candle_core::Error::wrap);
+        Ok(FrozenWeight::deferred(dims.0, dims.1, Deferred::new(self.device.clone(), read)))
+    }
+
+    fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
+        self.source.vector(name, len)
+    }
+
+    fn describe(&self) -> String {
+        self.source.describe()
     }
 }
 

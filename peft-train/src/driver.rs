@@ -3,12 +3,12 @@
 //! Each block is recorded by itself ([`kernels::record`]). The forward pass keeps a block's record or only its input; the
 //! backward pass goes through the blocks from the top, runs those again that were not kept, takes the gradients out and
 //! drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
-//! differentiated at all.
+//! differentiated at all. Records may be held in `bf16` ([`Keep`]).
 //!
 //! What a row asks of the model, the next tokens or a class, is in the batch's targets alone: the hidden states that reach
 //! the head, and what each should predict.
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, TensorId, Var};
 use peft_core::kernels::{self, LossSpec, Record};
 use peft_core::{Ctx, Error, Result, Segmented, TokenBatch};
 
@@ -27,6 +27,34 @@ pub enum Checkpointing {
     Full,
     /// The topmost `n` blocks keep theirs: they are the first that the backward pass needs.
     KeepTop(usize),
+}
+
+/// What waits between the forward and the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keep {
+    /// The blocks that keep their record.
+    pub checkpointing: Checkpointing,
+    /// The type in which a record holds activations, where they were made in a wider one. The same gradients come of a kept
+    /// record and of one that is made again.
+    pub records: DType,
+}
+
+impl From<Checkpointing> for Keep {
+    /// Records hold activations as they were made on a CPU.
+    fn from(checkpointing: Checkpointing) -> Self {
+        Self { checkpointing, records: DType::F32 }
+    }
+}
+
+impl Keep {
+    /// Runs block `i` and records it.
+    fn record(self, block: impl FnOnce(&Tensor) -> Result<Tensor>, input: &Tensor) -> Result<(Tensor, Record)> {
+        let (out, mut record) = kernels::record(|| block(input))?;
+        if self.records.size_in_bytes() < input.dtype().size_in_bytes() {
+            record.hold_in(self.records, input.id())?;
+        }
+        Ok((out, record))
+    }
 }
 
 impl Checkpointing {
@@ -127,10 +155,11 @@ pub fn forward_backward<M: Segmented>(
     batch: &Batch,
     ctx: &Ctx<'_>,
     lowest: usize,
-    checkpointing: Checkpointing,
+    keep: impl Into<Keep>,
     scale: f64,
     grads: &mut Grads,
 ) -> Result<Measured> {
+    let keep = keep.into();
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
     let input = model.prepare(tokens(batch), ctx)?;
     let (mut hidden, embedding) = if lowest == 0 {
@@ -149,13 +178,13 @@ pub fn forward_backward<M: Segmented>(
             continue;
         }
         let x = leaf(&hidden, i > first || lowest == 0)?;
-        if checkpointing.keeps(i, blocks) {
-            let (out, record) = kernels::record(|| model.block(i, &x, &input, ctx))?;
-            saved.push(Saved { input: x, record: Some(record) });
+        if keep.checkpointing.keeps(i, blocks) {
+            let (out, record) = keep.record(|x| model.block(i, x, &input, ctx), &x)?;
+            saved.push(Saved::Record(record, x.id()));
             hidden = out;
         } else {
             hidden = model.block(i, &x.detach(), &input, &untracked)?;
-            saved.push(Saved { input: x, record: None });
+            saved.push(Saved::Input(x));
         }
     }
 
@@ -168,15 +197,15 @@ pub fn forward_backward<M: Segmented>(
     drop((head, hidden));
 
     for (i, saved) in (first..blocks).zip(saved).rev().collect::<Vec<_>>() {
-        let record = match saved.record {
-            Some(record) => record,
-            None => kernels::record(|| model.block(i, &saved.input, &input, ctx))?.1,
+        let (record, below) = match saved {
+            Saved::Record(record, input) => (record, input),
+            Saved::Input(x) => (keep.record(|x| model.block(i, x, &input, ctx), &x)?.1, x.id()),
         };
         if !record.is_tracked() {
             // No parameter in this block and none below: nothing further to find.
             break;
         }
-        match grads.collect(record.backward(&gradient)?, Some(&saved.input))? {
+        match grads.collect(record.backward(&gradient)?, Some(below))? {
             Some(g) => gradient = g,
             None if i == first && lowest > 0 => return Ok(measured),
             None => {
@@ -191,11 +220,11 @@ pub fn forward_backward<M: Segmented>(
 }
 
 /// A block between its forward and its backward pass.
-struct Saved {
-    /// Tracked where there is something to find below.
-    input: Tensor,
-    /// What was kept of the forward pass; without it the block runs again.
-    record: Option<Record>,
+enum Saved {
+    /// What was kept of the forward pass, and which tensor went into it.
+    Record(Record, TensorId),
+    /// What the block runs on again, tracked where there is something to find below.
+    Input(Tensor),
 }
 
 /// `hidden` as the input of a block: a variable where its gradient is wanted.
@@ -252,7 +281,7 @@ impl<'a> Head<'a> {
             let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
             let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
             let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
-            let d_rows = if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(&rows))? } else { None };
+            let d_rows = if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(rows.id()))? } else { None };
             return Ok((measured, d_rows));
         }
         let inner = leaf(&normed.detach(), normed.track_op())?;
@@ -262,7 +291,7 @@ impl<'a> Head<'a> {
             return Ok((measured, None));
         }
         let d_normed = Tensor::cat(&d_normed, 0)?;
-        let d_rows = grads.drain(kernels::seed(&normed, &d_normed)?.backward()?, Some(&rows))?;
+        let d_rows = grads.drain(kernels::seed(&normed, &d_normed)?.backward()?, Some(rows.id()))?;
         Ok((measured, d_rows))
     }
 
@@ -290,7 +319,7 @@ impl<'a> Head<'a> {
                 && logits.track_op()
             {
                 let store = kernels::seed(&logits, &d_logits)?.backward()?;
-                d_normed.extend(grads.drain(store, Some(&chunk))?);
+                d_normed.extend(grads.drain(store, Some(chunk.id()))?);
             }
         }
         Ok(measured)

@@ -28,7 +28,7 @@ impl Grads {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn drain(&mut self, store: GradStore, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+    pub fn drain(&mut self, store: GradStore, leaf: Option<TensorId>) -> Result<Option<Tensor>> {
         let all = store.get_ids().filter_map(|id| Some((*id, store.get_id(*id)?.detach()))).collect::<Vec<_>>();
         self.collect(all, leaf)
     }
@@ -37,10 +37,10 @@ impl Grads {
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn collect(&mut self, found: Vec<(TensorId, Tensor)>, leaf: Option<&Tensor>) -> Result<Option<Tensor>> {
+    pub fn collect(&mut self, found: Vec<(TensorId, Tensor)>, leaf: Option<TensorId>) -> Result<Option<Tensor>> {
         let mut of_leaf = None;
         for (id, grad) in found {
-            if leaf.is_some_and(|l| l.id() == id) {
+            if leaf == Some(id) {
                 of_leaf = Some(grad);
             } else if let Some(sum) = self.index.get(&id).and_then(|&i| self.sums.get_mut(i)) {
                 *sum = Some(match sum.take() {

@@ -19,6 +19,6 @@ pub mod schedule;
 mod trainer;
 
 pub use classify::{Confusion, evaluate_classes};
-pub use driver::{Checkpointing, Measured, evaluate, forward_backward, predict, token_losses};
+pub use driver::{Checkpointing, Keep, Measured, evaluate, forward_backward, predict, token_losses};
 pub use grads::Grads;
 pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset};

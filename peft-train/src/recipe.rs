@@ -18,7 +18,8 @@ pub struct ModelTable {
     /// A folder, a `.gguf` file or a hub id.
     pub path: Option<String>,
     /// `auto` (as stored), `f32`, `bf16` or `f16`. A CPU computes in `f32`, so that there `f32` leaves narrower weights as
-    /// they are stored: they are widened exactly, panel by panel.
+    /// they are stored: they are widened exactly, panel by panel; and there `bf16` means that activations wait for the
+    /// backward pass in `bf16`, too.
     pub dtype: String,
     /// `none`; other kinds come with quantised training.
     pub quantize: String,

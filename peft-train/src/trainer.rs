@@ -15,7 +15,7 @@ use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::{self, TrainerState};
 use crate::classify::evaluate_classes;
 use crate::data::{Batch, Dataset, Sampler};
-use crate::driver::{Checkpointing, Measured, evaluate, forward_backward};
+use crate::driver::{Keep, Measured, evaluate, forward_backward};
 use crate::early_stop::{Best, EarlyStop};
 use crate::grads::Grads;
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
@@ -41,8 +41,8 @@ pub struct Plan {
     pub schedule: Schedule,
     /// Largest gradient norm; 0 is off.
     pub max_grad_norm: f64,
-    /// Which blocks are recomputed.
-    pub checkpointing: Checkpointing,
+    /// What waits for the backward pass.
+    pub keep: Keep,
     /// Weight decay.
     pub weight_decay: f64,
     /// LoRA+'s ratio.
@@ -200,7 +200,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32) };
             let ctx = Ctx { adapters: &self.set, route: &route, mode: Mode::Train { track: true }, rng };
             let scale = 1.0 / counted as f64;
-            measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.checkpointing, scale, &mut grads)?;
+            measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.keep, scale, &mut grads)?;
         }
         let loss = measured.nll / counted as f64;
         let mut grads = grads.into_vec();

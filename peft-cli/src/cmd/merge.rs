@@ -23,8 +23,8 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
     for folder in &folders {
         open::settle_classes(&mut files, &[], Some(folder))?;
     }
-    // As stored, so that a merge in f32 starts from what the file says and takes no more memory than the file.
-    let model = files.load(&Placement::cpu(None), 0)?;
+    // As stored, so that a merge in f32 starts from what the file says; read matrix by matrix as they are merged.
+    let model = files.load_deferred(&Placement::cpu(None), 0)?;
     let mut adapters = Vec::new();
     for (spec, folder) in args.adapter.iter().zip(&folders) {
         let prepared = methods::open(folder, &model).with_context(|| format!("adapter {spec}"))?;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use candle_core::DType;
 use peft_core::{AdapterSet, BaseModel};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
@@ -18,7 +19,7 @@ use peft_train::methods::{self, Prepared};
 use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
 use peft_train::recipe::{Recipe, parse_value};
 use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
-use peft_train::{Checkpointing, Ended, Plan, Trainer, checkpoint};
+use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, checkpoint};
 use serde_json::{Map, Value, json};
 
 use crate::args::TrainArgs;
@@ -166,7 +167,7 @@ impl Run {
             accumulation: t.gradient_accumulation,
             steps,
             max_grad_norm: t.max_grad_norm,
-            checkpointing: self.checkpointing()?,
+            keep: self.keep()?,
             weight_decay: t.weight_decay,
             loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
             seed: t.seed,
@@ -178,14 +179,22 @@ impl Run {
         })
     }
 
-    fn checkpointing(&self) -> Result<Checkpointing> {
-        let setting = match &self.recipe.train.gradient_checkpointing {
-            toml::Value::Boolean(true) => return Ok(Checkpointing::Full),
-            toml::Value::Boolean(false) => return Ok(Checkpointing::Off),
-            toml::Value::String(s) if s == "auto" => &self.recipe.train.memory_budget,
+    /// A base asked for in `bf16` holds kept activations in it too, as PyTorch does; a CPU computes them in `f32` all the same.
+    fn keep(&self) -> Result<Keep> {
+        let records = match open::parse_dtype(&self.recipe.model.dtype)? {
+            Some(DType::BF16) => DType::BF16,
+            _ => DType::F32,
+        };
+        let checkpointing = match &self.recipe.train.gradient_checkpointing {
+            toml::Value::Boolean(true) => Checkpointing::Full,
+            toml::Value::Boolean(false) => Checkpointing::Off,
+            toml::Value::String(s) if s == "auto" => {
+                let (adapter, budget) = (&self.prepared.adapter, self.recipe.train.memory_budget.as_deref());
+                memory::auto_checkpointing(&self.model, adapter, self.longest_batch(), records, budget)?
+            }
             other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
         };
-        memory::auto_checkpointing(&self.model, &self.prepared.adapter, self.longest_batch(), setting.as_deref())
+        Ok(Keep { checkpointing, records })
     }
 
     /// Tokens of the largest micro-batch that the data can give.
@@ -217,7 +226,7 @@ impl Run {
         let trainable = adapter.trainable_elements();
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
-        let peak = memory::estimate(&self.model, adapter, self.longest_batch(), plan.checkpointing);
+        let peak = memory::estimate(&self.model, adapter, self.longest_batch(), plan.keep);
         let tokenizer = self.tokenizer.as_ref();
         let decode =
             |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));
@@ -237,7 +246,7 @@ impl Run {
                 "virtual_tokens": adapter.virtual_tokens().map_or(0, |tokens| tokens.count), "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
-                "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.checkpointing), "preview": rows
+                "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.keep.checkpointing), "preview": rows
             });
             out!("{result}");
             return Ok(());
@@ -252,7 +261,7 @@ impl Run {
         out!("trainable   {trainable} of {total} parameters ({share:.3} %)");
         out!("data        {} ({})", self.train.stats(), self.format.name());
         out!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
-        out!("memory      about {:.0} MB at the peak, blocks recomputed: {:?}", peak as f64 / 1e6, plan.checkpointing);
+        out!("memory      about {:.0} MB at the peak, blocks recomputed: {:?}", peak as f64 / 1e6, plan.keep.checkpointing);
         out!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
             out!("{row}");
