@@ -180,7 +180,8 @@ class Decode(Case):
     def run(self, bench, side, found):
         rows, new = bench.rows(self.model, self.batch, self.PROMPT, "prompts"), 8 if bench.options.quick else 128
         common = ("decode", "--model", bench.folder(self.model), "--rows", rows, "--new-tokens", new)
-        result = bench.peer(*common) if side == "hf" else bench.ours("peft-bench", *common)
+        # Weights as peft-cli holds them: as they lie in the file.
+        result = bench.peer(*common) if side == "hf" else bench.ours("peft-bench", *common, "--stored")
         return {**result, "tokens_per_second": self.batch * new / result["seconds"]}
 
     def check(self, ours, hf):
