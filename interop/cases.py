@@ -74,11 +74,48 @@ MODELS = {
     "xlm_roberta": dict(family="xlm_roberta"),
     "distilbert": dict(family="distilbert"),
     "llama_classes": dict(family="llama_classes"),
+    # other decoders: windows and tables of positions that the lengths of the rows reach
+    "mistral": dict(family="mistral", sliding_window=12),
+    "qwen2": dict(family="qwen2", tie_word_embeddings=True),
+    "qwen2_window": dict(family="qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=9),
+    "qwen3": dict(family="qwen3", head_dim=16),
+    "phi3": dict(family="phi3"),
+    # the long factors at every length: transformers takes them by the longest row of a batch
+    "phi4": dict(family="phi3", tie_word_embeddings=True, original_max_position_embeddings=4, rope_parameters=dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.2, 1.5], long_factor=[1.5, 3.0, 5.0])),
+    "gemma": dict(family="gemma", head_dim=16, num_key_value_heads=1),
+    "gemma2": dict(family="gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": dict(family="gemma3", layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e4), sliding_attention=dict(rope_type="default", rope_theta=1e2))),
+    "gpt2": dict(family="gpt2"),
+    "gpt2_classes": dict(family="gpt2_classes"),
+    "gpt_neox": dict(family="gpt_neox"),
+    "gpt_neox_sequential": dict(family="gpt_neox", use_parallel_residual=False, attention_bias=False, num_attention_heads=3),
+    "olmo2": dict(family="olmo2"),
+    "stablelm": dict(family="stablelm", use_qkv_bias=True),
+    "smollm3": dict(family="smollm3", no_rope_layer_interval=2),
+    "qwen3_classes": dict(family="qwen3_classes"),
 }
 
 # configuration and class in transformers, and what every model of the family has
 ENCODER = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_labels=3, pad_token_id=0)
+DECODER = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+WINDOWED = dict(SHAPE, **DECODER, head_dim=16, sliding_window=9, query_pre_attn_scalar=24)
+GPT2 = dict(DECODER, hidden_size=48, num_hidden_layers=3, num_attention_heads=3)
 FAMILIES = {
+    "mistral": ("MistralConfig", "MistralForCausalLM", dict(SHAPE, **DECODER)),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", dict(SHAPE, **DECODER)),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(SHAPE, **DECODER)),
+    "qwen3_classes": ("Qwen3Config", "Qwen3ForSequenceClassification", dict(SHAPE, **DECODER, head_dim=8, num_labels=3)),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(SHAPE, **DECODER)),
+    "gemma": ("GemmaConfig", "GemmaForCausalLM", dict(SHAPE, **DECODER)),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", WINDOWED),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", WINDOWED),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "gpt2_classes": ("GPT2Config", "GPT2ForSequenceClassification", dict(GPT2, num_labels=3)),
+    # a quarter of these heads is an odd number of dimensions
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", dict(DECODER, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4)),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", dict(SHAPE, **DECODER)),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", dict(SHAPE, **DECODER)),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", dict(SHAPE, **DECODER)),
     "llama": ("LlamaConfig", "LlamaForCausalLM", SHAPE),
     "llama_classes": ("LlamaConfig", "LlamaForSequenceClassification", dict(SHAPE, num_labels=3)),
     "bert": ("BertConfig", "BertForSequenceClassification", ENCODER),
@@ -159,9 +196,22 @@ VARIANTS |= {
     "distilbert_bias_all": dict(r=4, target_modules=["q_lin", "v_lin"], bias="all"),
 }
 
+# What fits every decoder, and what fits those with other names of layers.
+VARIANTS |= {
+    "any_tokens": dict(r=3, target_modules="all-linear", trainable_token_indices=[3, 7, 11]),
+    "any_bias_all": dict(r=3, target_modules="all-linear", bias="all"),
+    "any_dora": dict(r=3, target_modules="all-linear", use_dora=True),
+    "gpt2_save": dict(r=4, target_modules=["c_attn"], modules_to_save=["c_fc", "wpe"]),
+    "gpt2_positions": dict(r=4, lora_alpha=6, target_modules=["wpe", "mlp.c_proj"]),
+    "phi3_dora": dict(r=4, use_dora=True, target_modules=["qkv_proj", "gate_up_proj"]),
+    "neox_save_head": dict(r=4, target_modules=["query_key_value", "dense"], modules_to_save=["embed_out", "lm_head"]),
+    "head_norms": dict(r=4, target_modules=["v_proj"], modules_to_save=["q_norm", "k_norm"]),
+    "ia3_neox": ("IA3Config", dict(target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"])),
+}
+
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_"))],
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms"))],
     "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
@@ -183,6 +233,23 @@ PLAN = {
     "xlm_roberta": ["default_targets", "all_linear"],
     "distilbert": ["distilbert_lora", "distilbert_dora", "distilbert_all_linear", "distilbert_bias_all"],
     "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm"],
+    "mistral": ["default_targets", "all_linear", "ia3_defaults", "prefix"],
+    "qwen2": ["any_bias_all", "tokens", "prompt"],
+    "qwen2_window": ["all_linear", "prefix"],
+    "qwen3": ["any_dora", "head_norms", "ia3_defaults", "prompt", "ln"],
+    "phi3": ["phi3_dora", "prefix"],
+    "phi4": ["all_linear", "prompt"],
+    "gemma": ["any_tokens", "embeddings", "ln"],
+    "gemma2": ["all_linear", "embeddings_dora", "save_embeddings", "prompt", "ln"],
+    "gemma3": ["any_dora", "head_norms", "prefix", "ln"],
+    "gpt2": ["default_targets", "any_bias_all", "any_dora", "any_tokens", "gpt2_save", "gpt2_positions", "ia3_defaults", "prefix", "prompt", "ln"],
+    "gpt2_classes": ["all_linear"],
+    "gpt_neox": ["default_targets", "any_bias_all", "neox_save_head", "ia3_neox", "prefix", "prompt"],
+    "gpt_neox_sequential": ["any_dora"],
+    "olmo2": ["any_dora", "head_norms", "prompt"],
+    "stablelm": ["all_linear", "bias_lora_only", "prefix"],
+    "smollm3": ["all_linear", "prefix", "prompt"],
+    "qwen3_classes": ["all_linear"],
 }
 
 

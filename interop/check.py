@@ -201,7 +201,7 @@ class Case:
             raise Short(f"the update is {apart / moved:.1%} away from torch's, most in {worst}")
 
 
-GRADIENT_IS_ROUNDING = re.compile(r"\.(self\.key|k_lin)\..*bias$")
+GRADIENT_IS_ROUNDING = re.compile(r"\.(self\.key|k_lin|attn\.c_attn)\..*bias$")
 
 
 def read_rows(path):

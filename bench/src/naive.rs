@@ -4,7 +4,7 @@
 //!
 //! Only what the Llama family needs; nothing here is tuned for or against.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use candle_core::{D, DType, Device, Module, Tensor, Var};
 use candle_nn::{AdamW, Linear, Optimizer, ParamsAdamW, loss, ops, rotary_emb};
 use peft_models::ModelFiles;
@@ -49,7 +49,11 @@ struct Model {
 impl Model {
     fn load(files: &ModelFiles, settings: &Settings) -> Result<Self> {
         let config = files.decoder_config()?.clone();
-        ensure!(config.rope.scaling == RopeScaling::Default, "the naive step knows no rope scaling");
+        ensure!(config.model_type() == "llama", "the naive step knows Llama only, not {}", config.model_type());
+        let theta = match config.rope() {
+            Some(rope) if rope.scaling == RopeScaling::Default => rope.theta,
+            _ => bail!("the naive step knows no rope scaling"),
+        };
         ensure!(config.hidden_act == Activation::Silu, "the naive step knows silu only");
         let get = |name: &str| files.tensor(name, DType::F32);
         let mut blocks = Vec::new();
@@ -59,7 +63,7 @@ impl Model {
             for name in LINEARS {
                 let path = format!("{prefix}.{name}");
                 let weight = get(&format!("{path}.weight"))?;
-                let has_bias = if name.starts_with("mlp") { config.mlp_bias } else { config.attention_bias };
+                let has_bias = if name.starts_with("mlp") { config.mlp_bias } else { config.qkv_bias };
                 let bias = if has_bias { Some(get(&format!("{path}.bias"))?) } else { None };
                 let (out, inp) = weight.dims2()?;
                 linears.push(LoraLinear {
@@ -77,7 +81,7 @@ impl Model {
         let embed = get("model.embed_tokens.weight")?;
         let head = if config.tie_word_embeddings { embed.clone() } else { get("lm_head.weight")? };
         let (half, seq) = (config.head_dim / 2, settings.seq);
-        let angle = |p: usize, i: usize| p as f64 / config.rope.theta.powf(i as f64 / half as f64);
+        let angle = |p: usize, i: usize| p as f64 / theta.powf(i as f64 / half as f64);
         let table = |f: fn(f64) -> f64| -> candle_core::Result<Tensor> {
             let values = (0..seq).flat_map(|p| (0..half).map(move |i| f(angle(p, i)) as f32)).collect();
             Tensor::from_vec(values, (seq, half), &Device::Cpu)
@@ -100,7 +104,7 @@ impl Model {
     }
 
     fn norm(&self, x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
-        ops::rms_norm_slow(x, weight, self.config.rms_norm_eps as f32)
+        ops::rms_norm_slow(x, weight, self.config.norm_eps as f32)
     }
 
     /// Logits `[batch, seq, vocab]` of `ids: [batch, seq]`.

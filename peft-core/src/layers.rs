@@ -18,6 +18,7 @@ pub struct FrozenLinear {
     path: Arc<str>,
     weight: FrozenWeight,
     bias: Option<Tensor>,
+    fan_in_fan_out: bool,
 }
 
 impl FrozenLinear {
@@ -36,7 +37,19 @@ impl FrozenLinear {
                 expected: vec![weight.out_features()],
             });
         }
-        Ok(Self { site, path, weight, bias })
+        Ok(Self { site, path, weight, bias, fan_in_fan_out: false })
+    }
+
+    /// This layer as a `Conv1D`, whose weight is `[in, out]` in files.
+    #[must_use]
+    pub fn as_conv1d(self) -> Self {
+        Self { fan_in_fan_out: true, ..self }
+    }
+
+    /// Whether files have its weight as `[in, out]` (`Conv1D`); in memory it is `[out, in]` all the same.
+    #[must_use]
+    pub fn is_fan_in_fan_out(&self) -> bool {
+        self.fan_in_fan_out
     }
 
     /// The site's id.

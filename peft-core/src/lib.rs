@@ -29,7 +29,7 @@ pub use param::{Parameter, Role};
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
 pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
-pub use site::{Site, SiteId, SiteKind, SiteTable};
+pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
 
 pub use virtual_tokens::{
     PrefixModule, PromptDims, PromptModule, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens,

@@ -29,8 +29,10 @@ pub fn trained_copy(prefix: &str, layer: BaseLayer<'_>) -> Result<SiteModule> {
 /// A linear layer whose own weight (and bias) are trained in place of the base's.
 #[derive(Debug)]
 pub struct TrainedLinear {
+    /// As files have it: `[out, in]`, and `[in, out]` of a `Conv1D`.
     weight: Parameter,
     bias: Option<Parameter>,
+    fan_in_fan_out: bool,
 }
 
 impl TrainedLinear {
@@ -39,19 +41,27 @@ impl TrainedLinear {
     /// # Errors
     /// When the base cannot be read.
     pub fn new(prefix: &str, base: &FrozenLinear) -> Result<Self> {
-        let weight = base.weight().to_dense(DType::F32)?;
+        let mut weight = base.weight().to_dense(DType::F32)?;
+        if base.is_fan_in_fan_out() {
+            weight = weight.t()?.contiguous()?;
+        }
         let weight = Parameter::new(format!("{prefix}.weight"), &weight, Role::Plain)?;
         let bias = match base.bias() {
             Some(b) => Some(Parameter::new(format!("{prefix}.bias"), &b.to_dtype(DType::F32)?, Role::NoDecay)?),
             None => None,
         };
-        Ok(Self { weight, bias })
+        Ok(Self { weight, bias, fan_in_fan_out: base.is_fan_in_fan_out() })
+    }
+
+    /// `[out, in]` for a weight as files have it.
+    fn oriented(&self, weight: Tensor) -> Result<Tensor> {
+        Ok(if self.fan_in_fan_out { weight.t()? } else { weight })
     }
 }
 
 impl PeftModule for TrainedLinear {
     fn forward(&self, _: &FrozenLinear, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let y = peft_kernels::trainable_linear(x, &self.weight.get(ctx))?;
+        let y = peft_kernels::trainable_linear(x, &self.oriented(self.weight.get(ctx))?)?;
         match &self.bias {
             Some(b) => Ok(peft_kernels::add_bias(&y, &b.get(ctx))?),
             None => Ok(y),
@@ -63,7 +73,10 @@ impl PeftModule for TrainedLinear {
     }
 
     fn delta(&self, _: &FrozenLinear) -> Result<Delta> {
-        Ok(Delta::Replace { weight: self.weight.value(), bias: self.bias.as_ref().map(Parameter::value) })
+        Ok(Delta::Replace {
+            weight: self.oriented(self.weight.value())?,
+            bias: self.bias.as_ref().map(Parameter::value),
+        })
     }
 
     fn lower(&self, _: &FrozenLinear) -> Result<Option<ServingForm>> {

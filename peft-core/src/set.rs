@@ -119,6 +119,8 @@ pub struct Adapter {
     /// Names of the classes, by their number, where the adapter trains a class head; PEFT's files have no place for them.
     pub labels: Vec<String>,
     sites: Vec<Option<SiteAdapter>>,
+    /// Which sites are `Conv1D`.
+    fan_in_fan_out: Vec<bool>,
     virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
     export_keys: Map<String, Value>,
@@ -141,6 +143,7 @@ impl Adapter {
             config,
             labels: Vec::new(),
             sites: (0..sites.len()).map(|_| None).collect(),
+            fan_in_fan_out: sites.iter().map(|site| site.stored.fan_in_fan_out).collect(),
             virtual_tokens: None,
             constants: Vec::new(),
             export_keys: Map::new(),
@@ -148,11 +151,16 @@ impl Adapter {
         }
     }
 
-    /// Puts `adapter` at a site.
+    /// Puts `adapter` at a site. As PEFT does, the config's `fan_in_fan_out` becomes what is right for the layer there.
     ///
     /// # Errors
     /// When something is there already, or the site is not the model's.
     pub fn insert(&mut self, site: SiteId, adapter: SiteAdapter) -> Result<()> {
+        if matches!(adapter.module, Some(SiteModule::Linear(_)))
+            && let Some(value) = self.config.get_mut("fan_in_fan_out")
+        {
+            *value = self.fan_in_fan_out.get(site.index()).copied().unwrap_or(false).into();
+        }
         match self.sites.get_mut(site.index()) {
             Some(place @ None) => *place = Some(adapter),
             Some(Some(there)) if there.module.is_none() && adapter.bias.is_none() => there.module = adapter.module,

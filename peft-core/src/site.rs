@@ -57,9 +57,26 @@ pub struct Site {
     pub segment: usize,
     /// Whether this is the layer that makes logits, which `all-linear` leaves out.
     pub is_output_head: bool,
+    /// How its tensors lie in checkpoints.
+    pub stored: Stored,
+}
+
+/// How the tensors of a site lie in the checkpoints of its family.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Stored {
+    /// The name in front of `.weight` and `.bias`, where it is not the site's path.
+    pub name: Option<&'static str>,
+    /// Whether a linear layer is a `Conv1D`, whose weight is `[in, out]` there: PEFT's `fan_in_fan_out`.
+    pub fan_in_fan_out: bool,
 }
 
 impl Site {
+    /// The name of its tensors in checkpoints, in front of `.weight` and `.bias`.
+    #[must_use]
+    pub fn stored_name(&self) -> &str {
+        self.stored.name.unwrap_or(&self.path)
+    }
+
     /// `(in_features, out_features)` of a linear site.
     ///
     /// # Errors
@@ -90,7 +107,7 @@ impl SiteTable {
     pub fn register(&mut self, path: impl Into<String>, kind: SiteKind, segment: usize) -> SiteId {
         let (id, path) = (SiteId(self.sites.len() as u32), path.into());
         self.by_path.insert(path.clone(), id);
-        self.sites.push(Site { id, path, kind, segment, is_output_head: false });
+        self.sites.push(Site { id, path, kind, segment, is_output_head: false, stored: Stored::default() });
         id
     }
 
@@ -98,6 +115,13 @@ impl SiteTable {
     pub fn mark_output_head(&mut self, id: SiteId) {
         if let Some(site) = self.sites.get_mut(id.index()) {
             site.is_output_head = true;
+        }
+    }
+
+    /// Says how the tensors of a site lie in checkpoints.
+    pub fn set_stored(&mut self, id: SiteId, stored: Stored) {
+        if let Some(site) = self.sites.get_mut(id.index()) {
+            site.stored = stored;
         }
     }
 

@@ -15,6 +15,7 @@ mod argmax;
 mod attention;
 mod bias;
 mod blocks;
+mod columns;
 mod cpu;
 mod cross_entropy;
 mod deferred;
@@ -44,6 +45,7 @@ pub use activation::{Activation, UnknownActivation, activation, gated_activation
 pub use argmax::argmax_rows;
 pub use attention::{AttentionPlan, SequenceSpan, attention};
 pub use bias::{add, add_bias, scale_columns};
+pub use columns::{Columns, columns};
 pub use cpu::{on_pool, threads};
 pub use cross_entropy::{
     CeRows, HeadLoss, HeadWeight, LossSpec, cross_entropy, cross_entropy_rows, linear_cross_entropy,

@@ -210,8 +210,10 @@ impl Builder<'_> {
         let embeddings: Vec<&Site> = sites.iter().filter(|s| matches!(s.kind, SiteKind::Embedding { .. })).collect();
         let mut modules = Vec::new();
         for (name, ids) in &tokens.by_module {
-            let matches = |s: &&&Site| s.path == *name || s.path.ends_with(&format!(".{name}"));
+            // Tokens are looked up first of all, so that their table is the first of a model's.
+            let matches = |s: &&&Site| name.as_ref().is_none_or(|n| s.path == *n || s.path.ends_with(&format!(".{n}")));
             let Some(site) = embeddings.iter().find(matches) else {
+                let name = name.as_deref().unwrap_or_default();
                 let near = did_you_mean(name, embeddings.iter().map(|s| s.path.as_str()));
                 return Err(Error::config(key, format!("`{name}` is not an embedding of this model{near}")));
             };

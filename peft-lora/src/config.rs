@@ -23,8 +23,8 @@ pub enum BiasTraining {
 /// Rows of embedding tables that are trained: `trainable_token_indices`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrainableTokens {
-    /// `(end of the embedding's path, token ids)`.
-    pub by_module: Vec<(String, Vec<u32>)>,
+    /// `(end of the embedding's path, token ids)`; without a path, the model's table of tokens.
+    pub by_module: Vec<(Option<String>, Vec<u32>)>,
 }
 
 /// The settings of a LoRA adapter.
@@ -256,8 +256,8 @@ fn parse_tokens(value: &Value) -> Result<TrainableTokens> {
         }
     };
     let by_module = match value {
-        Value::Object(map) => map.iter().map(|(k, v)| Ok((k.clone(), ids(v)?))).collect::<Result<Vec<_>>>()?,
-        other => vec![("embed_tokens".to_string(), ids(other)?)],
+        Value::Object(map) => map.iter().map(|(k, v)| Ok((Some(k.clone()), ids(v)?))).collect::<Result<Vec<_>>>()?,
+        other => vec![(None, ids(other)?)],
     };
     Ok(TrainableTokens { by_module })
 }

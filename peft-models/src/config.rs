@@ -6,7 +6,7 @@
 //! never a silent default.
 //!
 //! **Adding a family** is one entry in [`FAMILIES`] or [`ENCODER_FAMILIES`]: what its files leave unsaid, which keys it
-//! understands, and how it names its layers.
+//! understands, what its blocks are made of, and how it names its layers.
 
 use std::path::{Path, PathBuf};
 
@@ -17,15 +17,23 @@ use serde_json::{Map, Value};
 use crate::rope::RopeScaling;
 
 mod encoder;
+mod family;
 mod gguf;
 mod hf;
 mod keys;
 mod labels;
+mod layer_kinds;
+mod layout;
 mod model;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
+pub use family::{Bias, DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, WindowRule};
 pub(crate) use gguf::GgufDescription;
+pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
+
+/// Far more layers than any real model has.
+const MOST_LAYERS: usize = 10_000;
 
 /// Why a model configuration was refused.
 #[derive(Debug, thiserror::Error)]
@@ -118,62 +126,6 @@ impl Activation {
     }
 }
 
-/// What a model family's files leave unsaid: defaults of absent keys (those of its transformers configuration class),
-/// and the optional features whose keys the family understands. Keys that transformers ignores for a family are
-/// ignored here too.
-#[derive(Debug)]
-pub struct Family {
-    /// `model_type` in `config.json`.
-    pub model_type: &'static str,
-    /// The causal language model class in transformers, for the `architectures` of a written `config.json`.
-    pub architecture: &'static str,
-    /// `general.architecture` in GGUF files.
-    pub gguf_architecture: &'static str,
-    /// Whether llama.cpp stores the rows of `q_proj` and `k_proj` in the order of interleaved rotary embeddings.
-    pub gguf_permutes_qk: bool,
-    /// Whether `sliding_window` is a feature of the family.
-    pub sliding_window: bool,
-    /// Whether `attn_logit_softcapping` and `final_logit_softcapping` are features of the family.
-    pub softcaps: bool,
-    /// Whether `partial_rotary_factor` is a feature of the family.
-    pub partial_rotary: bool,
-    /// `rms_norm_eps` where the key is absent.
-    pub rms_norm_eps: f64,
-    /// `rope_theta` where the key is absent.
-    pub rope_theta: f64,
-    /// `max_position_embeddings` where the key is absent.
-    pub max_position_embeddings: usize,
-    /// `hidden_act` where the key is absent.
-    pub hidden_act: Activation,
-    /// `tie_word_embeddings` where the key is absent.
-    pub tie_word_embeddings: bool,
-    /// `attention_bias` where the key is absent.
-    pub attention_bias: bool,
-    /// `bos_token_id` where the key is absent.
-    pub bos_token_id: Option<u32>,
-    /// `eos_token_id` where the key is absent.
-    pub eos_token_id: Option<u32>,
-}
-
-/// Every family that the decoder skeleton builds. The next one goes here.
-pub const FAMILIES: &[Family] = &[Family {
-    model_type: "llama",
-    architecture: "LlamaForCausalLM",
-    gguf_architecture: "llama",
-    gguf_permutes_qk: true,
-    sliding_window: false,
-    softcaps: false,
-    partial_rotary: false,
-    rms_norm_eps: 1e-6,
-    rope_theta: 10_000.0,
-    max_position_embeddings: 2048,
-    hidden_act: Activation::Silu,
-    tie_word_embeddings: false,
-    attention_bias: false,
-    bos_token_id: Some(1),
-    eos_token_id: Some(2),
-}];
-
 /// Rotary position embedding settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RopeConfig {
@@ -183,6 +135,45 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
     /// Share of each head's dimensions that is rotated, in (0, 1].
     pub partial_rotary_factor: f64,
+}
+
+impl RopeConfig {
+    /// Refuses what would make infinite or undefined angles; the error is the key and the reason.
+    fn check(&self, head_dim: usize) -> Result<(), (&'static str, String)> {
+        if !(self.theta.is_finite() && self.theta > 0.0) {
+            return Err(("rope_theta", format!("{} is not a positive number", self.theta)));
+        }
+        let factor = self.partial_rotary_factor;
+        if !(factor > 0.0 && factor <= 1.0) {
+            return Err(("partial_rotary_factor", format!("{factor} is outside (0, 1]")));
+        }
+        let rotary_dim = self.rotary_dim(head_dim);
+        // An odd number is rounded up to whole pairs, as in transformers; a whole head has none to spare.
+        if rotary_dim == 0 || rotary_dim.next_multiple_of(2) > head_dim {
+            let reason = format!(
+                "{head_dim} with partial_rotary_factor {factor} rotates {rotary_dim} dimensions, which must be even in whole \
+                 heads and not 0"
+            );
+            return Err(("head_dim", reason));
+        }
+        self.scaling.check(rotary_dim)
+    }
+
+    /// Rotated dimensions of a head of `head_dim`; the frequencies are made for this number, and where it is odd, one
+    /// dimension more is rotated with them.
+    pub fn rotary_dim(&self, head_dim: usize) -> usize {
+        (head_dim as f64 * self.partial_rotary_factor) as usize
+    }
+}
+
+/// How the layers of one kind attend. Most models have one kind; Gemma 3's layers with a window have a rotary table of their
+/// own, and SmolLM3 has layers without one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LayerKind {
+    /// Keys further back than this many positions are not attended to.
+    pub window: Option<usize>,
+    /// Rotary position embedding.
+    pub rope: Option<RopeConfig>,
 }
 
 /// Configuration of a decoder-only language model.
@@ -206,20 +197,26 @@ pub struct DecoderConfig {
     pub head_dim: usize,
     /// Activation of the MLP.
     pub hidden_act: Activation,
-    /// Epsilon inside the RMS norms.
-    pub rms_norm_eps: f64,
-    /// Rotary position embedding.
-    pub rope: RopeConfig,
+    /// Epsilon inside the norms.
+    pub norm_eps: f64,
+    /// The kinds of layers, one at least.
+    pub layer_kinds: Vec<LayerKind>,
+    /// Which of them each layer is.
+    pub kind_of_layer: Vec<usize>,
+    /// What products of queries and keys are divided by the root of, where it is not `head_dim`.
+    pub query_pre_attn_scalar: Option<f64>,
     /// Positions that the model was made for.
     pub max_position_embeddings: usize,
     /// Whether the output head is the embedding matrix.
     pub tie_word_embeddings: bool,
-    /// Whether `q_proj`, `k_proj`, `v_proj` and `o_proj` have a bias.
-    pub attention_bias: bool,
-    /// Whether `gate_proj`, `up_proj` and `down_proj` have a bias.
+    /// Whether the layers that make queries, keys and values have a bias.
+    pub qkv_bias: bool,
+    /// Whether the layer behind attention has a bias.
+    pub output_bias: bool,
+    /// Whether the layers of the MLP have a bias.
     pub mlp_bias: bool,
-    /// Keys further back than this many positions are not attended to.
-    pub sliding_window: Option<usize>,
+    /// Whether attention and MLP read the same input, and both are added to it.
+    pub parallel_residual: bool,
     /// `c · tanh(scores / c)` on attention scores.
     pub attn_logit_softcapping: Option<f64>,
     /// `c · tanh(logits / c)` on the output logits.
@@ -262,9 +259,19 @@ impl DecoderConfig {
         self.num_key_value_heads * self.head_dim
     }
 
-    /// Rotated dimensions of a head (even).
-    pub fn rotary_dim(&self) -> usize {
-        (self.head_dim as f64 * self.rope.partial_rotary_factor) as usize
+    /// What products of queries and keys are multiplied with.
+    pub fn attention_scale(&self) -> f64 {
+        self.query_pre_attn_scalar.unwrap_or(self.head_dim as f64).powf(-0.5)
+    }
+
+    /// The rotary embedding of the first kind of layers that has one.
+    pub fn rope(&self) -> Option<&RopeConfig> {
+        self.layer_kinds.iter().find_map(|kind| kind.rope.as_ref())
+    }
+
+    /// The positions that the model has a table for, where positions are learned: no sequence may be longer.
+    pub fn learned_positions(&self) -> Option<usize> {
+        self.family.layout.positions.map(|_| self.max_position_embeddings)
     }
 
     /// The id of the token that closes a sequence.
@@ -275,16 +282,17 @@ impl DecoderConfig {
     /// The limits that hold whatever the source. `origin` and the key names go into the message.
     fn check(self, origin: &Path) -> Result<Self, ConfigError> {
         let invalid = |key: &str, reason: String| ConfigError::Invalid { path: origin.into(), key: key.into(), reason };
+        let keys = &self.family.keys;
         // Far above any real model, low enough that no product of two of them overflows.
         let ranges = [
             ("vocab_size", self.vocab_size, 1 << 24),
-            ("hidden_size", self.hidden_size, 1 << 20),
-            ("intermediate_size", self.intermediate_size, 1 << 24),
-            ("num_hidden_layers", self.num_hidden_layers, 10_000),
-            ("num_attention_heads", self.num_attention_heads, 1 << 14),
+            (keys.hidden_size, self.hidden_size, 1 << 20),
+            (keys.intermediate_size, self.intermediate_size, 1 << 24),
+            (keys.num_hidden_layers, self.num_hidden_layers, MOST_LAYERS),
+            (keys.num_attention_heads, self.num_attention_heads, 1 << 14),
             ("num_key_value_heads", self.num_key_value_heads, 1 << 14),
             ("head_dim", self.head_dim, 1 << 14),
-            ("max_position_embeddings", self.max_position_embeddings, 1 << 31),
+            (keys.max_position_embeddings, self.max_position_embeddings, 1 << 31),
         ];
         for (key, value, most) in ranges {
             if value == 0 || value > most {
@@ -295,33 +303,25 @@ impl DecoderConfig {
             return Err(invalid(
                 "num_key_value_heads",
                 format!(
-                    "{} does not divide num_attention_heads = {}",
-                    self.num_key_value_heads, self.num_attention_heads
+                    "{} does not divide {} = {}",
+                    self.num_key_value_heads, keys.num_attention_heads, self.num_attention_heads
                 ),
             ));
         }
-        if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
-            return Err(invalid("rms_norm_eps", format!("{} is not a small positive number", self.rms_norm_eps)));
+        if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {
+            return Err(invalid(keys.norm_eps, format!("{} is not a small positive number", self.norm_eps)));
         }
-        if !(self.rope.theta.is_finite() && self.rope.theta > 0.0) {
-            return Err(invalid("rope_theta", format!("{} is not a positive number", self.rope.theta)));
+        if self.query_pre_attn_scalar.is_some_and(|scalar| !(scalar.is_finite() && scalar > 0.0)) {
+            return Err(invalid("query_pre_attn_scalar", "must be a positive number".into()));
         }
-        let factor = self.rope.partial_rotary_factor;
-        if !(factor > 0.0 && factor <= 1.0) {
-            return Err(invalid("partial_rotary_factor", format!("{factor} is outside (0, 1]")));
-        }
-        let rotary_dim = self.rotary_dim();
-        if rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
-            return Err(invalid(
-                "head_dim",
-                format!(
-                    "{} with partial_rotary_factor {factor} rotates {rotary_dim} dimensions, which must be even and not 0",
-                    self.head_dim
-                ),
-            ));
-        }
-        if self.sliding_window == Some(0) {
-            return Err(invalid("sliding_window", "0 would attend to nothing; leave the key out or set null".into()));
+        for kind in &self.layer_kinds {
+            if kind.window == Some(0) {
+                let reason = "0 would attend to nothing; leave the key out or set null";
+                return Err(invalid("sliding_window", reason.into()));
+            }
+            if let Some(rope) = &kind.rope {
+                rope.check(self.head_dim).map_err(|(key, reason)| invalid(key, reason))?;
+            }
         }
         for (key, cap) in [
             ("attn_logit_softcapping", self.attn_logit_softcapping),
@@ -331,7 +331,6 @@ impl DecoderConfig {
                 return Err(invalid(key, "must be a positive number or null".into()));
             }
         }
-        self.rope.scaling.check(rotary_dim).map_err(|(key, reason)| invalid(key, reason))?;
         Ok(self)
     }
 }

@@ -1,23 +1,29 @@
-//! The shared decoder skeleton: pre-norm blocks of causal attention and a gated MLP, every linear, norm and embedding a
-//! site under the name that transformers gives it.
+//! The shared decoder skeleton: blocks of causal attention and an MLP, put together as a family's
+//! [`DecoderLayout`](crate::config::DecoderLayout) says, every linear, norm and embedding a site under the name that
+//! transformers gives it.
 
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use peft_core::kernels::{
-    self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan, attention, gated_activation, rotary,
-};
+use peft_core::kernels::{self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan};
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
-    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
+    Segmented, SiteId, SiteKind, SiteTable, Stored, Task, TokenBatch, VirtualSpans,
 };
 
-use crate::config::DecoderConfig;
+use self::block::Block;
+use self::source::BodySource;
+use crate::config::{DecoderConfig, Norm, RopeConfig};
 use crate::kv_cache::LayerCache;
 use crate::loader::Loader;
 use crate::rope::RopeTable;
 use crate::source::{Placement, WeightSource};
 use crate::virtual_rows::{Layout, VirtualRows};
+
+mod attention;
+mod block;
+mod mlp;
+mod source;
 
 /// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
 #[derive(Debug)]
@@ -25,35 +31,55 @@ pub struct Decoder {
     config: DecoderConfig,
     sites: Arc<SiteTable>,
     embed: FrozenEmbedding,
+    /// What embeddings are multiplied with, `[hidden]`.
+    embedding_scale: Option<Tensor>,
+    /// Learned positions.
+    positions: Option<FrozenEmbedding>,
     blocks: Vec<Block>,
     norm: FrozenNorm,
     head: FrozenLinear,
     tied: bool,
-    rope: RopeTable,
+    ropes: Vec<RopeTable>,
+    /// Which of them each kind of layers has.
+    rope_of_kind: Vec<Option<usize>>,
     device: Device,
     dtype: DType,
-}
-
-#[derive(Debug)]
-struct Block {
-    index: usize,
-    input_norm: FrozenNorm,
-    q: FrozenLinear,
-    k: FrozenLinear,
-    v: FrozenLinear,
-    o: FrozenLinear,
-    post_norm: FrozenNorm,
-    gate: FrozenLinear,
-    up: FrozenLinear,
-    down: FrozenLinear,
 }
 
 /// What all blocks share of one batch.
 #[derive(Debug, Clone)]
 pub struct DecoderInput {
-    attention: Arc<AttentionPlan>,
-    rotary: Arc<RotaryPlan>,
+    /// What the layers of each kind do with it.
+    kinds: Vec<KindInput>,
     virtual_rows: VirtualRows,
+}
+
+#[derive(Debug, Clone)]
+struct KindInput {
+    attention: Arc<AttentionPlan>,
+    rotary: Option<Arc<RotaryPlan>>,
+}
+
+/// A linear layer of a block.
+fn linear(
+    l: &mut Loader<'_>,
+    c: &DecoderConfig,
+    path: &str,
+    inp: usize,
+    out: usize,
+    bias: bool,
+) -> Result<FrozenLinear> {
+    if c.family.layout.conv1d { l.conv1d(path, inp, out, bias) } else { l.linear(path, inp, out, bias) }
+}
+
+/// A norm of the family's kind.
+fn norm(l: &mut Loader<'_>, c: &DecoderConfig, path: &str, dim: usize) -> Result<FrozenNorm> {
+    let kind = match c.family.layout.norm {
+        Norm::Rms => NormKind::Rms { offset: 0.0 },
+        Norm::RmsFromOne => NormKind::Rms { offset: 1.0 },
+        Norm::Layer => NormKind::Layer,
+    };
+    l.norm(path, dim, kind, c.norm_eps)
 }
 
 impl Decoder {
@@ -63,41 +89,68 @@ impl Decoder {
     /// A missing tensor or a wrong shape, by its name.
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
         let c = &config;
-        let mut l = Loader::new(source, placement);
+        let layout = &c.family.layout;
+        let source = BodySource::new(source, layout.body);
+        let mut l = Loader::new(&source, placement);
 
-        let (vocab, dim) = (c.vocab_size, c.hidden_size);
-        let embed = l.embedding("model.embed_tokens", vocab, dim)?;
+        let (vocab, dim, body) = (c.vocab_size, c.hidden_size, layout.body);
+        let embed = l.embedding(&format!("{body}.{}", layout.embedding), vocab, dim)?;
+        let embedding_scale = match layout.scaled_embeddings {
+            true => Some(Tensor::full((dim as f64).sqrt() as f32, dim, &placement.device)?),
+            false => None,
+        };
+        let positions =
+            layout.positions.map(|name| l.embedding(&format!("{body}.{name}"), c.max_position_embeddings, dim));
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
             l.segment = i + 1;
-            blocks.push(Block::load(&mut l, c, i, &format!("model.layers.{i}"))?);
+            blocks.push(Block::load(&mut l, c, i, &format!("{body}.{}.{i}", layout.blocks))?);
         }
 
         l.segment = c.num_hidden_layers + 1;
-        let norm = l.norm("model.norm", dim, NormKind::Rms { offset: 0.0 }, c.rms_norm_eps)?;
+        let norm = norm(&mut l, c, &format!("{body}.{}", layout.final_norm), dim)?;
         let tied = c.tie_word_embeddings && c.labels.is_none();
         let head = match &c.labels {
             Some(labels) => l.linear("score", dim, labels.len(), false)?,
             None => {
-                let weight =
-                    if tied { embed.weight().clone() } else { source.weight("lm_head.weight", (vocab, dim))? };
+                let alias = layout.head_alias.map(|name| format!("{name}.weight")).filter(|name| source.contains(name));
+                let name = alias.as_deref().unwrap_or("lm_head.weight");
+                let weight = if tied { embed.weight().clone() } else { source.weight(name, (vocab, dim))? };
                 let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
                 let site = l.sites.register("lm_head", kind, l.segment);
                 l.sites.mark_output_head(site);
+                l.sites.set_stored(site, Stored { name: layout.head_alias, ..Stored::default() });
                 FrozenLinear::new(site, "lm_head", weight, None)?
             }
         };
 
-        let rope = RopeTable::new(c, 0, &placement.device)?;
+        let mut ropes: Vec<(&RopeConfig, RopeTable)> = Vec::new();
+        let mut rope_of_kind = Vec::with_capacity(c.layer_kinds.len());
+        for kind in &c.layer_kinds {
+            rope_of_kind.push(match &kind.rope {
+                None => None,
+                Some(rope) => match ropes.iter().position(|(known, _)| *known == rope) {
+                    Some(known) => Some(known),
+                    None => {
+                        ropes.push((rope, RopeTable::new(rope, c.head_dim, 0, &placement.device)?));
+                        Some(ropes.len() - 1)
+                    }
+                },
+            });
+        }
+        let ropes = ropes.into_iter().map(|(_, table)| table).collect();
         Ok(Self {
             sites: Arc::new(l.sites),
             embed,
+            embedding_scale,
+            positions: positions.transpose()?,
             blocks,
             norm,
             head,
             tied,
-            rope,
+            ropes,
+            rope_of_kind,
             device: placement.device.clone(),
             dtype: placement.activations,
             config,
@@ -115,20 +168,21 @@ impl Decoder {
     pub fn nbytes(&self) -> usize {
         let head = if self.tied { 0 } else { self.head.weight().nbytes() };
         let blocks: usize = self.blocks.iter().flat_map(Block::linears).map(|l| l.weight().nbytes()).sum();
-        self.embed.weight().nbytes() + blocks + head
+        let positions = self.positions.as_ref().map_or(0, |p| p.weight().nbytes());
+        self.embed.weight().nbytes() + positions + blocks + head
     }
 
     /// Parameters of the base; a tied table counts once.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
         let size = |w: &FrozenWeight| w.out_features() * w.in_features();
-        let linear = |l: &FrozenLinear| size(l.weight()) + l.bias().map_or(0, Tensor::elem_count);
+        let vector = |bias: Option<&Tensor>| bias.map_or(0, Tensor::elem_count);
+        let linear = |l: &FrozenLinear| size(l.weight()) + vector(l.bias());
+        let norm = |n: &FrozenNorm| n.weight().elem_count() + vector(n.bias());
         let head = if self.tied { 0 } else { linear(&self.head) };
-        let norms = (2 * self.blocks.len() + 1) * self.config.hidden_size;
-        size(self.embed.weight())
-            + head
-            + norms
-            + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
+        let tables = [&self.embed].into_iter().chain(&self.positions).map(|e| size(e.weight())).sum::<usize>();
+        let norms = self.blocks.iter().flat_map(Block::norms).chain([&self.norm]).map(norm).sum::<usize>();
+        tables + head + norms + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
     }
 
     /// Prepares a step of cached decoding: the new tokens are the `queries` of the sequences, at the end of their `keys`,
@@ -148,27 +202,54 @@ impl Decoder {
     ) -> Result<DecoderInput> {
         let c = &self.config;
         let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        let table = self.rope.up_to(longest)?;
-        let rotary = RotaryPlan::new(&table.cos, &table.sin, positions, c.head_dim, RotaryLayout::Half)?;
-        let attention = AttentionPlan {
-            heads: c.num_attention_heads,
-            kv_heads: c.num_key_value_heads,
-            head_dim: c.head_dim,
-            scale: 1.0 / (c.head_dim as f32).sqrt(),
-            causal: true,
-            window: c.sliding_window,
-            softcap: c.attn_logit_softcapping.map(|x| x as f32),
-            sequences,
+        if let Some(most) = c.learned_positions().filter(|most| longest > *most) {
+            return Err(Error::msg(format!(
+                "a sequence of {longest} tokens (virtual ones among them) is longer than the model's {most} positions; cut rows \
+                 to data.max_length = {most} or less"
+            )));
+        }
+        let turned = |table: &RopeTable| {
+            let table = table.up_to(longest)?;
+            RotaryPlan::new(&table.cos, &table.sin, positions, c.head_dim, RotaryLayout::Half)
         };
-        Ok(DecoderInput { attention: Arc::new(attention), rotary, virtual_rows })
+        let turned = self.ropes.iter().map(turned).collect::<candle_core::Result<Vec<_>>>()?;
+        let kinds = c.layer_kinds.iter().zip(&self.rope_of_kind).map(|(kind, rope)| {
+            let attention = AttentionPlan {
+                heads: c.num_attention_heads,
+                kv_heads: c.num_key_value_heads,
+                head_dim: c.head_dim,
+                scale: c.attention_scale() as f32,
+                causal: true,
+                window: kind.window,
+                softcap: c.attn_logit_softcapping.map(|x| x as f32),
+                sequences: sequences.clone(),
+            };
+            KindInput { attention: Arc::new(attention), rotary: rope.and_then(|i| turned.get(i)).cloned() }
+        });
+        Ok(DecoderInput { kinds: kinds.collect(), virtual_rows })
     }
 
-    /// Embeddings `[ids.len(), hidden]` of tokens alone, without prompts.
+    /// Embeddings `[ids.len(), hidden]` of tokens alone, without prompts and learned positions.
     ///
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.
     pub fn embed_tokens(&self, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        self.embed.forward(ids, ctx)
+        let rows = self.embed.forward(ids, ctx)?;
+        match &self.embedding_scale {
+            Some(scale) => Ok(kernels::scale_columns(&rows, scale)?),
+            None => Ok(rows),
+        }
+    }
+
+    /// `rows` with learned positions added, where the model has them; `ctx` is that of all rows, prompts among them.
+    ///
+    /// # Errors
+    /// When a position is outside the model's table or a tensor operation fails.
+    pub fn add_positions(&self, rows: Tensor, positions: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
+        match &self.positions {
+            Some(table) => Ok(kernels::add(&rows, &table.forward(positions, ctx)?)?),
+            None => Ok(rows),
+        }
     }
 
     /// Runs block `i` with its keys and values appended to `cache`.
@@ -183,81 +264,11 @@ impl Decoder {
         ctx: &Ctx<'_>,
         cache: &mut LayerCache,
     ) -> Result<Tensor> {
-        self.block_at(i)?.forward(hidden, input, &self.config, ctx, Some(cache))
+        self.block_at(i)?.forward(hidden, input, ctx, Some(cache))
     }
 
     fn block_at(&self, i: usize) -> Result<&Block> {
         self.blocks.get(i).ok_or_else(|| Error::msg(format!("block {i} of a model with {}", self.blocks.len())))
-    }
-}
-
-impl Block {
-    fn load(l: &mut Loader<'_>, c: &DecoderConfig, index: usize, path: &str) -> Result<Self> {
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let (rms, eps) = (NormKind::Rms { offset: 0.0 }, c.rms_norm_eps);
-        let (query, key_value) = (c.query_size(), c.key_value_size());
-        Ok(Self {
-            index,
-            input_norm: l.norm(&format!("{path}.input_layernorm"), hidden, rms, eps)?,
-            q: l.linear(&format!("{path}.self_attn.q_proj"), hidden, query, c.attention_bias)?,
-            k: l.linear(&format!("{path}.self_attn.k_proj"), hidden, key_value, c.attention_bias)?,
-            v: l.linear(&format!("{path}.self_attn.v_proj"), hidden, key_value, c.attention_bias)?,
-            o: l.linear(&format!("{path}.self_attn.o_proj"), query, hidden, c.attention_bias)?,
-            post_norm: l.norm(&format!("{path}.post_attention_layernorm"), hidden, rms, eps)?,
-            gate: l.linear(&format!("{path}.mlp.gate_proj"), hidden, inner, c.mlp_bias)?,
-            up: l.linear(&format!("{path}.mlp.up_proj"), hidden, inner, c.mlp_bias)?,
-            down: l.linear(&format!("{path}.mlp.down_proj"), inner, hidden, c.mlp_bias)?,
-        })
-    }
-
-    fn linears(&self) -> [&FrozenLinear; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
-    }
-
-    fn layer(&self, site: SiteId) -> Option<BaseLayer<'_>> {
-        let linear = self.linears().into_iter().find(|l| l.site() == site).map(BaseLayer::Linear);
-        let norms = [&self.input_norm, &self.post_norm];
-        linear.or_else(|| norms.into_iter().find(|n| n.site() == site).map(BaseLayer::Norm))
-    }
-
-    fn forward(
-        &self,
-        hidden: &Tensor,
-        input: &DecoderInput,
-        c: &DecoderConfig,
-        ctx: &Ctx<'_>,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
-        let x = self.input_norm.forward(hidden, ctx)?;
-        let attended = self.attend(&x, input, ctx, cache)?;
-        let hidden = kernels::add(hidden, &attended)?;
-        let x = self.post_norm.forward(&hidden, ctx)?;
-        let [gate, up] = FrozenLinear::forward_siblings([&self.gate, &self.up], &x, ctx)?;
-        let inner = gated_activation(&gate, &up, c.hidden_act.into())?;
-        Ok(kernels::add(&hidden, &self.down.forward(&inner, ctx)?)?)
-    }
-
-    fn attend(
-        &self,
-        x: &Tensor,
-        input: &DecoderInput,
-        ctx: &Ctx<'_>,
-        cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
-        let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], x, ctx)?;
-        let q = rotary(&q, &input.rotary)?;
-        let k = rotary(&k, &input.rotary)?;
-        let out = match cache {
-            None => {
-                let (k, v) = input.virtual_rows.extend(self.index, k, v, ctx)?;
-                attention(&q, &k, &v, &input.attention)?
-            }
-            Some(cache) => {
-                cache.append(&k, &v, &input.attention.sequences)?;
-                attention(&q, cache.keys(), cache.values(), &input.attention)?
-            }
-        };
-        self.o.forward(&out, ctx)
     }
 }
 
@@ -267,8 +278,9 @@ impl BaseModel for Decoder {
     }
 
     fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>> {
-        let found = if self.embed.site() == site {
-            Some(BaseLayer::Embedding(&self.embed))
+        let mut tables = [&self.embed].into_iter().chain(&self.positions);
+        let found = if let Some(table) = tables.find(|e| e.site() == site) {
+            Some(BaseLayer::Embedding(table))
         } else if self.norm.site() == site {
             Some(BaseLayer::Norm(&self.norm))
         } else if self.head.site() == site {
@@ -324,14 +336,19 @@ impl Segmented for Decoder {
     fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let own = self.embed_tokens(batch.ids, ctx)?;
         let mut rows = VirtualSpans::of(batch.bounds, ctx)?.prompts(ctx)?;
-        if rows.is_empty() {
-            return Ok(own);
-        }
         for prompt in &mut rows {
             *prompt = prompt.to_dtype(own.dtype())?;
         }
         rows.insert(0, own);
-        Ok(Tensor::cat(&rows, 0)?)
+        let rows = match rows.as_slice() {
+            [own] => own.clone(),
+            rows => Tensor::cat(rows, 0)?,
+        };
+        if self.positions.is_none() {
+            return Ok(rows);
+        }
+        let layout = Layout::of(batch, ctx)?;
+        self.add_positions(rows, &layout.positions, &layout.rows.ctx(ctx))
     }
 
     fn num_blocks(&self) -> usize {
@@ -340,7 +357,8 @@ impl Segmented for Decoder {
 
     fn block(&self, i: usize, hidden: &Tensor, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let ctx = input.virtual_rows.ctx(ctx);
-        self.block_at(i)?.forward(hidden, input, &self.config, &ctx, None).with_context(|| format!("model.layers.{i}"))
+        let block = self.block_at(i)?.forward(hidden, input, &ctx, None);
+        block.with_context(|| format!("{}.{}.{i}", self.config.family.layout.body, self.config.family.layout.blocks))
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

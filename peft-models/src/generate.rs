@@ -188,10 +188,11 @@ impl Step {
         let with_prompts =
             route.followed_by(self.ids.len(), self.prompts.iter().map(|(slot, rows, _)| (rows.len(), *slot)));
         let input = model.prepare_cached(&positions, sequences)?;
-        let mut hidden = match rows.as_slice() {
+        let hidden = match rows.as_slice() {
             [own] => own.clone(),
             rows => Tensor::cat(rows, 0)?,
         };
+        let mut hidden = model.add_positions(hidden, &positions, &Ctx { route: &with_prompts, ..ctx })?;
         for (i, cache) in caches.iter_mut().enumerate() {
             hidden = model.block_cached(i, &hidden, &input, &Ctx { route: &with_prompts, ..ctx }, cache)?;
         }

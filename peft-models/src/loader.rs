@@ -1,6 +1,7 @@
 //! Loading layers and registering their sites, in the order of the forward pass.
 
-use peft_core::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, SiteKind, SiteTable};
+use peft_core::kernels::{FrozenWeight, WeightStorage};
+use peft_core::{Context, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, SiteKind, SiteTable, Stored};
 
 use crate::source::{Placement, WeightSource};
 
@@ -39,6 +40,23 @@ impl<'a> Loader<'a> {
         let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
         let site = self.sites.register(path, kind, self.segment);
         FrozenLinear::new(site, path, weight, bias_tensor)
+    }
+
+    /// A `Conv1D` of transformers: a linear layer whose weight is `[inp, out]` in the source. It is turned once, here, so that
+    /// everything else finds `[out, inp]`.
+    pub(crate) fn conv1d(&mut self, path: &str, inp: usize, out: usize, bias: bool) -> Result<FrozenLinear> {
+        let name = format!("{path}.weight");
+        let stored = self.source.weight(&name, (inp, out))?;
+        let dense = match stored.storage() {
+            WeightStorage::Dense(weight) => weight.clone(),
+            WeightStorage::Gguf(_) => stored.to_dense(self.placement.activations)?,
+        };
+        let weight = FrozenWeight::dense(&dense.t()?.contiguous()?).with_context(|| name)?;
+        let bias_tensor = if bias { Some(self.source.vector(&format!("{path}.bias"), out)?) } else { None };
+        let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
+        let site = self.sites.register(path, kind, self.segment);
+        self.sites.set_stored(site, Stored { fan_in_fan_out: true, ..Stored::default() });
+        Ok(FrozenLinear::new(site, path, weight, bias_tensor)?.as_conv1d())
     }
 
     /// A normalisation of width `dim`; a layer norm has a bias, an RMS norm has none.

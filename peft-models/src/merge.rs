@@ -74,7 +74,7 @@ impl<'a> Merged<'a> {
         self.tied
     }
 
-    /// Names and shapes of all tensors.
+    /// Names and shapes of all tensors, as the family's checkpoints have them.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut all = Vec::new();
@@ -84,13 +84,17 @@ impl<'a> Merged<'a> {
             }
             let (weight, bias) = match site.kind {
                 peft_core::SiteKind::Linear { in_features, out_features, bias } => {
-                    (vec![out_features, in_features], bias.then_some(out_features))
+                    let mut shape = vec![out_features, in_features];
+                    if site.stored.fan_in_fan_out {
+                        shape.reverse();
+                    }
+                    (shape, bias.then_some(out_features))
                 }
                 peft_core::SiteKind::Embedding { vocab, dim } => (vec![vocab, dim], None),
                 peft_core::SiteKind::Norm { dim, bias } => (vec![dim], bias.then_some(dim)),
             };
-            all.push((format!("{}.weight", site.path), weight));
-            all.extend(bias.map(|n| (format!("{}.bias", site.path), vec![n])));
+            all.push((format!("{}.weight", site.stored_name()), weight));
+            all.extend(bias.map(|n| (format!("{}.bias", site.stored_name()), vec![n])));
         }
         all
     }
@@ -114,7 +118,9 @@ impl<'a> Merged<'a> {
             (None, Some(path)) => (path, Part::Bias),
             _ => return Err(Error::msg(format!("`{name}` is neither a weight nor a bias"))),
         };
-        let site = self.model.sites().find(path).ok_or_else(|| Error::msg(format!("the model has no `{path}`")))?;
+        let sites = self.model.sites();
+        let site = sites.find(path).or_else(|| sites.iter().find(|site| site.stored_name() == path));
+        let site = site.ok_or_else(|| Error::msg(format!("the model has no `{path}`")))?;
         let merged = self.merge_site(site, part, dtype).with_context(|| path.to_string())?;
         peft_core::check_finite(name, &merged)?;
         Ok(merged)
@@ -125,6 +131,9 @@ impl<'a> Merged<'a> {
             BaseLayer::Linear(layer) => {
                 let layer = self.linear(site, layer)?;
                 match part {
+                    Part::Weight if layer.is_fan_in_fan_out() => {
+                        Ok(layer.weight().to_dense(dtype)?.t()?.contiguous()?)
+                    }
                     Part::Weight => Ok(layer.weight().to_dense(dtype)?),
                     Part::Bias => {
                         let bias = layer.bias().ok_or_else(|| Error::msg("the layer has no bias"))?;
@@ -164,7 +173,7 @@ impl<'a> Merged<'a> {
                 layer = apply(&layer, module.delta(&layer)?)?;
             }
             if let Some(bias) = &adapter.bias {
-                layer = FrozenLinear::new(layer.site(), layer.path(), layer.weight().clone(), Some(bias.value()))?;
+                layer = with_weight(&layer, layer.weight().clone(), Some(bias.value()))?;
             }
         }
         Ok(layer)
@@ -200,7 +209,13 @@ fn apply(layer: &FrozenLinear, delta: Delta) -> Result<FrozenLinear> {
         Delta::Replace { weight, bias } => (weight, bias.or(old_bias)),
         Delta::Unmergeable(why) => return Err(Error::msg(format!("cannot be merged: {why}"))),
     };
-    FrozenLinear::new(layer.site(), layer.path(), FrozenWeight::dense(&weight)?, bias)
+    with_weight(layer, FrozenWeight::dense(&weight)?, bias)
+}
+
+/// `layer` with another weight and bias.
+fn with_weight(layer: &FrozenLinear, weight: FrozenWeight, bias: Option<Tensor>) -> Result<FrozenLinear> {
+    let changed = FrozenLinear::new(layer.site(), layer.path(), weight, bias)?;
+    Ok(if layer.is_fan_in_fan_out() { changed.as_conv1d() } else { changed })
 }
 
 /// Writes `merged` as a model folder that transformers loads: weights (in shards with an index beyond 5 GB), config,

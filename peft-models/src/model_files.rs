@@ -290,8 +290,8 @@ impl ModelFiles {
     /// # Errors
     /// When there is none.
     pub fn stored_dtype(&self) -> Result<DType> {
-        let is_table =
-            |name: &&String| ["embed_tokens.weight", "word_embeddings.weight"].iter().any(|end| name.ends_with(end));
+        let ends = ["embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"];
+        let is_table = |name: &&String| ends.iter().any(|end| name.ends_with(end));
         match self.tensor_names().iter().find(is_table) {
             Some(name) => self.tensor_dtype(name),
             None => Err(Error::file(&self.path, "has no token embedding")),

@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{Device, Tensor};
 use serde_json::{Map, Value, json};
 
-use crate::config::DecoderConfig;
+use crate::config::RopeConfig;
 
 /// How rotary frequencies are stretched for contexts longer than those of pretraining; `rope_type` in `config.json`.
 #[derive(Debug, Clone, PartialEq)]
@@ -305,12 +305,12 @@ impl RopeTable {
     /// Rows that the smallest table has.
     const SMALLEST: usize = 256;
 
-    /// A table of at least `positions` rows on `device`.
+    /// A table of at least `positions` rows on `device`, for heads of `head_dim`.
     ///
     /// # Errors
     /// The device is out of memory.
-    pub fn new(config: &DecoderConfig, positions: usize, device: &Device) -> candle_core::Result<Self> {
-        let (theta, scaling, rotary_dim) = (config.rope.theta, config.rope.scaling.clone(), config.rotary_dim());
+    pub fn new(config: &RopeConfig, head_dim: usize, positions: usize, device: &Device) -> candle_core::Result<Self> {
+        let (theta, scaling, rotary_dim) = (config.theta, config.scaling.clone(), config.rotary_dim(head_dim));
         let rows = rows_for(positions);
         let tensors = tensors(&scaling, theta, rotary_dim, positions, rows, device)?;
         let current = Mutex::new((scaling.regime(positions), tensors));
@@ -378,6 +378,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::config::DecoderConfig;
 
     /// transformers' own numbers; `fixtures/make_rope.py` wrote them.
     fn fixture() -> Vec<Value> {
@@ -386,6 +387,10 @@ mod tests {
 
     fn config_of(case: &Value) -> DecoderConfig {
         DecoderConfig::from_hf_map(case["config"].as_object().unwrap().clone(), Path::new("config.json")).unwrap()
+    }
+
+    fn table_of(config: &DecoderConfig, positions: usize) -> RopeTable {
+        RopeTable::new(config.rope().unwrap(), config.head_dim, positions, &Device::Cpu).unwrap()
     }
 
     fn floats(value: &Value) -> Vec<f32> {
@@ -397,8 +402,9 @@ mod tests {
         for case in fixture() {
             let config = config_of(&case);
             let length = case["seq_len"].as_u64().unwrap_or(0) as usize;
+            let rope = config.rope().unwrap();
             let (frequencies, attention_factor) =
-                inverse_frequencies(&config.rope.scaling, config.rope.theta, config.rotary_dim(), length);
+                inverse_frequencies(&rope.scaling, rope.theta, rope.rotary_dim(config.head_dim), length);
             let expected = floats(&case["inv_freq"]);
             assert_eq!(frequencies.len(), expected.len(), "{}", case["name"]);
             for (i, (ours, theirs)) in frequencies.iter().zip(&expected).enumerate() {
@@ -419,7 +425,7 @@ mod tests {
             let config = config_of(&case);
             let length = case["seq_len"].as_u64().unwrap_or(64) as usize;
             // Asked for less first, so that the table has to grow and, where frequencies depend on length, to change.
-            let table = RopeTable::new(&config, 3, &Device::Cpu).unwrap();
+            let table = table_of(&config, 3);
             let tensors = table.up_to(length).unwrap();
             assert!(tensors.cos.dim(0).unwrap() >= length);
             for row in case["rows"].as_array().unwrap() {
@@ -439,7 +445,7 @@ mod tests {
             }
             // Back to the short regime, as transformers resets it.
             let short = table.up_to(3).unwrap();
-            let fresh = RopeTable::new(&config, 3, &Device::Cpu).unwrap().up_to(3).unwrap();
+            let fresh = table_of(&config, 3).up_to(3).unwrap();
             assert_eq!(
                 short.cos.get(2).unwrap().to_vec1::<f32>().unwrap(),
                 fresh.cos.get(2).unwrap().to_vec1::<f32>().unwrap()
@@ -451,7 +457,7 @@ mod tests {
     fn a_table_starts_small() {
         let mut case = fixture().remove(0);
         case["config"]["max_position_embeddings"] = json!(1_000_000);
-        let table = RopeTable::new(&config_of(&case), 10, &Device::Cpu).unwrap();
+        let table = table_of(&config_of(&case), 10);
         assert_eq!(table.up_to(10).unwrap().cos.dim(0).unwrap(), 256);
         assert_eq!(table.up_to(257).unwrap().cos.dim(0).unwrap(), 512);
     }

@@ -9,16 +9,20 @@ use crate::reduce::{beside, check_vector, column_sum, row_blocks_with_sums, wide
 use crate::simd;
 use crate::tape::Keeps;
 
-/// `x / √(mean(x²) + eps) ⊙ (offset + weight)` over the last dimension of `x` (`[tokens, hidden]`), `weight` `[hidden]`.
+/// `x / √(mean(x²) + eps) ⊙ (offset + weight)` over the rows of `x` (`[tokens, hidden]`), `weight` `[hidden]`. Where rows are
+/// several times as long as the weight, over each such part of a row by itself: the heads of queries and keys.
 ///
 /// `offset` is 1 for Gemma, whose weights are stored as their distance from one, and 0 elsewhere. Calculated in `f32`
 /// whatever the type of `x`; the result has the type of `x`. As in transformers, without an offset the normalised value
 /// is rounded to that type before it meets the weight. A gradient for `weight` is calculated only if it is tracked.
 ///
 /// # Errors
-/// When `weight` is not a vector as long as the rows of `x`.
+/// When `weight` is not a vector as long as the rows of `x`, or as a part of which they hold a whole number.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64, offset: f32) -> Result<Tensor> {
-    check_vector("rms_norm", "the weight", x, weight)?;
+    match (x.dims(), weight.dims()) {
+        ([.., row], [part]) if *part > 0 && row.is_multiple_of(*part) => {}
+        _ => check_vector("rms_norm", "the weight", x, weight)?,
+    }
     apply(RmsNorm { eps, offset }, &[x, &beside(x, weight)?])
 }
 
@@ -32,6 +36,11 @@ impl RmsNorm {
     #[inline(always)]
     fn rstd(&self, row: &[f32]) -> f32 {
         1.0 / (simd::sum1(row, |v| v * v) / row.len() as f32 + self.eps as f32).sqrt()
+    }
+
+    /// `x` with a row for each part that is normalised by itself.
+    fn parts(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        x.reshape(((), weight.elem_count()))
     }
 
     fn neutral_rstd(&self, x: &Tensor) -> Result<Tensor> {
@@ -49,7 +58,8 @@ impl RmsNorm {
         let (dx, dw) = cpu::with(x, |x| {
             cpu::with(weight, |w| {
                 cpu::with(grad, |dy| {
-                    let (rows, width) = x.rows()?;
+                    let width = w.data.len();
+                    let rows = x.data.len().checked_div(width).unwrap_or(0);
                     let mut dx = vec![0f32; if want_x { x.data.len() } else { 0 }];
                     let (w, offset) = (w.data, self.offset);
                     let sums = if want_w { width } else { 0 };
@@ -93,7 +103,7 @@ impl DiffOp for RmsNorm {
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (x, w) = (args[0], args[1].data);
-        let (_, width) = x.rows()?;
+        let width = w.len();
         let out = new_rows(x.data.len(), width, width, |first, rows| {
             simd::run(
                 #[inline(always)]
@@ -112,14 +122,15 @@ impl DiffOp for RmsNorm {
     }
 
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
-        let (x, w) = (&args[0], &args[1]);
+        let (whole, w) = (&args[0], &args[1]);
+        let x = &Self::parts(whole, w)?;
         let wx = wide(x)?;
         let y = wx.broadcast_mul(&self.neutral_rstd(&wx)?)?;
         if self.offset == 0.0 {
-            return y.to_dtype(x.dtype())?.broadcast_mul(&w.to_dtype(x.dtype())?);
+            return y.to_dtype(x.dtype())?.broadcast_mul(&w.to_dtype(x.dtype())?)?.reshape(whole.shape());
         }
         let w = (w.to_dtype(y.dtype())? + f64::from(self.offset))?;
-        y.broadcast_mul(&w)?.to_dtype(x.dtype())
+        y.broadcast_mul(&w)?.to_dtype(x.dtype())?.reshape(whole.shape())
     }
 
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
@@ -127,14 +138,14 @@ impl DiffOp for RmsNorm {
         if is_cpu_f32(x) && is_cpu_f32(w) && is_cpu_f32(grad) {
             return self.fused_backward(x, w, grad, needs);
         }
-        let (wx, dy) = (wide(x)?, wide(grad)?);
+        let (wx, dy) = (wide(&Self::parts(x, w)?)?, wide(&Self::parts(grad, w)?)?);
         let rstd = self.neutral_rstd(&wx)?;
         let normed = wx.broadcast_mul(&rstd)?;
         let dx = if needs[0] {
             let g = dy.broadcast_mul(&(w.to_dtype(dy.dtype())? + f64::from(self.offset))?)?;
             let mean = (&g * &normed)?.mean_keepdim(D::Minus1)?;
             let dx = (g - normed.broadcast_mul(&mean)?)?.broadcast_mul(&rstd)?;
-            Some(dx.to_dtype(x.dtype())?)
+            Some(dx.to_dtype(x.dtype())?.reshape(x.shape())?)
         } else {
             None
         };
@@ -178,6 +189,19 @@ mod tests {
     }
 
     #[test]
+    fn heads_are_normalised_one_by_one() {
+        let (x, w) = (randn(1, (5, 3 * 7), 1.5).unwrap(), randn(2, 7, 0.7).unwrap());
+        for offset in [0.0, 1.0] {
+            Check::new("rms_norm of heads")
+                .run(&[x.clone(), w.clone()], |a| rms_norm(&a[0], &a[1], 1e-5, offset))
+                .unwrap();
+            let apart = rms_norm(&x.reshape((15, 7)).unwrap(), &w, 1e-5, offset).unwrap();
+            let together = rms_norm(&x, &w, 1e-5, offset).unwrap();
+            close("heads", &together, &apart.reshape((5, 21)).unwrap(), 0.0).unwrap();
+        }
+    }
+
+    #[test]
     fn frozen_weight_gets_no_gradient() {
         let x = Var::from_tensor(&randn(1, (3, 8), 1.0).unwrap()).unwrap();
         let w = randn(2, 8, 1.0).unwrap();
@@ -197,6 +221,7 @@ mod tests {
         let e = rms_norm(&x, &randn(2, 7, 1.0).unwrap(), 1e-6, 0.0).unwrap_err().to_string();
         assert!(e.contains("[7]") && e.contains("[8]"), "{e}");
         assert!(rms_norm(&randn(1, (), 1.0).unwrap(), &x, 1e-6, 0.0).is_err());
+        assert!(rms_norm(&x, &Tensor::zeros(0, candle_core::DType::F32, x.device()).unwrap(), 1e-6, 0.0).is_err());
         let empty = Tensor::zeros((0, 8), candle_core::DType::F32, x.device()).unwrap();
         assert_eq!(rms_norm(&empty, &randn(2, 8, 1.0).unwrap(), 1e-6, 0.0).unwrap().dims(), [0, 8]);
     }

@@ -3,7 +3,7 @@
 use peft_core::suggest::did_you_mean;
 use serde_json::Map;
 
-use super::{ConfigError, DecoderConfig, FAMILIES, RopeConfig};
+use super::{ConfigError, DecoderConfig, FAMILIES, LayerKind, MOST_LAYERS, RopeConfig};
 use crate::{
     gguf::{Gguf, GgufError, Value},
     rope::{LongRope, RopeScaling, Yarn, inverse_frequencies},
@@ -47,12 +47,16 @@ impl DecoderConfig {
         let invalid =
             |key: &str, reason: String| ConfigError::Invalid { path: gguf.path().into(), key: key.into(), reason };
         let architecture = gguf.architecture()?;
-        let family = FAMILIES.iter().find(|family| family.gguf_architecture == architecture).ok_or_else(|| {
-            let known: Vec<&str> = FAMILIES.iter().map(|family| family.gguf_architecture).collect();
+        let family = FAMILIES.iter().find(|family| family.gguf_architecture() == Some(architecture)).ok_or_else(|| {
+            let mut known: Vec<&str> = FAMILIES.iter().filter_map(|family| family.gguf_architecture()).collect();
+            known.dedup();
             let hint = did_you_mean(architecture, &known);
             invalid(
                 "general.architecture",
-                format!("`{architecture}` is not supported (known: {}){hint}", known.join(", ")),
+                format!(
+                    "`{architecture}` is not supported in GGUF files (known: {}){hint}; a folder in Hugging Face layout may be",
+                    known.join(", ")
+                ),
             )
         })?;
         let key = |name: &str| format!("{architecture}.{name}");
@@ -76,14 +80,15 @@ impl DecoderConfig {
             return Err(invalid(&key("attention.value_length"), format!("differs from the keys' {head_dim}")));
         }
         let rotary_dim = gguf.count(&key("rope.dimension_count"))?.unwrap_or(head_dim);
-        if rotary_dim > head_dim || (rotary_dim != head_dim && !family.partial_rotary) {
+        let (theta, rotates_part) = family.rope.map_or((10_000.0, false), |rope| (rope.theta, rope.partial.is_some()));
+        if rotary_dim > head_dim || (rotary_dim != head_dim && !rotates_part) {
             return Err(invalid(
                 &key("rope.dimension_count"),
                 format!("{rotary_dim} of {head_dim} dimensions of a head"),
             ));
         }
         let max_position_embeddings = gguf.required_count(&key("context_length"))?;
-        let theta = gguf.number(&key("rope.freq_base"))?.unwrap_or(family.rope_theta);
+        let theta = gguf.number(&key("rope.freq_base"))?.unwrap_or(theta);
         let rows = |name: &str| gguf.tensor(name).and_then(|info| info.shape.first().copied());
         let vocab_size = match rows("token_embd.weight") {
             Some(rows) => rows,
@@ -101,30 +106,35 @@ impl DecoderConfig {
                 }
             }
         };
+        let num_hidden_layers = gguf.required_count(&key("block_count"))?;
+        let rope = RopeConfig {
+            theta: shortest(theta),
+            scaling: scaling(gguf, architecture, theta, rotary_dim, max_position_embeddings)?,
+            partial_rotary_factor: rotary_dim as f64 / head_dim.max(1) as f64,
+        };
         Self {
             family,
             vocab_size,
             hidden_size,
             intermediate_size: gguf.required_count(&key("feed_forward_length"))?,
-            num_hidden_layers: gguf.required_count(&key("block_count"))?,
+            num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: gguf.count(&key("attention.head_count_kv"))?.unwrap_or(num_attention_heads),
             head_dim,
             // GGUF names no activation: it is part of the architecture.
             hidden_act: family.hidden_act,
-            rms_norm_eps: gguf.number(&key("attention.layer_norm_rms_epsilon"))?.map_or(family.rms_norm_eps, shortest),
-            rope: RopeConfig {
-                theta: shortest(theta),
-                scaling: scaling(gguf, architecture, theta, rotary_dim, max_position_embeddings)?,
-                partial_rotary_factor: rotary_dim as f64 / head_dim.max(1) as f64,
-            },
+            norm_eps: gguf.number(&key("attention.layer_norm_rms_epsilon"))?.map_or(family.norm_eps, shortest),
+            layer_kinds: vec![LayerKind { window: None, rope: Some(rope) }],
+            kind_of_layer: vec![0; num_hidden_layers.min(MOST_LAYERS)],
+            query_pre_attn_scalar: None,
             max_position_embeddings,
             tie_word_embeddings: gguf.tensor("output.weight").is_none(),
-            attention_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
+            qkv_bias: gguf.tensor("blk.0.attn_q.bias").is_some(),
+            output_bias: gguf.tensor("blk.0.attn_output.bias").is_some(),
             mlp_bias: gguf.tensor("blk.0.ffn_gate.bias").is_some(),
-            sliding_window: if family.sliding_window { gguf.count(&key("attention.sliding_window"))? } else { None },
-            attn_logit_softcapping: if family.softcaps { gguf.number(&key("attn_logit_softcapping"))? } else { None },
-            final_logit_softcapping: if family.softcaps { gguf.number(&key("final_logit_softcapping"))? } else { None },
+            parallel_residual: false,
+            attn_logit_softcapping: None,
+            final_logit_softcapping: None,
             bos_token_id: token("bos_token_id")?,
             eos_token_ids: token("eos_token_id")?.into_iter().collect(),
             pad_token_id: token("padding_token_id")?,
@@ -137,7 +147,18 @@ impl DecoderConfig {
 
     /// What describes this model to llama.cpp. The error is what GGUF cannot express.
     pub(crate) fn to_gguf_metadata(&self) -> Result<GgufDescription, String> {
-        let architecture = self.family.gguf_architecture;
+        let model_type = self.family.model_type;
+        let Some(architecture) = self.family.gguf_architecture() else {
+            return Err(format!("GGUF files of {model_type} models are not written; write safetensors"));
+        };
+        let [LayerKind { window, rope: Some(rope) }] = self.layer_kinds.as_slice() else {
+            return Err(format!("GGUF cannot express layers of several kinds in {architecture} models"));
+        };
+        if let Some(window) = window.filter(|window| *window < self.max_position_embeddings) {
+            return Err(format!(
+                "GGUF cannot express the sliding window of {window} positions in {architecture} models; write safetensors"
+            ));
+        }
         if self.hidden_act != self.family.hidden_act {
             return Err(format!(
                 "GGUF has no key for `hidden_act`, and {architecture} models have `{}`, not `{}`",
@@ -158,22 +179,12 @@ impl DecoderConfig {
         set("attention.head_count_kv", count(self.num_key_value_heads)?);
         set("attention.key_length", count(self.head_dim)?);
         set("attention.value_length", count(self.head_dim)?);
-        set("attention.layer_norm_rms_epsilon", Value::F32(self.rms_norm_eps as f32));
-        set("rope.dimension_count", count(self.rotary_dim())?);
-        set("rope.freq_base", Value::F32(self.rope.theta as f32));
-        if let Some(window) = self.sliding_window {
-            set("attention.sliding_window", count(window)?);
-        }
-        for (name, cap) in [
-            ("attn_logit_softcapping", self.attn_logit_softcapping),
-            ("final_logit_softcapping", self.final_logit_softcapping),
-        ] {
-            if let Some(cap) = cap {
-                set(name, Value::F32(cap as f32));
-            }
-        }
+        set("attention.layer_norm_rms_epsilon", Value::F32(self.norm_eps as f32));
+        let rotary_dim = rope.rotary_dim(self.head_dim);
+        set("rope.dimension_count", count(rotary_dim)?);
+        set("rope.freq_base", Value::F32(rope.theta as f32));
         let mut factors = None;
-        match &self.rope.scaling {
+        match &rope.scaling {
             // Dynamic NTK changes nothing up to the context length, and GGUF has no word for what it does beyond.
             RopeScaling::Default | RopeScaling::Dynamic { .. } => {}
             RopeScaling::Linear { factor } => {
@@ -182,9 +193,8 @@ impl DecoderConfig {
             }
             RopeScaling::Yarn(yarn) => {
                 let derived = Yarn { attention_factor: None, mscale: None, mscale_all_dim: None, ..yarn.clone() };
-                let attention = |scaling: Yarn| {
-                    inverse_frequencies(&RopeScaling::Yarn(scaling), self.rope.theta, self.rotary_dim(), 0).1
-                };
+                let attention =
+                    |scaling: Yarn| inverse_frequencies(&RopeScaling::Yarn(scaling), rope.theta, rotary_dim, 0).1;
                 let (derived, actual) = (attention(derived), attention(yarn.clone()));
                 set("rope.scaling.type", "yarn".into());
                 set("rope.scaling.factor", Value::F32(yarn.factor as f32));
@@ -193,7 +203,7 @@ impl DecoderConfig {
                 set("rope.scaling.yarn_beta_fast", Value::F32(yarn.beta_fast as f32));
                 set("rope.scaling.yarn_beta_slow", Value::F32(yarn.beta_slow as f32));
             }
-            scaling @ RopeScaling::Llama3 { .. } => factors = Some(self.frequency_factors(scaling)),
+            scaling @ RopeScaling::Llama3 { .. } => factors = Some(frequency_factors(rope, scaling, rotary_dim)),
             RopeScaling::LongRope(long) => {
                 // One set of divisors without a factor on cos and sin is what `rope_freqs.weight` says.
                 if long.short_factor != long.long_factor || long.attention_factor != Some(1.0) {
@@ -204,13 +214,13 @@ impl DecoderConfig {
         }
         Ok(GgufDescription { metadata: entries, frequency_factors: factors })
     }
+}
 
-    /// What each plain frequency is divided by under `scaling`.
-    fn frequency_factors(&self, scaling: &RopeScaling) -> Vec<f32> {
-        let plain = inverse_frequencies(&RopeScaling::Default, self.rope.theta, self.rotary_dim(), 0).0;
-        let scaled = inverse_frequencies(scaling, self.rope.theta, self.rotary_dim(), 0).0;
-        plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect()
-    }
+/// What each plain frequency is divided by under `scaling`.
+fn frequency_factors(rope: &RopeConfig, scaling: &RopeScaling, rotary_dim: usize) -> Vec<f32> {
+    let plain = inverse_frequencies(&RopeScaling::Default, rope.theta, rotary_dim, 0).0;
+    let scaled = inverse_frequencies(scaling, rope.theta, rotary_dim, 0).0;
+    plain.iter().zip(&scaled).map(|(plain, scaled)| plain / scaled).collect()
 }
 
 /// The shortest decimal that is the same f32: 1e-5 instead of 9.999999747378752e-06, so that a written `config.json`

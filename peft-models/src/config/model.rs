@@ -60,7 +60,7 @@ impl ModelConfig {
     /// The most tokens that a sequence may have, where the model has a table of positions.
     pub fn max_length(&self) -> Option<usize> {
         match self {
-            Self::Decoder(_) => None,
+            Self::Decoder(c) => c.learned_positions(),
             Self::Encoder(c) => Some(c.max_length()),
         }
     }

@@ -319,8 +319,10 @@ impl Gguf {
     /// Rows of one head if llama.cpp permuted this tensor, else `None`.
     fn permuted_head_rows(&self, info: &TensorInfo, hf_name: &str) -> Result<Option<usize>, GgufError> {
         let architecture = self.architecture()?;
-        let permutes =
-            FAMILIES.iter().any(|family| family.gguf_architecture == architecture && family.gguf_permutes_qk);
+        let permutes = FAMILIES
+            .iter()
+            .filter_map(|family| family.gguf)
+            .any(|gguf| gguf.architecture == architecture && gguf.permutes_qk);
         let key = match names::permuted_projection(hf_name) {
             Some(names::Projection::Query) if permutes => "attention.head_count",
             Some(names::Projection::Key) if permutes => "attention.head_count_kv",

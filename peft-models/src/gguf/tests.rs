@@ -3,7 +3,8 @@
 use serde_json::Value as Json;
 
 use super::*;
-use crate::{config::DecoderConfig, rope::RopeScaling, tokenizer::Tokenizer};
+use crate::config::{DecoderConfig, RopeConfig};
+use crate::{rope::RopeScaling, tokenizer::Tokenizer};
 
 const TINY: &[u8] = include_bytes!("../../fixtures/tiny.gguf");
 
@@ -328,6 +329,10 @@ fn model(config: &DecoderConfig) -> Vec<(GgufTensorSpec, Tensor)> {
         .collect()
 }
 
+fn rope_of(config: &mut DecoderConfig) -> &mut RopeConfig {
+    config.layer_kinds[0].rope.as_mut().unwrap()
+}
+
 fn tiny_config() -> DecoderConfig {
     let gguf = Gguf::open(fixture("tiny.gguf")).unwrap();
     DecoderConfig::from_gguf(&gguf).unwrap()
@@ -356,7 +361,8 @@ fn what_is_written_is_read_back() {
     let path = folder.path().join("model.gguf");
     let config = DecoderConfig {
         num_hidden_layers: 2,
-        attention_bias: true,
+        qkv_bias: true,
+        output_bias: true,
         hidden_size: 256,
         head_dim: 16,
         intermediate_size: 96,
@@ -410,8 +416,14 @@ fn what_is_written_is_read_back() {
 fn types_fall_back_as_in_llama_cpp() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    let config =
-        DecoderConfig { hidden_size: 256, head_dim: 20, intermediate_size: 96, attention_bias: true, ..tiny_config() };
+    let config = DecoderConfig {
+        hidden_size: 256,
+        head_dim: 20,
+        intermediate_size: 96,
+        qkv_bias: true,
+        output_bias: true,
+        ..tiny_config()
+    };
     let model = model(&config);
     write(&path, &config, &model, GgufType::Q4K).unwrap();
     let gguf = Gguf::open(&path).unwrap();
@@ -430,13 +442,14 @@ fn a_tied_head_is_left_out_and_llama3_scaling_survives() {
     let path = folder.path().join("model.gguf");
     let mut config = DecoderConfig {
         tie_word_embeddings: true,
-        attention_bias: true,
+        qkv_bias: true,
+        output_bias: true,
         hidden_size: 64,
         head_dim: 64,
         ..tiny_config()
     };
-    config.rope.theta = 500_000.0;
-    config.rope.scaling = RopeScaling::Llama3 {
+    rope_of(&mut config).theta = 500_000.0;
+    rope_of(&mut config).scaling = RopeScaling::Llama3 {
         factor: 32.0,
         low_freq_factor: 1.0,
         high_freq_factor: 4.0,
@@ -447,11 +460,11 @@ fn a_tied_head_is_left_out_and_llama3_scaling_survives() {
     assert!(gguf.hf_tensor("lm_head.weight").is_none());
     let back = DecoderConfig::from_gguf(&gguf).unwrap();
     assert!(back.tie_word_embeddings);
-    assert_eq!(back.rope, config.rope);
+    assert_eq!(back.rope(), config.rope());
 
     // Factors that no Llama 3 parameters give are kept as they are.
     let odd: Vec<f64> = (0..32).map(|i| f64::from(1.0 + i as f32 / 7.0)).collect();
-    config.rope.scaling = RopeScaling::LongRope(crate::rope::LongRope {
+    rope_of(&mut config).scaling = RopeScaling::LongRope(crate::rope::LongRope {
         short_factor: odd.clone(),
         long_factor: odd,
         factor: 1.0,
@@ -459,7 +472,7 @@ fn a_tied_head_is_left_out_and_llama3_scaling_survives() {
         original_max_position_embeddings: config.max_position_embeddings,
     });
     write(&path, &config, &model(&config), GgufType::F16).unwrap();
-    assert_eq!(DecoderConfig::from_gguf(&Gguf::open(&path).unwrap()).unwrap().rope, config.rope);
+    assert_eq!(DecoderConfig::from_gguf(&Gguf::open(&path).unwrap()).unwrap().rope(), config.rope());
 }
 
 #[test]
@@ -467,7 +480,7 @@ fn a_failed_write_leaves_the_old_file() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, b"precious").unwrap();
-    let config = DecoderConfig { attention_bias: true, ..tiny_config() };
+    let config = DecoderConfig { qkv_bias: true, output_bias: true, ..tiny_config() };
     let mut model = model(&config);
     let (spec, values) = model.last_mut().unwrap();
     let mut broken: Vec<f32> = values.flatten_all().unwrap().to_vec1().unwrap();
@@ -498,7 +511,7 @@ fn smollm2_is_what_transformers_makes_of_it() {
     let config = DecoderConfig::from_gguf(&gguf).unwrap();
     assert_eq!((config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads), (30, 9, 3));
     assert_eq!((config.vocab_size, config.hidden_size, config.head_dim), (49152, 576, 64));
-    assert_eq!((config.rope.theta, config.rms_norm_eps), (100_000.0, 1e-5));
+    assert_eq!((config.rope().unwrap().theta, config.norm_eps), (100_000.0, 1e-5));
     assert!(config.tie_word_embeddings && gguf.unknown_tensors().is_empty());
     assert_eq!(gguf.hf_tensor_names().len(), 272);
 

@@ -132,9 +132,9 @@ pub fn write_gguf(
 ) -> Result<(), GgufError> {
     let path = path.as_ref();
     let inexpressible = |reason: String| GgufError::Inexpressible { path: path.into(), reason };
-    let planned = plan(config, tensors, options.weights).map_err(inexpressible)?;
     let GgufDescription { mut metadata, frequency_factors: factors } =
         config.to_gguf_metadata().map_err(inexpressible)?;
+    let planned = plan(config, tensors, options.weights).map_err(inexpressible)?;
     metadata.extend(general(options));
     let described = tokenizer.to_gguf_metadata(config.vocab_size).map_err(inexpressible)?;
     for (name, id) in [
@@ -199,6 +199,7 @@ fn plan<'a>(
 ) -> Result<Vec<Planned<'a>>, String> {
     let mut planned = Vec::with_capacity(tensors.len());
     let mut seen = HashSet::new();
+    let permutes_qk = config.family.gguf.is_some_and(|gguf| gguf.permutes_qk);
     for spec in tensors {
         if spec.name == "lm_head.weight" && config.tie_word_embeddings {
             continue;
@@ -216,8 +217,8 @@ fn plan<'a>(
         let block_type = type_for(wanted.block_type(), &spec.shape, head);
         let bytes = (elements / block_type.block_size()) as u64 * block_type.type_size() as u64;
         let heads = match permuted_projection(&spec.name) {
-            Some(Projection::Query) if config.family.gguf_permutes_qk => Some(config.num_attention_heads),
-            Some(Projection::Key) if config.family.gguf_permutes_qk => Some(config.num_key_value_heads),
+            Some(Projection::Query) if permutes_qk => Some(config.num_attention_heads),
+            Some(Projection::Key) if permutes_qk => Some(config.num_key_value_heads),
             _ => None,
         };
         let rows = spec.shape.first().copied().unwrap_or(0);

@@ -1,0 +1,83 @@
+//! A block: attention and an MLP, each with the norms that its family puts around it, added to the residual stream.
+
+use candle_core::Tensor;
+use peft_core::kernels;
+use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Result, SiteId};
+
+use super::attention::Attention;
+use super::mlp::Mlp;
+use super::{DecoderInput, norm};
+use crate::config::DecoderConfig;
+use crate::kv_cache::LayerCache;
+use crate::loader::Loader;
+
+/// One block.
+#[derive(Debug)]
+pub(super) struct Block {
+    attention_norms: Norms,
+    attention: Attention,
+    mlp_norms: Norms,
+    mlp: Mlp,
+    /// Whether the MLP reads what attention reads, and not what attention made of it.
+    parallel: bool,
+}
+
+/// What stands in front of a sublayer and behind it.
+#[derive(Debug)]
+struct Norms {
+    before: Option<FrozenNorm>,
+    after: Option<FrozenNorm>,
+}
+
+fn apply(norm: Option<&FrozenNorm>, x: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x, ctx))
+}
+
+impl Block {
+    /// Loads layer `layer`, whose modules are under `path`, in the order of the forward pass.
+    pub(super) fn load(l: &mut Loader<'_>, c: &DecoderConfig, layer: usize, path: &str) -> Result<Self> {
+        let layout = &c.family.layout;
+        let optional = |l: &mut Loader<'_>, name: Option<&str>| {
+            name.map(|name| norm(l, c, &format!("{path}.{name}"), c.hidden_size)).transpose()
+        };
+        let before = optional(l, layout.attention_norms.before)?;
+        let attention = Attention::load(l, c, layer, path)?;
+        let attention_norms = Norms { before, after: optional(l, layout.attention_norms.after)? };
+        let before = optional(l, layout.mlp_norms.before)?;
+        let mlp = Mlp::load(l, c, path)?;
+        let mlp_norms = Norms { before, after: optional(l, layout.mlp_norms.after)? };
+        Ok(Self { attention_norms, attention, mlp_norms, mlp, parallel: c.parallel_residual })
+    }
+
+    pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
+        self.attention.linears().chain(self.mlp.linears())
+    }
+
+    pub(super) fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
+        let around = [&self.attention_norms, &self.mlp_norms].into_iter();
+        around.flat_map(|norms| norms.before.iter().chain(&norms.after)).chain(self.attention.norms())
+    }
+
+    pub(super) fn layer(&self, site: SiteId) -> Option<BaseLayer<'_>> {
+        let linear = self.linears().find(|l| l.site() == site).map(BaseLayer::Linear);
+        linear.or_else(|| self.norms().find(|n| n.site() == site).map(BaseLayer::Norm))
+    }
+
+    /// `[tokens, hidden]` to the same shape; with a `cache`, keys and values are appended to it and read from it.
+    pub(super) fn forward(
+        &self,
+        hidden: &Tensor,
+        input: &DecoderInput,
+        ctx: &Ctx<'_>,
+        cache: Option<&mut LayerCache>,
+    ) -> Result<Tensor> {
+        let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
+        let attended = self.attention.forward(&x, input, ctx, cache)?;
+        let attended = apply(self.attention_norms.after.as_ref(), attended, ctx)?;
+        let sum = kernels::add(hidden, &attended)?;
+        let x = if self.parallel { hidden } else { &sum };
+        let x = apply(self.mlp_norms.before.as_ref(), x.clone(), ctx)?;
+        let made = apply(self.mlp_norms.after.as_ref(), self.mlp.forward(&x, ctx)?, ctx)?;
+        Ok(kernels::add(&sum, &made)?)
+    }
+}
