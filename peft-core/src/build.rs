@@ -3,10 +3,13 @@
 use crate::adapter_keys::KEY_PREFIX;
 use crate::error::{Error, Result};
 use crate::saved::trained_copy;
-use crate::segmented::BaseModel;
+use crate::segmented::{BaseModel, Task};
 use crate::select::{Candidate, ModuleKind, Selection};
+use crate::select_spec::TargetSpec;
 use crate::set::{Adapter, SiteAdapter};
 use crate::site::{Site, SiteId, SiteKind, SiteTable};
+
+use serde_json::{Map, Value};
 
 /// An adapter as built from a config, with what the config's patterns matched.
 #[derive(Debug)]
@@ -54,4 +57,39 @@ pub fn insert_saved(adapter: &mut Adapter, selection: &Selection, base: &dyn Bas
         adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
     }
     Ok(())
+}
+
+/// The keys of a config as PEFT completes them for the task of `base`: `task_type`, and for a class head the modules of
+/// the head in `modules_to_save`, trained and stored whole (`PeftModelForSequenceClassification`). Layers of the head that
+/// the checkpoint has no weights for are among them, which PEFT leaves to the user.
+///
+/// # Errors
+/// A `task_type` in `spec` that is not the base's.
+pub fn task_keys(spec: &TargetSpec, base: &dyn BaseModel) -> Result<Map<String, Value>> {
+    let task = base.task();
+    if let Some(given) = spec.task_type.as_deref().filter(|given| *given != task.peft_name()) {
+        let name = task.peft_name();
+        return Err(Error::config("task_type", format!("is {given}, and this model's head is for {name}")));
+    }
+    let mut keys = Map::new();
+    keys.insert("task_type".into(), task.peft_name().into());
+    if matches!(task, Task::Classification { .. }) {
+        let mut saved = spec.modules_to_save.clone();
+        for name in ["classifier", "score"] {
+            if !saved.iter().any(|s| s == name) {
+                saved.push(name.into());
+            }
+        }
+        let missing = |path: &&String| !saved.iter().any(|name| is_or_holds(name, path));
+        let fresh: Vec<String> = base.fresh_layers().iter().filter(missing).cloned().collect();
+        saved.extend(fresh);
+        keys.insert("modules_to_save".into(), saved.into());
+    }
+    Ok(keys)
+}
+
+/// Whether a module called `name` (by the end of its path, as PEFT matches it) is the layer at `path` or holds it.
+fn is_or_holds(name: &str, path: &str) -> bool {
+    let upto = path.match_indices('.').map(|(dot, _)| dot).chain([path.len()]);
+    upto.filter_map(|end| path.get(..end)).any(|module| module.ends_with(name))
 }

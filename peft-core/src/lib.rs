@@ -21,7 +21,7 @@ mod set;
 mod site;
 mod virtual_tokens;
 
-pub use build::{Built, candidates, insert_saved, parameter_name, selected_site};
+pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};

@@ -123,6 +123,7 @@ pub struct Adapter {
     fan_in_fan_out: Vec<bool>,
     virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
+    fixed: Vec<Parameter>,
     export_keys: Map<String, Value>,
     export_tensors: Vec<(String, ExportTensor)>,
 }
@@ -146,6 +147,7 @@ impl Adapter {
             fan_in_fan_out: sites.iter().map(|site| site.stored.fan_in_fan_out).collect(),
             virtual_tokens: None,
             constants: Vec::new(),
+            fixed: Vec::new(),
             export_keys: Map::new(),
             export_tensors: Vec::new(),
         }
@@ -175,6 +177,18 @@ impl Adapter {
     /// adapted embedding.
     pub fn add_constant(&mut self, key: impl Into<String>, value: Tensor) {
         self.constants.push((key.into(), value));
+    }
+
+    /// Adds a tensor that the method reads, that is stored with the adapter and read back, and that is not trained, such
+    /// as VeRA's projections.
+    pub fn add_fixed(&mut self, tensor: Parameter) {
+        self.fixed.push(tensor);
+    }
+
+    /// The tensors of [`Adapter::add_fixed`].
+    #[must_use]
+    pub fn fixed(&self) -> &[Parameter] {
+        &self.fixed
     }
 
     /// Sets a key that [`Adapter::exported`] puts in place of the config's own.
@@ -233,10 +247,10 @@ impl Adapter {
         self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen).collect()
     }
 
-    /// The whole state, as a checkpoint holds it: parameters, frozen tensors and constants.
+    /// The whole state, as a checkpoint holds it: parameters, frozen and fixed tensors, and constants.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let parameters = self.parameters().into_iter().chain(self.frozen());
+        let parameters = self.parameters().into_iter().chain(self.frozen()).chain(&self.fixed);
         let parameters = parameters.map(|p| (p.name().to_string(), p.value()));
         parameters.chain(self.constants.iter().cloned()).collect()
     }
@@ -260,6 +274,7 @@ impl Adapter {
         if let Some(virtual_tokens) = &self.virtual_tokens {
             tensors.extend(virtual_tokens.exported()?);
         }
+        tensors.extend(self.fixed.iter().map(|p| (p.name().to_string(), p.value())));
         tensors.extend(self.constants.iter().cloned());
         for (key, tensor) in &self.export_tensors {
             let value = match tensor {

@@ -1,7 +1,7 @@
 //! IA³'s config, with PEFT's keys, defaults and meanings (`peft/tuners/ia3/config.py`, 0.21).
 
 use peft_core::config_keys::{completed, peft_defaults};
-use peft_core::{ConfigKeys, Result, TargetModules, TargetSpec};
+use peft_core::{BaseModel, ConfigKeys, Result, TargetModules, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::targets::{FEEDFORWARD, Feedforward, PAPER, paper};
@@ -64,6 +64,16 @@ impl Ia3Config {
         let mut parsed = Self::from_adapter_config(config)?;
         parsed.paper = config.get("target_modules").and_then(Value::as_str) == Some(PAPER);
         Ok(parsed)
+    }
+
+    /// This config as PEFT completes it for the task of `base` ([`task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        raw.extend(task_keys(&self.targets, base)?);
+        Ok(Self { paper: self.paper, ..Self::from_adapter_config(&raw)? })
     }
 
     /// Whether the config itself says which targets are scaled at their input.

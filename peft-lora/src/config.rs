@@ -3,7 +3,7 @@
 use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::select_spec::TargetSpec;
 use peft_core::suggest::did_you_mean;
-use peft_core::{BaseModel, ConfigKeys, Error, Result, Task};
+use peft_core::{BaseModel, ConfigKeys, Error, Result, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::eva::EvaConfig;
@@ -156,33 +156,12 @@ impl LoraConfig {
         Ok(parsed)
     }
 
-    /// This config as PEFT completes it for the task of `base`: `task_type`, and for a class head the modules of the head
-    /// in `modules_to_save`, trained and stored whole (`PeftModelForSequenceClassification`). Layers of the head that the
-    /// checkpoint has no weights for are among them, which PEFT leaves to the user.
+    /// This config as PEFT completes it for the task of `base` ([`task_keys`]).
     ///
     /// # Errors
     /// A `task_type` that is not the base's.
     pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
-        let task = base.task();
-        if let Some(given) = self.targets.task_type.as_deref().filter(|given| *given != task.peft_name()) {
-            let name = task.peft_name();
-            return Err(Error::config("task_type", format!("is {given}, and this model's head is for {name}")));
-        }
-        let mut keys = Map::new();
-        keys.insert("task_type".into(), task.peft_name().into());
-        if matches!(task, Task::Classification { .. }) {
-            let mut saved = self.targets.modules_to_save.clone();
-            for name in ["classifier", "score"] {
-                if !saved.iter().any(|s| s == name) {
-                    saved.push(name.into());
-                }
-            }
-            let missing = |path: &&String| !saved.iter().any(|name| is_or_holds(name, path));
-            let fresh: Vec<String> = base.fresh_layers().iter().filter(missing).cloned().collect();
-            saved.extend(fresh);
-            keys.insert("modules_to_save".into(), saved.into());
-        }
-        self.with_keys(keys)
+        self.with_keys(task_keys(&self.targets, base)?)
     }
 
     /// This config with other values for some of its keys.
@@ -231,12 +210,6 @@ impl LoraConfig {
         out.extend(target_modules.map(|targets| ("target_modules".to_owned(), targets)));
         out
     }
-}
-
-/// Whether a module called `name` (by the end of its path, as PEFT matches it) is the layer at `path` or holds it.
-fn is_or_holds(name: &str, path: &str) -> bool {
-    let upto = path.match_indices('.').map(|(dot, _)| dot).chain([path.len()]);
-    upto.filter_map(|end| path.get(..end)).any(|module| module.ends_with(name))
 }
 
 fn parse_tokens(value: &Value) -> Result<TrainableTokens> {

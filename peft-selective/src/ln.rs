@@ -4,7 +4,7 @@ use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::select::saved_target_modules;
 use peft_core::{
     Adapter, BaseModel, Built, ConfigKeys, ModuleKind, Result, SelectRules, SiteAdapter, TargetSpec, Unmatched,
-    candidates, insert_saved, parameter_name, select, selected_site, trained_copy,
+    candidates, insert_saved, parameter_name, select, selected_site, task_keys, trained_copy,
 };
 use serde_json::{Map, Value, json};
 
@@ -40,6 +40,16 @@ impl LnConfig {
     pub fn from_recipe(config: &Map<String, Value>) -> Result<Self> {
         ConfigKeys(config).refuse_unknown("ln", &known())?;
         Self::from_adapter_config(config)
+    }
+
+    /// This config as PEFT completes it for the task of `base` ([`task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        raw.extend(task_keys(&self.targets, base)?);
+        Self::from_adapter_config(&raw)
     }
 
     /// Makes the adapter that this config describes on `base`. As in PEFT, targets need not be norms.

@@ -144,7 +144,7 @@ pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, finger
     let expected: Vec<_> =
         adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
     let tensors = files.load(&expected, &Device::Cpu)?;
-    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()).chain(adapter.fixed()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

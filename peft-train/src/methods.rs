@@ -11,6 +11,7 @@ use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
 use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
+use peft_reparam::ReparamConfig;
 use peft_selective::LnConfig;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -94,6 +95,114 @@ pub const METHODS: &[MethodInfo] = &[
         paper: "Zhao et al. 2023, arXiv:2312.11420",
     },
     MethodInfo {
+        name: "vera",
+        peft_type: "VERA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, d_initial, projection_prng_key, modules_to_save",
+        paper: "Kopiczko et al. 2023, arXiv:2310.11454",
+    },
+    MethodInfo {
+        name: "loha",
+        peft_type: "LOHA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, alpha, rank_pattern, alpha_pattern, modules_to_save",
+        paper: "Hyeon-Woo et al. 2021, arXiv:2108.06098",
+    },
+    MethodInfo {
+        name: "lokr",
+        peft_type: "LOKR",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, alpha, decompose_both, decompose_factor, rank_pattern, alpha_pattern",
+        paper: "Yeh et al. 2023, arXiv:2309.14859",
+    },
+    MethodInfo {
+        name: "adalora",
+        peft_type: "ADALORA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "init_r, lora_alpha, rank_pattern of files; no rank allocation, no orthogonal regulariser",
+        paper: "Zhang et al. 2023, arXiv:2303.10512",
+    },
+    MethodInfo {
+        name: "hra",
+        peft_type: "HRA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, apply_GS",
+        paper: "Yuan et al. 2024, arXiv:2405.17484",
+    },
+    MethodInfo {
+        name: "oft",
+        peft_type: "OFT",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, oft_block_size, block_share, use_cayley_neumann, num_cayley_neumann_terms",
+        paper: "Qiu et al. 2023, arXiv:2306.07280",
+    },
+    MethodInfo {
+        name: "boft",
+        peft_type: "BOFT",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "boft_block_size, boft_block_num; one butterfly factor",
+        paper: "Liu et al. 2023, arXiv:2311.06243",
+    },
+    MethodInfo {
+        name: "miss",
+        peft_type: "MISS",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, init_weights = \"mini\", mini_r",
+        paper: "Kang & Yin 2024, arXiv:2409.15371",
+    },
+    MethodInfo {
+        name: "c3a",
+        peft_type: "C3A",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "block_size, block_size_pattern, init_weights",
+        paper: "Chen et al. 2024, arXiv:2407.19342",
+    },
+    MethodInfo {
+        name: "road",
+        peft_type: "ROAD",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "variant, group_size",
+        paper: "Liao & Monz 2024, arXiv:2409.00119",
+    },
+    MethodInfo {
+        name: "delora",
+        peft_type: "DELORA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, delora_lambda, rank_pattern, lambda_pattern",
+        paper: "Bini et al. 2025, arXiv:2503.18225",
+    },
+    MethodInfo {
+        name: "gralora",
+        peft_type: "GRALORA",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "r, alpha, gralora_k, hybrid_r",
+        paper: "Jung et al. 2025, arXiv:2505.20355",
+    },
+    MethodInfo {
         name: "full",
         peft_type: "FULL",
         trainable: true,
@@ -133,6 +242,7 @@ enum Config {
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
     Ln(Box<LnConfig>),
+    Reparam(Box<ReparamConfig>),
     Full(Map<String, Value>),
 }
 
@@ -160,7 +270,8 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
-            _ => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
+            "lora" => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
+            name => Self::Reparam(Box::new(ReparamConfig::from_recipe(name, &keys)?)),
         };
         Ok((config, info))
     }
@@ -174,13 +285,14 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
-            _ => Self::Lora(Box::new(LoraConfig::from_adapter_config(keys)?)),
+            "lora" => Self::Lora(Box::new(LoraConfig::from_adapter_config(keys)?)),
+            name => Self::Reparam(Box::new(ReparamConfig::from_adapter_config(name, keys)?)),
         })
     }
 
     /// Refuses a class head where the method does not train and store it.
     fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
-        if base.task() == Task::CausalLm || matches!(self, Self::Lora(_) | Self::Full(_)) {
+        if base.task() == Task::CausalLm || !matches!(self, Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_)) {
             return Ok(());
         }
         let message = format!("{} is for language models here, and this model has a class head; use lora", info.name);
@@ -197,8 +309,9 @@ impl Config {
                 return Err(Error::config("init_lora_weights", message));
             }
             Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
-            Self::Ia3(config) => selected(config.build(base, seed, strict)?),
-            Self::Ln(config) => selected(config.build(base, strict)?),
+            Self::Ia3(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Ln(config) => selected(config.for_base(base)?.build(base, strict)?),
+            Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
             Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
             Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
@@ -218,6 +331,7 @@ impl Config {
             Self::Lora(config) => selected(config.build(base, 0, report)?),
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
+            Self::Reparam(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::Prompt(config) => {
@@ -310,7 +424,8 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         }
     }
     let constants: std::collections::HashSet<String> = {
-        let trained: std::collections::HashSet<&str> = adapter.parameters().iter().map(|p| p.name()).collect();
+        let trained: std::collections::HashSet<&str> =
+            adapter.parameters().into_iter().chain(adapter.fixed()).map(|p| p.name()).collect();
         adapter.tensors().into_iter().map(|(k, _)| k).filter(|k| !trained.contains(k.as_str())).collect()
     };
     let expected: Vec<ExpectedTensor> = adapter
@@ -327,7 +442,7 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     for (key, value) in &tensors {
         peft_core::check_finite(key, value)?;
     }
-    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()) {
+    for parameter in adapter.parameters().into_iter().chain(adapter.frozen()).chain(adapter.fixed()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }

@@ -1,0 +1,51 @@
+//! From a config to an adapter on a base model.
+
+use std::sync::Arc;
+
+use peft_core::select::saved_target_modules;
+use peft_core::{
+    Adapter, BaseLayer, BaseModel, Built, Context, ModuleKind, Result, SelectRules, SiteAdapter, SiteModule, Unmatched,
+    candidates, insert_saved, select, selected_site,
+};
+
+use crate::config::ReparamConfig;
+use crate::start::Start;
+
+impl ReparamConfig {
+    /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
+    ///
+    /// With [`Unmatched::Error`] a pattern that hits nothing is refused with the nearest names; adapters written by PEFT
+    /// are read with [`Unmatched::Report`], since PEFT ignores such patterns.
+    ///
+    /// # Errors
+    /// When a pattern is wrong or a setting does not fit a layer; the message names it.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
+        let sites = base.sites().clone();
+        let candidates = candidates(&sites);
+        let mut spec = self.targets.clone();
+        spec.fill_default_targets(self.kind.peft_type, base.model_type())?;
+        let rules = SelectRules { method: self.kind.label, supported: &[ModuleKind::Linear], unmatched };
+        let selection = select(&spec, &candidates, &rules)?;
+        let names = saved_target_modules(&spec, self.kind.peft_type, &candidates).map(|t| t.to_json());
+        let mut adapter = Adapter::new(self.to_adapter_config(base, names), &sites);
+
+        let mut layers = Vec::new();
+        for selected in &selection.sites {
+            let site = selected_site(&sites, selected.index)?;
+            if let BaseLayer::Linear(layer) = base.layer(site.id)? {
+                layers.push((layer, (selected.rank, selected.alpha)));
+            }
+        }
+        let dims = layers.iter().map(|(l, _)| (l.weight().out_features(), l.weight().in_features()));
+        let shared = self.method.shared(&dims.collect::<Vec<_>>(), base.device())?;
+        for (layer, pattern) in layers {
+            let start = Start::new(layer, pattern, &shared, base.device(), seed);
+            let (module, fixed) = self.method.module(start).with_context(|| layer.path().to_owned())?;
+            adapter.insert(layer.site(), SiteAdapter::new(Some(SiteModule::Linear(Arc::new(module))), None))?;
+            fixed.into_iter().for_each(|parameter| adapter.add_fixed(parameter));
+        }
+        shared.into_iter().for_each(|parameter| adapter.add_fixed(parameter));
+        insert_saved(&mut adapter, &selection, base)?;
+        Ok(Built { adapter, selection })
+    }
+}

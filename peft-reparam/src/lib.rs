@@ -1,0 +1,18 @@
+/*!
+Methods that write one linear layer's weight as a function of a few parameters: low-rank with frozen projections (VeRA),
+products (LoHa, LoKr), sums of blocks (MiSS, C³A, GraLoRA), bounded (DeLoRA), a singular value decomposition (AdaLoRA) and
+rotations of input or output (OFT, BOFT, HRA, RoAd). With PEFT's config keys, defaults and files.
+
+A method is one file in `methods`: the keys of its config and a formula from parameters to a [`Change`]. Training, merging,
+serving and files are written once, for [`ReparamLinear`]. [`ReparamConfig`] is read from a recipe or an
+`adapter_config.json`; [`ReparamConfig::build`] selects sites and makes the modules.
+*/
+
+mod build;
+mod change;
+mod config;
+mod methods;
+mod start;
+
+pub use change::{Change, ReparamLinear};
+pub use config::{PEFT_TYPES, ReparamConfig};
