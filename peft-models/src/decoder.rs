@@ -8,8 +8,8 @@ use peft_core::kernels::{
     self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan, attention, gated_activation, rotary,
 };
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
-    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, PromptDims, Result,
+    Segmented, SiteId, SiteKind, SiteTable, SublayerSite, Task, TokenBatch, VirtualSpans, sublayer_sites,
 };
 
 use crate::config::DecoderConfig;
@@ -230,11 +230,12 @@ impl Block {
     ) -> Result<Tensor> {
         let x = self.input_norm.forward(hidden, ctx)?;
         let attended = self.attend(&x, input, ctx, cache)?;
-        let hidden = kernels::add(hidden, &attended)?;
+        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm: None }, ctx)?;
         let x = self.post_norm.forward(&hidden, ctx)?;
         let [gate, up] = FrozenLinear::forward_siblings([&self.gate, &self.up], &x, ctx)?;
         let inner = gated_activation(&gate, &up, c.hidden_act.into())?;
-        Ok(kernels::add(&hidden, &self.down.forward(&inner, ctx)?)?)
+        let output = self.down.forward(&inner, ctx)?;
+        self.down.join(&Join { output: &output, residual: &hidden, norm: None }, ctx)
     }
 
     fn attend(
@@ -306,6 +307,11 @@ impl BaseModel for Decoder {
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
         })
+    }
+
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        let ends = self.blocks.iter().map(|b| (b.o.site(), b.down.site()));
+        sublayer_sites(ends, self.config.hidden_size)
     }
 
     fn task(&self) -> Task {

@@ -7,6 +7,7 @@ use peft_core::suggest::did_you_mean;
 use peft_core::{
     Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Task, Unmatched,
 };
+use peft_adapters::BottleneckConfig;
 use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
@@ -56,6 +57,15 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "feedforward_modules, target_modules = \"paper\", init_ia3_weights, modules_to_save",
         paper: "Liu et al. 2022, arXiv:2205.05638",
+    },
+    MethodInfo {
+        name: "bottleneck",
+        peft_type: "BOTTLENECK",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\" or \"scaled_par_bn\", reduction_factor, non_linearity, leave_out",
+        paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366",
     },
     MethodInfo {
         name: "prefix",
@@ -129,6 +139,7 @@ fn method(name: &str) -> Result<&'static MethodInfo> {
 enum Config {
     Lora(Box<LoraConfig>),
     Ia3(Box<Ia3Config>),
+    Bottleneck(Box<BottleneckConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
@@ -156,6 +167,7 @@ impl Config {
         let config = match info.name {
             "full" => Self::Full(keys),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
+            "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
@@ -170,6 +182,7 @@ impl Config {
         Ok(match info.name {
             "full" => Self::Full(keys.clone()),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
+            "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
@@ -199,6 +212,7 @@ impl Config {
             Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ia3(config) => selected(config.build(base, seed, strict)?),
             Self::Ln(config) => selected(config.build(base, strict)?),
+            Self::Bottleneck(config) => (config.build(base, seed)?, None),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
             Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
             Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
@@ -218,6 +232,7 @@ impl Config {
             Self::Lora(config) => selected(config.build(base, 0, report)?),
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
+            Self::Bottleneck(config) => (config.build(base, 0)?, None),
             Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::Prompt(config) => {
