@@ -124,8 +124,8 @@ impl FrozenLinear {
             Some(adapter) if adapter.bias.is_some() => return None,
             Some(adapter) => match &adapter.module {
                 Some(SiteModule::Linear(module)) => Some(module.low_rank(self, ctx)?),
+                None | Some(SiteModule::Sublayer(_)) => None,
                 Some(_) => return None,
-                None => None,
             },
         };
         Some(Branch { weight: &self.weight, bias: self.bias.as_ref(), low_rank })
@@ -146,8 +146,8 @@ impl FrozenLinear {
         let Some(adapter) = ctx.adapters.at(slot, self.site) else { return self.base(x) };
         let y = match &adapter.module {
             Some(SiteModule::Linear(module)) => module.forward(self, x, ctx).with_context(|| self.path.to_string())?,
+            None | Some(SiteModule::Sublayer(_)) => self.base(x)?,
             Some(other) => return Err(Error::site(&*self.path, format!("{} on a linear layer", other.kind()))),
-            None => self.base(x)?,
         };
         match (&adapter.bias, &self.bias) {
             // The trained bias takes the base bias's place.

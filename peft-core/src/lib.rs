@@ -19,6 +19,7 @@ mod saved;
 mod segmented;
 mod set;
 mod site;
+mod sublayer;
 mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
@@ -30,6 +31,7 @@ pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
 pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
+pub use sublayer::{Join, SublayerKind, SublayerModule, SublayerSite, sublayer_sites};
 
 pub use virtual_tokens::{
     PrefixModule, PromptDims, PromptModule, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens,

@@ -10,6 +10,7 @@ use crate::ctx::Ctx;
 use crate::error::{Error, Result};
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::site::{SiteId, SiteTable};
+use crate::sublayer::SublayerSite;
 use crate::virtual_tokens::PromptDims;
 
 /// Token sequences, packed one after another without padding.
@@ -115,6 +116,11 @@ pub trait BaseModel: Send + Sync {
     /// What virtual tokens have to know, or `None` where the model does not ask its adapters for any.
     fn prompt_dims(&self) -> Option<PromptDims> {
         None
+    }
+
+    /// The sublayers of its blocks, in order; none where the model does not ask their ends for adapters.
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        Vec::new()
     }
 
     /// What the head computes.

@@ -11,6 +11,7 @@ use crate::layers::FrozenLinear;
 use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
+use crate::sublayer::SublayerModule;
 use crate::virtual_tokens::VirtualTokens;
 
 /// The module that an adapter puts at a site.
@@ -22,6 +23,8 @@ pub enum SiteModule {
     Embedding(Arc<dyn EmbeddingModule>),
     /// In place of a normalisation.
     Norm(Arc<dyn NormModule>),
+    /// Where a sublayer joins the residual stream; it stands at the sublayer's last linear layer.
+    Sublayer(Arc<dyn SublayerModule>),
 }
 
 impl SiteModule {
@@ -32,6 +35,7 @@ impl SiteModule {
             Self::Linear(_) => "a module for linear layers",
             Self::Embedding(_) => "a module for embeddings",
             Self::Norm(_) => "a module for norms",
+            Self::Sublayer(_) => "a module for the ends of sublayers",
         }
     }
 
@@ -42,13 +46,14 @@ impl SiteModule {
             Self::Linear(m) => m.parameters(),
             Self::Embedding(m) => m.parameters(),
             Self::Norm(m) => m.parameters(),
+            Self::Sublayer(m) => m.parameters(),
         }
     }
 
     fn frozen(&self) -> Vec<&Parameter> {
         match self {
             Self::Linear(m) => m.frozen(),
-            Self::Embedding(_) | Self::Norm(_) => Vec::new(),
+            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Vec::new(),
         }
     }
 
@@ -87,8 +92,9 @@ impl SiteAdapter {
         }
         let mut form = match &self.module {
             Some(SiteModule::Linear(module)) => module.lower(base)?,
+            // It acts behind the layer.
+            None | Some(SiteModule::Sublayer(_)) => Some(ServingForm::default()),
             Some(_) => None,
-            None => Some(ServingForm::default()),
         };
         if let (Some(form), Some(trained), Some(bias)) = (&mut form, &self.bias, base.bias()) {
             let shift = (trained.value() - bias.to_dtype(trained.dtype())?)?;

@@ -539,9 +539,13 @@ mod tests {
         held.hold_in(DType::BF16, x.id()).unwrap();
         let dtype_of = |t: &Tensor| held.slots[held.index[&t.id()]].value.as_ref().unwrap().dtype();
         assert_eq!((dtype_of(&x), dtype_of(&a), dtype_of(&b)), (DType::BF16, DType::F32, DType::F32));
-        assert!(held.slots.iter().filter(|s| s.value.as_ref().is_some_and(|v| v.dtype() == DType::BF16)).count() == 3, "x, gate, up");
+        assert!(
+            held.slots.iter().filter(|s| s.value.as_ref().is_some_and(|v| v.dtype() == DType::BF16)).count() == 3,
+            "x, gate, up"
+        );
         let got = held.backward(&dy).unwrap();
-        let of = |grads: &[(TensorId, Tensor)], v: &Tensor| grads.iter().find(|(id, _)| *id == v.id()).unwrap().1.clone();
+        let of =
+            |grads: &[(TensorId, Tensor)], v: &Tensor| grads.iter().find(|(id, _)| *id == v.id()).unwrap().1.clone();
         for (name, v) in [("x", &x), ("a", &a), ("b", &b), ("s", &s)] {
             let norm = |t: &Tensor| t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
             let (got, want) = (of(&got, v), of(&want, v));

@@ -80,6 +80,23 @@ impl FrozenWeight {
         Self { storage: WeightStorage::Deferred(weight), out_features, in_features, square_norms: Arc::default() }
     }
 
+    /// The transpose `[in, out]`; of GGUF blocks, whose rows cannot be turned, in `f32`.
+    ///
+    /// # Errors
+    /// When the weight cannot be read.
+    pub fn transposed(&self) -> Result<Self> {
+        match &self.storage {
+            WeightStorage::Dense(w) => Self::dense(&w.t()?.contiguous()?),
+            WeightStorage::Gguf(_) => Self::dense(&self.to_dense(DType::F32)?.t()?.contiguous()?),
+            WeightStorage::Deferred(d) => {
+                let this = self.clone();
+                let read = move || this.resident()?.transposed();
+                let turned = Deferred::new(d.device().clone(), read);
+                Ok(Self::deferred(self.in_features, self.out_features, turned))
+            }
+        }
+    }
+
     /// The weight in memory.
     fn resident(&self) -> Result<Cow<'_, Self>> {
         match &self.storage {
@@ -395,6 +412,8 @@ mod tests {
         for (out, inp) in [(1, 32), (33, 64), (700, 512)] {
             for w in kinds(out, inp) {
                 let dense = w.to_dense(DType::F32).unwrap();
+                let turned = w.transposed().unwrap().to_dense(DType::F32).unwrap();
+                close("transposed", &turned, &dense.t().unwrap(), 0.0).unwrap();
                 for tokens in [1, 5, 17] {
                     let x = randn(2, (tokens, inp), 1.0).unwrap();
                     let dy = randn(3, (tokens, out), 1.0).unwrap();

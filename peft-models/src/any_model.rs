@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
-use peft_core::{BaseLayer, BaseModel, Ctx, Error, PromptDims, Result, Segmented, SiteId, SiteTable, Task, TokenBatch};
+use peft_core::{
+    BaseLayer, BaseModel, Ctx, Error, PromptDims, Result, Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch,
+};
 
 use crate::decoder::{Decoder, DecoderInput};
 use crate::encoder::{Encoder, EncoderInput};
@@ -139,6 +141,10 @@ impl BaseModel for AnyModel {
 
     fn task(&self) -> Task {
         either!(self, m => m.task())
+    }
+
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        either!(self, m => m.sublayers())
     }
 
     fn fresh_layers(&self) -> &[String] {

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan};
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
-    Segmented, SiteId, SiteKind, SiteTable, Stored, Task, TokenBatch, VirtualSpans,
+    Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task, TokenBatch, VirtualSpans, sublayer_sites,
 };
 
 use self::block::Block;
@@ -318,6 +318,11 @@ impl BaseModel for Decoder {
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
         })
+    }
+
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        let ends = self.blocks.iter().filter_map(Block::ends);
+        sublayer_sites(ends, self.config.hidden_size)
     }
 
     fn task(&self) -> Task {

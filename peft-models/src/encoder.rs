@@ -8,8 +8,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan, activation, attention};
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, Segmented,
-    SiteId, SiteTable, Task, TokenBatch,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, Result,
+    Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch, sublayer_sites,
 };
 
 use crate::config::{EncoderConfig, HeadActivation};
@@ -237,9 +237,11 @@ impl Block {
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
         let attended = self.o.forward(&attention(&q, &k, &v, &input.attention)?, ctx)?;
-        let hidden = self.attention_norm.forward(&kernels::add(&attended, hidden)?, ctx)?;
+        let norm = Some(&self.attention_norm);
+        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm }, ctx)?;
         let inner = activation(&self.up.forward(&hidden, ctx)?, c.hidden_act.into())?;
-        self.mlp_norm.forward(&kernels::add(&self.down.forward(&inner, ctx)?, &hidden)?, ctx)
+        let output = self.down.forward(&inner, ctx)?;
+        self.down.join(&Join { output: &output, residual: &hidden, norm: Some(&self.mlp_norm) }, ctx)
     }
 }
 
@@ -274,6 +276,11 @@ impl BaseModel for Encoder {
 
     fn task(&self) -> Task {
         self.config.task()
+    }
+
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        let ends = self.blocks.iter().map(|b| (b.o.site(), b.down.site()));
+        sublayer_sites(ends, self.config.hidden_size)
     }
 
     fn fresh_layers(&self) -> &[String] {

@@ -1,6 +1,5 @@
 //! Loading layers and registering their sites, in the order of the forward pass.
 
-use peft_core::kernels::{FrozenWeight, WeightStorage};
 use peft_core::{Context, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, SiteKind, SiteTable, Stored};
 
 use crate::source::{Placement, WeightSource};
@@ -47,11 +46,7 @@ impl<'a> Loader<'a> {
     pub(crate) fn conv1d(&mut self, path: &str, inp: usize, out: usize, bias: bool) -> Result<FrozenLinear> {
         let name = format!("{path}.weight");
         let stored = self.source.weight(&name, (inp, out))?;
-        let dense = match stored.storage() {
-            WeightStorage::Dense(weight) => weight.clone(),
-            WeightStorage::Gguf(_) => stored.to_dense(self.placement.activations)?,
-        };
-        let weight = FrozenWeight::dense(&dense.t()?.contiguous()?).with_context(|| name)?;
+        let weight = stored.transposed().with_context(|| name)?;
         let bias_tensor = if bias { Some(self.source.vector(&format!("{path}.bias"), out)?) } else { None };
         let kind = SiteKind::Linear { in_features: inp, out_features: out, bias };
         let site = self.sites.register(path, kind, self.segment);

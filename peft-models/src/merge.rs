@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::{
     Adapter, BaseLayer, BaseModel, Context, Delta, Error, FrozenLinear, PlannedTensor, Result, ShardWriter, Site,
-    SiteModule, SiteTable,
+    SiteAdapter, SiteModule, SiteTable,
 };
 
 use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
@@ -51,6 +51,17 @@ impl<'a> Merged<'a> {
                  the model holds them; serve it unmerged",
                 adapter.peft_type()
             )));
+        }
+        for adapter in &adapters {
+            let sublayer = |s: &SiteAdapter| matches!(s.module, Some(SiteModule::Sublayer(_)));
+            if let Some((id, _)) = adapter.touched().find(|(_, s)| sublayer(s)) {
+                let path = model.sites().get(id).map_or("", |s| s.path.as_str());
+                return Err(Error::msg(format!(
+                    "an adapter of type {} cannot be merged: behind `{path}` it is a network with a nonlinearity of its own, \
+                     and no weight of the model holds that; serve it unmerged",
+                    adapter.peft_type()
+                )));
+            }
         }
         let tied = match (model.tied_embedding(), head(model.sites())) {
             (Some(path), Some(head)) => {
@@ -280,7 +291,7 @@ mod tests {
 
     use peft_core::kernels::testing::randn;
     use peft_core::kernels::{ServingForm, WeightStorage};
-    use peft_core::{BaseModel, Ctx, Parameter, PeftModule, Role, SiteAdapter};
+    use peft_core::{BaseModel, Ctx, Parameter, PeftModule, Role};
     use serde_json::{Map, Value, json};
 
     use super::*;

@@ -53,9 +53,8 @@ impl ReparamConfig {
             config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
         for (own, common) in kind.patterns {
             let value = selection.remove(*own);
-            match common {
-                Some(common) => selection.extend(value.map(|v| ((*common).to_owned(), v))),
-                None => {}
+            if let Some(common) = common {
+                selection.extend(value.map(|v| ((*common).to_owned(), v)));
             }
         }
         let targets = TargetSpec::from_config(&selection)?;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use peft_adapters::BottleneckConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
@@ -57,6 +58,15 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "feedforward_modules, target_modules = \"paper\", init_ia3_weights, modules_to_save",
         paper: "Liu et al. 2022, arXiv:2205.05638",
+    },
+    MethodInfo {
+        name: "bottleneck",
+        peft_type: "BOTTLENECK",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\" or \"scaled_par_bn\", reduction_factor, non_linearity, leave_out",
+        paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366",
     },
     MethodInfo {
         name: "prefix",
@@ -238,6 +248,7 @@ fn method(name: &str) -> Result<&'static MethodInfo> {
 enum Config {
     Lora(Box<LoraConfig>),
     Ia3(Box<Ia3Config>),
+    Bottleneck(Box<BottleneckConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
@@ -266,6 +277,7 @@ impl Config {
         let config = match info.name {
             "full" => Self::Full(keys),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
+            "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
@@ -281,6 +293,7 @@ impl Config {
         Ok(match info.name {
             "full" => Self::Full(keys.clone()),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
+            "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
@@ -292,7 +305,9 @@ impl Config {
 
     /// Refuses a class head where the method does not train and store it.
     fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
-        if base.task() == Task::CausalLm || !matches!(self, Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_)) {
+        if base.task() == Task::CausalLm
+            || !matches!(self, Self::Bottleneck(_) | Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_))
+        {
             return Ok(());
         }
         let message = format!("{} is for language models here, and this model has a class head; use lora", info.name);
@@ -312,6 +327,7 @@ impl Config {
             Self::Ia3(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ln(config) => selected(config.for_base(base)?.build(base, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Bottleneck(config) => (config.build(base, seed)?, None),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
             Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
             Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
@@ -332,6 +348,7 @@ impl Config {
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
             Self::Reparam(config) => selected(config.build(base, 0, report)?),
+            Self::Bottleneck(config) => (config.build(base, 0)?, None),
             Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::Prompt(config) => {

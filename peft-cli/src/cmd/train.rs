@@ -261,7 +261,11 @@ impl Run {
         out!("trainable   {trainable} of {total} parameters ({share:.3} %)");
         out!("data        {} ({})", self.train.stats(), self.format.name());
         out!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
-        out!("memory      about {:.0} MB at the peak, blocks recomputed: {:?}", peak as f64 / 1e6, plan.keep.checkpointing);
+        out!(
+            "memory      about {:.0} MB at the peak, blocks recomputed: {:?}",
+            peak as f64 / 1e6,
+            plan.keep.checkpointing
+        );
         out!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
             out!("{row}");

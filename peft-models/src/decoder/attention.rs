@@ -50,6 +50,11 @@ impl Attention {
         Ok(Self { layer, kind: c.kind_of_layer.get(layer).copied().unwrap_or(0), projections, norms, output })
     }
 
+    /// The last layer.
+    pub(super) fn end(&self) -> &FrozenLinear {
+        &self.output
+    }
+
     pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
         let projections = match &self.projections {
             Projections::Split(layers) => layers.as_slice(),

@@ -1,8 +1,7 @@
 //! A block: attention and an MLP, each with the norms that its family puts around it, added to the residual stream.
 
 use candle_core::Tensor;
-use peft_core::kernels;
-use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Result, SiteId};
+use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, Result, SiteId};
 
 use super::attention::Attention;
 use super::mlp::Mlp;
@@ -63,6 +62,11 @@ impl Block {
         linear.or_else(|| self.norms().find(|n| n.site() == site).map(BaseLayer::Norm))
     }
 
+    /// The linear layers at the ends of attention and of the MLP, where each is a sublayer of its own.
+    pub(super) fn ends(&self) -> Option<(SiteId, SiteId)> {
+        (!self.parallel).then(|| (self.attention.end().site(), self.mlp.end().site()))
+    }
+
     /// `[tokens, hidden]` to the same shape; with a `cache`, keys and values are appended to it and read from it.
     pub(super) fn forward(
         &self,
@@ -74,10 +78,11 @@ impl Block {
         let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
         let attended = self.attention.forward(&x, input, ctx, cache)?;
         let attended = apply(self.attention_norms.after.as_ref(), attended, ctx)?;
-        let sum = kernels::add(hidden, &attended)?;
+        let join = Join { output: &attended, residual: hidden, norm: None };
+        let sum = self.attention.end().join(&join, ctx)?;
         let x = if self.parallel { hidden } else { &sum };
         let x = apply(self.mlp_norms.before.as_ref(), x.clone(), ctx)?;
         let made = apply(self.mlp_norms.after.as_ref(), self.mlp.forward(&x, ctx)?, ctx)?;
-        Ok(kernels::add(&sum, &made)?)
+        self.mlp.end().join(&Join { output: &made, residual: &sum, norm: None }, ctx)
     }
 }

@@ -41,6 +41,11 @@ impl Mlp {
         Ok(Self { inner, down, act: c.hidden_act.into() })
     }
 
+    /// The last layer.
+    pub(super) fn end(&self) -> &FrozenLinear {
+        &self.down
+    }
+
     pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
         let inner = match &self.inner {
             Inner::Gated(layers) => layers.as_slice(),

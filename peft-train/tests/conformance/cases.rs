@@ -30,7 +30,11 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let is = |key: &str, value: Value| method.get(key) == Some(&value);
     let dora = is("use_dora", json!(true));
     let soft_prompt = ["prefix", "prompt", "p_tuning"].iter().any(|name| is("type", json!(name)));
-    let identity = !(soft_prompt || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
+    // With a projection of zeros, and nothing behind it, a bottleneck is nothing.
+    let changes = is("type", json!("bottleneck"))
+        && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
+    let identity =
+        !(soft_prompt || changes || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
     let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
     let partial_gradient = match (dora, mlp) {
         (true, _) => DORA,
@@ -38,6 +42,15 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         _ => &[],
     };
     Case { name, method, shape, identity, partial_gradient }
+}
+
+/// Wide enough that the small models have more than one unit in the bottleneck.
+fn bottleneck(preset: &str, keys: Value) -> Value {
+    let mut table = json!({"type": "bottleneck", "preset": preset, "reduction_factor": 4});
+    if let (Value::Object(table), Value::Object(keys)) = (&mut table, keys) {
+        table.extend(keys);
+    }
+    table
 }
 
 pub(crate) fn cases() -> Vec<Case> {
@@ -162,6 +175,30 @@ pub(crate) fn cases() -> Vec<Case> {
             "ln, some, saved head",
             TIED,
             json!({"type": "ln", "target_modules": ["input_layernorm"], "modules_to_save": ["lm_head"]}),
+        ),
+        case("bottleneck", UNTIED, bottleneck("seq_bn", json!({"non_linearity": "gelu"}))),
+        case("bottleneck, double", BIASED, bottleneck("double_seq_bn", json!({"init_weights": "houlsby"}))),
+        case(
+            "bottleneck, parallel",
+            TIED,
+            bottleneck("par_bn", json!({"non_linearity": "tanh", "leave_out": [0], "mh_adapter": true})),
+        ),
+        case(
+            "bottleneck, scaled, norms, dropout",
+            UNTIED,
+            bottleneck(
+                "scaled_par_bn",
+                json!({"non_linearity": "swish", "ln_before": true, "ln_after": true, "dropout": 0.3}),
+            ),
+        ),
+        case(
+            "bottleneck, norms of its own",
+            BIASED,
+            bottleneck(
+                "seq_bn",
+                json!({"non_linearity": "gelu", "scaling": "channel", "ln_after": true, "residual_before_ln": false,
+                    "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
+            ),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

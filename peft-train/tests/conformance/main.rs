@@ -173,10 +173,7 @@ fn group(name: &str) -> String {
 
 fn dot(a: &[Tensor], b: &[Tensor]) -> Result<f64> {
     let one = |(a, b): (&Tensor, &Tensor)| -> Result<f64> {
-        Ok(a.to_dtype(DType::F64)?
-            .mul(&b.to_dtype(DType::F64)?)?
-            .sum_all()?
-            .to_scalar::<f64>()?)
+        Ok(a.to_dtype(DType::F64)?.mul(&b.to_dtype(DType::F64)?)?.sum_all()?.to_scalar::<f64>()?)
     };
     a.iter().zip(b).map(one).sum()
 }
@@ -202,7 +199,7 @@ fn gradients_are_those_of_the_loss_whatever_is_recomputed() {
         // Eight significant bits in what was kept: half of the last is one part in 512, many of which partly cancel.
         let apart = grads.iter().zip(&rounded).map(|(a, b)| Ok((a - b)?)).collect::<Result<Vec<_>>>()?;
         let relative = (dot(&apart, &apart)? / dot(&grads, &grads)?).sqrt();
-        if !(relative < 1e-2) {
+        if relative.is_nan() || relative >= 1e-2 {
             return Err(format!("records in bf16 move the gradients by {relative:.1e} of their length").into());
         }
         let mut groups: BTreeMap<String, Vec<(&Parameter, Tensor)>> = BTreeMap::new();

@@ -1,0 +1,286 @@
+//! One bottleneck adapter at the end of a sublayer.
+
+use candle_core::{DType, Tensor};
+use peft_core::kernels::{self, Activation};
+use peft_core::{Ctx, Join, Parameter, Result, SiteId, SublayerModule};
+
+/// Epsilon of the adapter's own layer norms, PyTorch's default.
+const LAYER_NORM_EPS: f64 = 1e-5;
+
+/// What the adapter's own residual connection starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Residual {
+    /// The sublayer's output alone (`residual_before_ln = true`).
+    Output,
+    /// The sublayer's output on the residual stream, before the model's norm (`"post_add"`).
+    Sum,
+    /// What the adapter reads (`residual_before_ln = false`).
+    Input,
+}
+
+/// How an adapter stands to the sublayer, the residual stream and the model's norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// It reads what the sublayer made.
+    Sequential {
+        /// With the residual stream added and, in a post-norm model, normalised by the model's norm (`original_ln_before`).
+        on_stream: bool,
+        /// What is added to its result.
+        residual: Residual,
+    },
+    /// It reads the residual stream that the sublayer reads, and its result is added to the sublayer's.
+    Parallel,
+}
+
+/// A layer norm of the adapter's own.
+#[derive(Debug)]
+pub(crate) struct Norm {
+    /// `[hidden]`.
+    pub(crate) weight: Parameter,
+    /// `[hidden]`.
+    pub(crate) bias: Parameter,
+}
+
+impl Norm {
+    fn parameters(&self) -> [&Parameter; 2] {
+        [&self.weight, &self.bias]
+    }
+
+    fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        Ok(kernels::layer_norm(x, &self.weight.get(ctx), Some(&self.bias.get(ctx)), LAYER_NORM_EPS)?)
+    }
+}
+
+/// A projection with a bias.
+#[derive(Debug)]
+pub(crate) struct Projection {
+    /// `[out, in]`.
+    pub(crate) weight: Parameter,
+    /// `[out]`.
+    pub(crate) bias: Parameter,
+}
+
+impl Projection {
+    fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        Ok(kernels::add_bias(&kernels::trainable_linear(x, &self.weight.get(ctx))?, &self.bias.get(ctx))?)
+    }
+}
+
+/// What the network's result is multiplied by.
+#[derive(Debug)]
+pub(crate) enum Scaling {
+    Fixed(f64),
+    /// `[1]`, or `[hidden]` for a factor a channel.
+    Learned(Parameter),
+}
+
+/// `s · up(act(down(norm(x))))` at its [`Placement`]. `down` is `[bottleneck, hidden]`, `up` is `[hidden, bottleneck]`. It
+/// calculates in the parameters' type, `f32`.
+#[derive(Debug)]
+pub struct Bottleneck {
+    pub(crate) site: SiteId,
+    pub(crate) placement: Placement,
+    /// Whether the stream and the model's norm come behind the adapter (`original_ln_after`).
+    pub(crate) joins_stream: bool,
+    /// Whether the adapter's residual is added before its own norm at the end (`adapter_residual_before_ln`).
+    pub(crate) residual_before_norm: bool,
+    pub(crate) norm_before: Option<Norm>,
+    pub(crate) down: Projection,
+    pub(crate) activation: Activation,
+    pub(crate) up: Projection,
+    pub(crate) scaling: Scaling,
+    pub(crate) dropout: f32,
+    pub(crate) norm_after: Option<Norm>,
+}
+
+impl Bottleneck {
+    /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
+    fn network(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
+        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
+        let out = self.up.forward(&inner, ctx)?;
+        let out = match &self.scaling {
+            Scaling::Fixed(1.0) => out,
+            Scaling::Fixed(s) => (out * *s)?,
+            Scaling::Learned(s) => kernels::scale_columns(&out, &s.get(ctx).broadcast_as(x.dim(1)?)?.contiguous()?)?,
+        };
+        Ok(match ctx.dropout(self.site, self.dropout) {
+            Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
+            None => out,
+        })
+    }
+
+    fn norm_after(&self, x: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        self.norm_after.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x, ctx))
+    }
+
+    fn sequential(&self, join: &Join<'_>, on_stream: bool, residual: Residual, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let sum = || kernels::add(join.residual, join.output);
+        let read = if on_stream { join.plain(ctx)? } else { join.output.clone() };
+        let residual = match residual {
+            Residual::Output => join.output.clone(),
+            Residual::Sum => sum()?,
+            Residual::Input => read.clone(),
+        };
+        let (read, residual) = (read.to_dtype(self.dtype())?, residual.to_dtype(self.dtype())?);
+        let made = self.network(&read, ctx)?;
+        if self.residual_before_norm {
+            return self.norm_after(kernels::add(&made, &residual)?, ctx);
+        }
+        Ok(kernels::add(&self.norm_after(made, ctx)?, &residual)?)
+    }
+
+    fn parallel(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let made = self.network(&join.residual.to_dtype(self.dtype())?, ctx)?;
+        Ok(kernels::add(&self.norm_after(made, ctx)?, &join.output.to_dtype(self.dtype())?)?)
+    }
+
+    fn dtype(&self) -> DType {
+        self.down.weight.dtype()
+    }
+}
+
+impl SublayerModule for Bottleneck {
+    fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let output = match self.placement {
+            Placement::Sequential { on_stream, residual } => self.sequential(sublayer, on_stream, residual, ctx)?,
+            Placement::Parallel => self.parallel(sublayer, ctx)?,
+        };
+        let output = output.to_dtype(sublayer.output.dtype())?;
+        if self.joins_stream { sublayer.of(&output, ctx) } else { Ok(output) }
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        let mut all = Vec::new();
+        all.extend(self.norm_before.iter().flat_map(Norm::parameters));
+        all.extend([&self.down.weight, &self.down.bias, &self.up.weight, &self.up.bias]);
+        if let Scaling::Learned(s) = &self.scaling {
+            all.push(s);
+        }
+        all.extend(self.norm_after.iter().flat_map(Norm::parameters));
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use candle_core::Device;
+    use peft_core::kernels::testing::{close, randn};
+    use peft_core::{AdapterSet, FrozenNorm, NormKind, Role, Route};
+
+    use super::*;
+
+    const HIDDEN: usize = 6;
+
+    fn parameter(seed: u64, shape: &[usize]) -> Parameter {
+        Parameter::new(format!("p{seed}"), &randn(seed, shape, 0.6).unwrap(), Role::Plain).unwrap()
+    }
+
+    fn bottleneck(placement: Placement, scaling: Scaling, norms: [bool; 2], residual_before_norm: bool) -> Bottleneck {
+        let norm = |wanted: bool, seed| {
+            wanted.then(|| Norm { weight: parameter(seed, &[HIDDEN]), bias: parameter(seed + 1, &[HIDDEN]) })
+        };
+        Bottleneck {
+            site: SiteId(0),
+            placement,
+            joins_stream: true,
+            residual_before_norm,
+            norm_before: norm(norms[0], 20),
+            down: Projection { weight: parameter(1, &[3, HIDDEN]), bias: parameter(2, &[3]) },
+            activation: Activation::Relu,
+            up: Projection { weight: parameter(3, &[HIDDEN, 3]), bias: parameter(4, &[HIDDEN]) },
+            scaling,
+            dropout: 0.0,
+            norm_after: norm(norms[1], 30),
+        }
+    }
+
+    fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
+        let centred = x.broadcast_sub(&x.mean_keepdim(1).unwrap()).unwrap();
+        let variance = centred.sqr().unwrap().mean_keepdim(1).unwrap();
+        let unit = centred.broadcast_div(&(variance + LAYER_NORM_EPS).unwrap().sqrt().unwrap()).unwrap();
+        unit.broadcast_mul(weight).unwrap().broadcast_add(bias).unwrap()
+    }
+
+    /// The forward pass as `adapters/methods/modeling.py` has it: `pre_forward`, `forward`, `post_forward`.
+    fn reference(b: &Bottleneck, h: &Tensor, stream: &Tensor, model_norm: Option<(&Tensor, &Tensor)>) -> Tensor {
+        let normed = |x: &Tensor| model_norm.map_or(x.clone(), |(w, b)| layer_norm(x, w, b));
+        let own = |norm: &Norm, x: &Tensor| layer_norm(x, &norm.weight.value(), &norm.bias.value());
+        let (read, residual) = match b.placement {
+            Placement::Parallel => (stream.clone(), None),
+            Placement::Sequential { on_stream, residual } => {
+                let sum = (h + stream).unwrap();
+                let read = if on_stream { normed(&sum) } else { h.clone() };
+                let residual = match residual {
+                    Residual::Output => h.clone(),
+                    Residual::Sum => sum,
+                    Residual::Input => read.clone(),
+                };
+                (read, Some(residual))
+            }
+        };
+        let x = b.norm_before.as_ref().map_or(read.clone(), |norm| own(norm, &read));
+        let linear = |p: &Projection, x: &Tensor| {
+            x.matmul(&p.weight.value().t().unwrap()).unwrap().broadcast_add(&p.bias.value()).unwrap()
+        };
+        let up = linear(&b.up, &linear(&b.down, &x).relu().unwrap());
+        let mut out = match &b.scaling {
+            Scaling::Fixed(s) => (up * *s).unwrap(),
+            Scaling::Learned(s) => up.broadcast_mul(&s.value()).unwrap(),
+        };
+        if let Some(residual) = residual.as_ref().filter(|_| b.residual_before_norm) {
+            out = (out + residual).unwrap();
+        }
+        if let Some(norm) = &b.norm_after {
+            out = own(norm, &out);
+        }
+        if let Some(residual) = residual.filter(|_| !b.residual_before_norm) {
+            out = (out + residual).unwrap();
+        }
+        if b.placement == Placement::Parallel {
+            out = (out + h).unwrap();
+        }
+        if b.joins_stream { normed(&(out + stream).unwrap()) } else { out }
+    }
+
+    #[test]
+    fn every_placement_is_adapterhubs() {
+        let (h, stream) = (randn(7, (5, HIDDEN), 1.0).unwrap(), randn(8, (5, HIDDEN), 1.0).unwrap());
+        let (weight, bias) = (randn(9, HIDDEN, 1.0).unwrap(), randn(10, HIDDEN, 1.0).unwrap());
+        let model_norm = FrozenNorm::new(SiteId(1), "norm", NormKind::Layer, weight.clone(), Some(bias.clone()), 1e-5);
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let sequential = [true, false].into_iter().flat_map(|on_stream| {
+            [Residual::Output, Residual::Sum, Residual::Input]
+                .map(|residual| Placement::Sequential { on_stream, residual })
+        });
+        for placement in sequential.chain([Placement::Parallel]) {
+            for norms in [[false, false], [true, false], [false, true], [true, true]] {
+                for (i, before) in [true, false].into_iter().enumerate() {
+                    let scaling = || match i {
+                        0 => Scaling::Fixed(1.7),
+                        _ => Scaling::Learned(parameter(40, &[HIDDEN])),
+                    };
+                    for post_norm in [false, true] {
+                        let mut b = bottleneck(placement, scaling(), norms, before && placement != Placement::Parallel);
+                        b.joins_stream = i == 0 || post_norm;
+                        let norm = post_norm.then_some(&model_norm);
+                        let join = Join { output: &h, residual: &stream, norm };
+                        let want = reference(&b, &h, &stream, post_norm.then_some((&weight, &bias)));
+                        let name = format!("{placement:?}, norms {norms:?}, {before}, post-norm {post_norm}");
+                        close(&name, &b.join(&join, &ctx).unwrap(), &want, 1e-5).unwrap();
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parameters_come_in_the_order_of_the_layers() {
+        let b = bottleneck(Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
+        let names: Vec<&str> = b.parameters().into_iter().map(Parameter::name).collect();
+        assert_eq!(names, ["p20", "p21", "p1", "p2", "p3", "p4", "p40", "p30", "p31"]);
+        assert!(b.down.weight.value().device().same_device(&Device::Cpu));
+    }
+}

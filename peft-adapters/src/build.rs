@@ -1,0 +1,140 @@
+//! From a config to bottleneck adapters on a base model.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use peft_core::kernels::Stream;
+use peft_core::{
+    Adapter, BaseModel, Error, Parameter, Result, Role, SiteAdapter, SiteModule, SublayerKind, SublayerSite,
+    parameter_name,
+};
+
+use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling};
+use crate::config::{BottleneckConfig, ScalingKind, Start};
+
+impl BottleneckConfig {
+    /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
+    ///
+    /// # Errors
+    /// When the model does not say where its sublayers end, or nothing would be trained.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64) -> Result<Adapter> {
+        let sublayers = base.sublayers();
+        if sublayers.is_empty() {
+            let message = format!("bottleneck adapters are not supported on model type `{}`", base.model_type());
+            return Err(Error::config("type", message));
+        }
+        let blocks = sublayers.iter().map(|s| s.block + 1).max().unwrap_or(0);
+        if let Some(block) = self.leave_out.iter().find(|&&block| block >= blocks) {
+            return Err(Error::config("leave_out", format!("the model has no block {block}: it has {blocks}")));
+        }
+        let mut adapter = Adapter::new(self.to_adapter_config(), base.sites());
+        let chosen = sublayers.iter().filter(|s| !self.leave_out.contains(&s.block) && self.stands_behind(s.kind));
+        for sublayer in chosen {
+            let module = SiteModule::Sublayer(Arc::new(self.bottleneck(base, *sublayer, seed)?));
+            adapter.insert(sublayer.end, SiteAdapter::new(Some(module), None))?;
+        }
+        if adapter.trainable_elements() == 0 {
+            return Err(Error::config("leave_out", "names every block: nothing would be trained"));
+        }
+        Ok(adapter)
+    }
+
+    fn stands_behind(&self, kind: SublayerKind) -> bool {
+        match kind {
+            SublayerKind::Attention => self.behind_attention,
+            SublayerKind::FeedForward => self.behind_feed_forward,
+        }
+    }
+
+    fn bottleneck(&self, base: &dyn BaseModel, at: SublayerSite, seed: u64) -> Result<Bottleneck> {
+        let site =
+            base.sites().get(at.end).ok_or_else(|| Error::msg("a sublayer ends at a site that does not exist"))?;
+        let (hidden, width) = (at.hidden_size, self.width(at.block, at.hidden_size)?);
+        let parameter = |suffix: &str, value: Tensor, role: Role| {
+            Parameter::new(parameter_name(&site.path, suffix), &value.to_device(base.device())?, role)
+        };
+        let full = |value: f32, n: usize| Ok::<_, Error>(Tensor::full(value, n, &Device::Cpu)?);
+        // No gradient gets through a projection of zeros, and a norm of its result has nothing to scale.
+        let silent = self.start == Start::MamAdapter;
+        let role = |role: Role| if silent { Role::ZeroAtStart } else { role };
+        let norm = |suffix: &str| -> Result<Norm> {
+            Ok(Norm {
+                weight: parameter(&format!("{suffix}.weight"), full(1.0, hidden)?, role(Role::NoDecay))?,
+                bias: parameter(&format!("{suffix}.bias"), full(0.0, hidden)?, role(Role::NoDecay))?,
+            })
+        };
+        let projection = |suffix: &str, out: usize, inp: usize, draw: u32, roles: [Role; 2]| -> Result<Projection> {
+            let values = self.start_values(out * inp, inp, draw, Stream { seed, step: draw, site: at.end.0 });
+            let weight = Tensor::from_vec(values, (out, inp), &Device::Cpu)?;
+            let [of_weight, of_bias] = roles;
+            Ok(Projection {
+                weight: parameter(&format!("{suffix}.weight"), weight, of_weight)?,
+                bias: parameter(&format!("{suffix}.bias"), full(0.0, out)?, of_bias)?,
+            })
+        };
+        // AdapterHub's names: the norm in front is the first of the layers that lead down.
+        let norm_before = if self.norm_before { Some(norm("adapter_down.0")?) } else { None };
+        let down = if self.norm_before { "adapter_down.1" } else { "adapter_down.0" };
+        let scale =
+            |n: usize| Ok::<_, Error>(Scaling::Learned(parameter("scaling", full(1.0, n)?, role(Role::NoDecay))?));
+        Ok(Bottleneck {
+            site: at.end,
+            placement: self.placement,
+            joins_stream: self.joins_stream,
+            residual_before_norm: self.residual_before_norm,
+            norm_before,
+            down: projection(down, width, hidden, DOWN, [role(Role::Plain), role(Role::NoDecay)])?,
+            activation: self.activation,
+            up: projection("adapter_up", hidden, width, UP, [Role::Plain, Role::NoDecay])?,
+            scaling: match self.scaling {
+                ScalingKind::Fixed(s) => Scaling::Fixed(s),
+                ScalingKind::Learned => scale(1)?,
+                ScalingKind::Channel => scale(hidden)?,
+            },
+            dropout: self.dropout,
+            norm_after: if self.norm_after { Some(norm("adapter_norm_after")?) } else { None },
+        })
+    }
+
+    fn start_values(&self, n: usize, fan_in: usize, draw: u32, stream: Stream) -> Vec<f32> {
+        match self.start {
+            Start::Bert => stream.normal_vec(n, 0.02),
+            Start::Houlsby => truncated_normal(stream, n, 0.01),
+            Start::MamAdapter if draw == UP => vec![0.0; n],
+            Start::MamAdapter => {
+                // Kaiming's uniform distribution with a = √5.
+                let bound = 1.0 / (fan_in as f32).sqrt();
+                stream.uniform_vec(n, -bound, bound)
+            }
+        }
+    }
+}
+
+/// The numbers of the two projections' streams.
+const DOWN: u32 = 0;
+const UP: u32 = 1;
+
+/// `n` values from the normal distribution without what lies beyond two standard deviations.
+fn truncated_normal(stream: Stream, n: usize, std: f32) -> Vec<f32> {
+    // One draw in 22 lies outside: of four, none but one in 230,000 times, which then is the bound.
+    const DRAWS: usize = 4;
+    let draws = stream.normal_vec(n * DRAWS, 1.0);
+    let one = |z: &[f32]| z.iter().copied().find(|z| z.abs() <= 2.0).or(z.first().copied()).unwrap_or(0.0);
+    draws.chunks_exact(DRAWS).map(|z| one(z).clamp(-2.0, 2.0) * std).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn truncated_values_are_normal_within_two_deviations() {
+        let values = truncated_normal(Stream { seed: 1, step: 2, site: 3 }, 40_000, 0.01);
+        let n = values.len() as f64;
+        let mean = values.iter().map(|&v| f64::from(v)).sum::<f64>() / n;
+        let variance = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / n;
+        assert!(values.iter().all(|v| v.abs() <= 0.02));
+        // The standard deviation of a normal distribution cut off at 2 is 0.880 of the whole one's.
+        assert!(mean.abs() < 2e-4 && (variance.sqrt() / 0.0088 - 1.0).abs() < 0.02, "{mean} {variance}");
+    }
+}

@@ -1,0 +1,20 @@
+/*!
+Bottleneck adapters: small networks `up(act(down(x)))` where a sublayer joins the residual stream, with AdapterHub's config
+keys, placements and defaults (`adapters` 1.3, `configuration/adapter_config.py` and `methods/modeling.py`).
+
+| preset | where | paper |
+|---|---|---|
+| `seq_bn` | behind the feed-forward network | Pfeiffer et al. 2020, arXiv:2005.00052 |
+| `double_seq_bn` | behind attention and the feed-forward network | Houlsby et al. 2019, arXiv:1902.00751 |
+| `par_bn`, `scaled_par_bn` | beside the feed-forward network | He et al. 2022, arXiv:2110.04366 |
+
+[`BottleneckConfig`] is read from a recipe or an `adapter_config.json`; [`BottleneckConfig::build`] puts a [`Bottleneck`] at the end
+of the sublayers that it names. It has a nonlinearity, so no weight of the base can take it in.
+*/
+
+mod bottleneck;
+mod build;
+mod config;
+
+pub use bottleneck::{Bottleneck, Placement, Residual};
+pub use config::BottleneckConfig;
