@@ -36,11 +36,12 @@ pub(crate) struct Check {
     tolerance: f64,
     half_factor: f64,
     differences: bool,
+    reads_all: bool,
 }
 
 impl Check {
     pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, tolerance: 4e-6, half_factor: 1.0, differences: true }
+        Self { name, tolerance: 4e-6, half_factor: 1.0, differences: true, reads_all: true }
     }
 
     /// Loosens the tolerance of half types: candle adds up their gradients in the half type itself.
@@ -51,6 +52,11 @@ impl Check {
     /// Leaves out finite differences, where the function has kinks.
     pub(crate) fn kinked(self) -> Self {
         Self { differences: false, ..self }
+    }
+
+    /// Leaves out that a NaN at the end of an input reaches the result, where the function does not read all of it.
+    pub(crate) fn reads_a_part(self) -> Self {
+        Self { reads_all: false, ..self }
     }
 
     /// The function's value and the gradients of all its inputs.
@@ -134,7 +140,7 @@ impl Check {
             compare(dtype.as_str(), &got, &want, tolerance * self.half_factor)?;
         }
 
-        for i in 0..inputs.len() {
+        for i in 0..if self.reads_all { inputs.len() } else { 0 } {
             let mut poisoned = inputs.to_vec();
             let mut data = poisoned[i].flatten_all()?.to_vec1::<f32>()?;
             if let Some(v) = data.last_mut() {

@@ -381,6 +381,38 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
 
+/// Refuses a training run whose method asks for something that training does not do here. Opening, merging and serving are not
+/// concerned.
+///
+/// # Errors
+/// What is asked for, by its key, with the way out.
+pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
+    // What PEFT's config counts as no regulariser: it refuses 0.
+    const NO_REGULARISER: f64 = 1e-9;
+    if adapter.peft_type() != "ADALORA" {
+        return Ok(());
+    }
+    let number = |key: &str| adapter.config.get(key).and_then(Value::as_f64).unwrap_or(0.0);
+    if number("orth_reg_weight") > NO_REGULARISER {
+        let message = format!(
+            "is {}, and AdaLoRA's orthogonal regulariser is not a part of the loss here yet; set it to {NO_REGULARISER:e}",
+            number("orth_reg_weight")
+        );
+        return Err(Error::config("orth_reg_weight", message));
+    }
+    if number("target_r") < number("init_r") && steps as f64 > number("tinit") {
+        let message = format!(
+            "is {}, after which AdaLoRA lowers ranks from {} to {}, and that is not built here yet; set target_r = init_r, or tinit \
+             to the run's {steps} steps",
+            number("tinit"),
+            number("init_r"),
+            number("target_r")
+        );
+        return Err(Error::config("tinit", message));
+    }
+    Ok(())
+}
+
 /// Whether a `[method]` table starts from the training data, so that only [`create_on`] makes it.
 ///
 /// # Errors

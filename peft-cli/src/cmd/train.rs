@@ -156,6 +156,7 @@ impl Run {
         let t = &self.recipe.train;
         let sampler = sampler(&self.recipe, &self.train)?;
         let steps = self.steps(&sampler);
+        methods::check_training(&self.prepared.adapter, steps)?;
         let warmup = t.warmup_steps.unwrap_or_else(|| warmup_steps_from_ratio(t.warmup_ratio, steps));
         let kind: ScheduleKind = t.scheduler.parse()?;
         Ok(Plan {

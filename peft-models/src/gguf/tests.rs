@@ -362,10 +362,11 @@ fn what_is_written_is_read_back() {
     let config = DecoderConfig {
         num_hidden_layers: 2,
         qkv_bias: true,
-        output_bias: true,
+        output_bias: false,
         hidden_size: 256,
         head_dim: 16,
         intermediate_size: 96,
+        kind_of_layer: vec![0; 2],
         ..tiny_config()
     };
     let model = model(&config);

@@ -33,6 +33,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     // With a projection of zeros, and nothing behind it, a bottleneck is nothing.
     let changes = is("type", json!("bottleneck"))
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
+    // C3A's kernels start from a uniform distribution.
+    let changes = changes || is("type", json!("c3a"));
     let identity =
         !(soft_prompt || changes || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
     let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
@@ -199,6 +201,31 @@ pub(crate) fn cases() -> Vec<Case> {
                 json!({"non_linearity": "gelu", "scaling": "channel", "ln_after": true, "residual_before_ln": false,
                     "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
             ),
+        ),
+        case("vera", UNTIED, json!({"type": "vera", "r": 6, "target_modules": ["q_proj", "o_proj"]})),
+        case("loha", UNTIED, json!({"type": "loha", "r": 3, "alpha": 5, "target_modules": ["q_proj", "down_proj"]})),
+        case("lokr", BIASED, json!({"type": "lokr", "r": 3, "alpha": 5, "target_modules": ["v_proj", "up_proj"]})),
+        case(
+            "lokr, both decomposed",
+            UNTIED,
+            json!({"type": "lokr", "r": 2, "decompose_both": true, "decompose_factor": 8, "target_modules": ["up_proj"]}),
+        ),
+        case(
+            "adalora",
+            UNTIED,
+            json!({"type": "adalora", "init_r": 4, "target_r": 2, "total_step": 100, "target_modules": ["q_proj", "v_proj"]}),
+        ),
+        case("hra", UNTIED, json!({"type": "hra", "r": 4, "target_modules": ["q_proj", "k_proj"]})),
+        case("oft", BIASED, json!({"type": "oft", "oft_block_size": 8, "target_modules": ["q_proj", "down_proj"]})),
+        case("boft", UNTIED, json!({"type": "boft", "boft_block_size": 4, "target_modules": ["o_proj", "up_proj"]})),
+        case("miss", UNTIED, json!({"type": "miss", "r": 8, "target_modules": ["q_proj", "down_proj"]})),
+        case("c3a", UNTIED, json!({"type": "c3a", "block_size": 8, "target_modules": ["q_proj", "v_proj"]})),
+        case("road", BIASED, json!({"type": "road", "group_size": 8, "target_modules": ["q_proj", "k_proj"]})),
+        case("delora", UNTIED, json!({"type": "delora", "r": 4, "target_modules": ["q_proj", "down_proj"]})),
+        case(
+            "gralora",
+            UNTIED,
+            json!({"type": "gralora", "r": 8, "alpha": 16, "target_modules": ["q_proj", "up_proj"]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

@@ -58,8 +58,10 @@ fn a_fresh_adapter_changes_nothing_and_a_trained_one_does() {
         let plain = eval(model, None)?;
         let fresh = Arc::new(create(&case.method, model, 1)?);
         let difference = max_difference(&eval(model, Some(&fresh))?, &plain)?;
-        // Some starts cancel only up to rounding: PiSSA and OLoRA against what they subtract, orthogonal ones in BA.
-        let cancels = !fresh.frozen().is_empty() || case.method.get("init_lora_weights") == Some(&json!("orthogonal"));
+        // Some starts cancel only up to rounding: PiSSA and OLoRA against what they subtract, orthogonal ones in BA, pairs of
+        // reflections in HRA.
+        let is = |key: &str, value: &str| case.method.get(key) == Some(&json!(value));
+        let cancels = !fresh.frozen().is_empty() || is("init_lora_weights", "orthogonal") || is("type", "hra");
         let tolerance = if cancels { 4e-6 } else { 1e-6 };
         ensure((difference <= tolerance) == case.identity, format!("fresh differs by {difference:.1e}"))?;
         let trained = trained(create(&case.method, model, 1)?, 2)?;
@@ -318,19 +320,19 @@ fn writing_with_a_cache_equals_passes_over_the_whole_text() {
 #[test]
 fn dropout_acts_in_training_only_and_repeats() {
     for_all(|case, model| {
-        let dropout = case.method.get("lora_dropout").is_some();
+        let dropout = ["lora_dropout", "dropout"].into_iter().find(|key| case.method.get(*key).is_some());
         let adapter = trained(create(&case.method, model, 1)?, 2)?;
         let run = Run::new(model, adapter.clone());
         let train = |step| logits(model, &batch(), &run.ctx(step).untracked());
         let still = eval(model, Some(&adapter))?;
         close("same step", &train(0)?, &train(0)?, 0.0)?;
-        if !dropout {
+        let Some(key) = dropout else {
             return Ok(close("training without dropout", &train(0)?, &still, 1e-5)?);
-        }
+        };
         ensure(max_difference(&train(0)?, &still)? > 1e-3, "no dropout in training")?;
         ensure(max_difference(&train(0)?, &train(1)?)? > 1e-3, "two steps share a mask")?;
         let mut method = case.method.clone();
-        method["lora_dropout"] = json!(0.0);
+        method[key] = json!(0.0);
         let without = trained(create(&method, model, 1)?, 2)?;
         Ok(close("evaluation", &still, &eval(model, Some(&without))?, 0.0)?)
     });
