@@ -171,6 +171,17 @@ VARIANTS |= {
     "p_tuning_lstm": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM")),
     "ln": ("LNTuningConfig", dict()),
     "ln_some": ("LNTuningConfig", dict(target_modules=["input_layernorm", "model.norm"])),
+    "vera": ("VeraConfig", dict(r=6, target_modules=["q_proj", "o_proj"])),
+    "loha": ("LoHaConfig", dict(r=4, alpha=6, target_modules=ATTENTION)),
+    "lokr": ("LoKrConfig", dict(r=3, alpha=6, target_modules=LINEARS)),
+    "adalora": ("AdaLoraConfig", dict(target_modules=ATTENTION, init_r=6, target_r=4, total_step=100, tinit=10, tfinal=10, orth_reg_weight=1e-12)),
+    "hra": ("HRAConfig", dict(r=4, target_modules=ATTENTION)),
+    "oft": ("OFTConfig", dict(oft_block_size=8, target_modules=ATTENTION)),
+    "boft": ("BOFTConfig", dict(boft_block_size=4, target_modules=ATTENTION)),
+    "miss": ("MissConfig", dict(r=8, target_modules=["q_proj", "v_proj"])),
+    "road": ("RoadConfig", dict(group_size=8, target_modules=["q_proj", "v_proj"])),
+    "delora": ("DeloraConfig", dict(r=4, target_modules=["q_proj", "v_proj"])),
+    "gralora": ("GraloraConfig", dict(r=8, target_modules=["q_proj", "v_proj"])),
 }
 
 # The same kinds on the layers that BERT and RoBERTa have, and on DistilBERT's.
@@ -187,6 +198,9 @@ VARIANTS |= {
     "bert_bias_all": dict(r=4, target_modules=BERT_ATTENTION, bias="all"),
     "bert_bias_lora_only": dict(r=4, target_modules=BERT_LINEARS, bias="lora_only"),
     "bert_embeddings": dict(r=4, target_modules=["word_embeddings", "query"]),
+    "bert_ia3": ("IA3Config", dict(target_modules=["key", "value", "intermediate.dense"], feedforward_modules=["intermediate.dense"])),
+    "bert_ln": ("LNTuningConfig", dict(target_modules=["LayerNorm"])),
+    "bert_oft": ("OFTConfig", dict(oft_block_size=4, target_modules=BERT_ATTENTION)),
     "bert_save_norms": dict(r=4, target_modules=BERT_ATTENTION, modules_to_save=["LayerNorm"]),
     "bert_save_pooler": dict(r=4, target_modules=BERT_ATTENTION, modules_to_save=["pooler"]),
     "distilbert_lora": dict(r=4, lora_alpha=12, target_modules=["q_lin", "k_lin", "v_lin"]),
