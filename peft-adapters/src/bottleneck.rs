@@ -111,7 +111,10 @@ impl Bottleneck {
     }
 
     fn norm_after(&self, x: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        self.norm_after.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x, ctx))
+        match &self.norm_after {
+            Some(norm) => norm.forward(&x, ctx),
+            None => Ok(x),
+        }
     }
 
     fn sequential(&self, join: &Join<'_>, on_stream: bool, residual: Residual, ctx: &Ctx<'_>) -> Result<Tensor> {

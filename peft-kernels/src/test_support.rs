@@ -140,7 +140,8 @@ impl Check {
             compare(dtype.as_str(), &got, &want, tolerance * self.half_factor)?;
         }
 
-        for i in 0..if self.reads_all { inputs.len() } else { 0 } {
+        let read_whole = if self.reads_all { inputs.len() } else { 0 };
+        for i in 0..read_whole {
             let mut poisoned = inputs.to_vec();
             let mut data = poisoned[i].flatten_all()?.to_vec1::<f32>()?;
             if let Some(v) = data.last_mut() {

@@ -7,19 +7,6 @@ use serde_json::{Map, Value, json};
 
 use crate::methods::{KINDS, Kind, Method};
 
-/// Names in recipes and `peft_type`s of the methods here.
-pub const PEFT_TYPES: &[(&str, &str)] = &KINDS_NAMES;
-
-const KINDS_NAMES: [(&str, &str); KINDS.len()] = {
-    let mut names = [("", ""); KINDS.len()];
-    let mut i = 0;
-    while i < KINDS.len() {
-        names[i] = (KINDS[i].name, KINDS[i].peft_type);
-        i += 1;
-    }
-    names
-};
-
 /// The settings of an adapter of one of this family's methods.
 #[derive(Debug)]
 pub struct ReparamConfig {
@@ -81,6 +68,15 @@ impl ReparamConfig {
         let mut raw = self.raw.clone();
         raw.extend(task_keys(&self.targets, base)?);
         Self::from_adapter_config(self.kind.name, &raw)
+    }
+
+    /// Refuses a training run of so many steps where training does not do here what this config asks for. Opening, merging and
+    /// serving are not concerned.
+    ///
+    /// # Errors
+    /// What is asked for, by its key, with the way out.
+    pub fn check_training(&self, steps: u64) -> Result<()> {
+        self.method.check_training(steps)
     }
 
     /// The config as PEFT writes it.

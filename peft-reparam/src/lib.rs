@@ -15,4 +15,4 @@ mod methods;
 mod start;
 
 pub use change::{Change, ReparamLinear};
-pub use config::{PEFT_TYPES, ReparamConfig};
+pub use config::ReparamConfig;

@@ -47,7 +47,7 @@ impl From<Checkpointing> for Keep {
 }
 
 impl Keep {
-    /// Runs block `i` and records it.
+    /// Runs a block on its `input` and records it.
     fn record(self, block: impl FnOnce(&Tensor) -> Result<Tensor>, input: &Tensor) -> Result<(Tensor, Record)> {
         let (out, mut record) = kernels::record(|| block(input))?;
         if self.records.size_in_bytes() < input.dtype().size_in_bytes() {

@@ -3,6 +3,7 @@ Training: rows to tokens to batches, the block-wise step, optimisers, checkpoint
 */
 
 pub mod audit;
+mod catalogue;
 pub mod checkpoint;
 pub mod class_labels;
 mod classify;

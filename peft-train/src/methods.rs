@@ -1,4 +1,4 @@
-//! The catalogue: from a method's name or `peft_type` to an adapter on a base model.
+//! From a method's name or `peft_type` in the catalogue to an adapter on a base model.
 
 use std::path::Path;
 
@@ -14,214 +14,11 @@ use peft_models::ModelFiles;
 use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
 use peft_reparam::ReparamConfig;
 use peft_selective::LnConfig;
-use serde::Serialize;
 use serde_json::{Map, Value};
 
+pub use crate::catalogue::{METHODS, MethodInfo};
 use crate::data::Batch;
 use crate::eva;
-
-/// One method of the catalogue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct MethodInfo {
-    /// The name in recipes.
-    pub name: &'static str,
-    /// `peft_type` in `adapter_config.json`.
-    pub peft_type: &'static str,
-    /// Whether it can be trained.
-    pub trainable: bool,
-    /// Whether it can be merged into the base.
-    pub mergeable: bool,
-    /// Whether it serves in a batch that mixes adapters.
-    pub servable: bool,
-    /// Keys of `[method]` that make a variant of it.
-    pub variants: &'static str,
-    /// Where it comes from.
-    pub paper: &'static str,
-}
-
-/// Every method there is.
-pub const METHODS: &[MethodInfo] = &[
-    MethodInfo {
-        name: "lora",
-        peft_type: "LORA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "use_rslora, use_dora, lora_bias, bias, modules_to_save, trainable_token_indices, init_lora_weights",
-        paper: "Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353",
-    },
-    MethodInfo {
-        name: "ia3",
-        peft_type: "IA3",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "feedforward_modules, target_modules = \"paper\", init_ia3_weights, modules_to_save",
-        paper: "Liu et al. 2022, arXiv:2205.05638",
-    },
-    MethodInfo {
-        name: "bottleneck",
-        peft_type: "BOTTLENECK",
-        trainable: true,
-        mergeable: false,
-        servable: true,
-        variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\" or \"scaled_par_bn\", reduction_factor, non_linearity, leave_out",
-        paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366",
-    },
-    MethodInfo {
-        name: "prefix",
-        peft_type: "PREFIX_TUNING",
-        trainable: true,
-        mergeable: false,
-        servable: true,
-        variants: "num_virtual_tokens, prefix_projection, encoder_hidden_size, init_weights",
-        paper: "Li & Liang 2021, arXiv:2101.00190",
-    },
-    MethodInfo {
-        name: "prompt",
-        peft_type: "PROMPT_TUNING",
-        trainable: true,
-        mergeable: false,
-        servable: true,
-        variants: "num_virtual_tokens, prompt_tuning_init, prompt_tuning_init_text",
-        paper: "Lester et al. 2021, arXiv:2104.08691",
-    },
-    MethodInfo {
-        name: "p_tuning",
-        peft_type: "P_TUNING",
-        trainable: true,
-        mergeable: false,
-        servable: true,
-        variants: "num_virtual_tokens, encoder_reparameterization_type, encoder_hidden_size, encoder_num_layers",
-        paper: "Liu et al. 2021, arXiv:2103.10385",
-    },
-    MethodInfo {
-        name: "ln",
-        peft_type: "LN_TUNING",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "target_modules, modules_to_save",
-        paper: "Zhao et al. 2023, arXiv:2312.11420",
-    },
-    MethodInfo {
-        name: "vera",
-        peft_type: "VERA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, d_initial, projection_prng_key, modules_to_save",
-        paper: "Kopiczko et al. 2023, arXiv:2310.11454",
-    },
-    MethodInfo {
-        name: "loha",
-        peft_type: "LOHA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, alpha, rank_pattern, alpha_pattern, modules_to_save",
-        paper: "Hyeon-Woo et al. 2021, arXiv:2108.06098",
-    },
-    MethodInfo {
-        name: "lokr",
-        peft_type: "LOKR",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, alpha, decompose_both, decompose_factor, rank_pattern, alpha_pattern",
-        paper: "Yeh et al. 2023, arXiv:2309.14859",
-    },
-    MethodInfo {
-        name: "adalora",
-        peft_type: "ADALORA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "init_r, lora_alpha, rank_pattern of files; no rank allocation, no orthogonal regulariser",
-        paper: "Zhang et al. 2023, arXiv:2303.10512",
-    },
-    MethodInfo {
-        name: "hra",
-        peft_type: "HRA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, apply_GS",
-        paper: "Yuan et al. 2024, arXiv:2405.17484",
-    },
-    MethodInfo {
-        name: "oft",
-        peft_type: "OFT",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, oft_block_size, block_share, use_cayley_neumann, num_cayley_neumann_terms",
-        paper: "Qiu et al. 2023, arXiv:2306.07280",
-    },
-    MethodInfo {
-        name: "boft",
-        peft_type: "BOFT",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "boft_block_size, boft_block_num; one butterfly factor",
-        paper: "Liu et al. 2023, arXiv:2311.06243",
-    },
-    MethodInfo {
-        name: "miss",
-        peft_type: "MISS",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, init_weights = \"mini\", mini_r",
-        paper: "Kang & Yin 2024, arXiv:2409.15371",
-    },
-    MethodInfo {
-        name: "c3a",
-        peft_type: "C3A",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "block_size, block_size_pattern, init_weights",
-        paper: "Chen et al. 2024, arXiv:2407.19342",
-    },
-    MethodInfo {
-        name: "road",
-        peft_type: "ROAD",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "variant, group_size",
-        paper: "Liao & Monz 2024, arXiv:2409.00119",
-    },
-    MethodInfo {
-        name: "delora",
-        peft_type: "DELORA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, delora_lambda, rank_pattern, lambda_pattern",
-        paper: "Bini et al. 2025, arXiv:2503.18225",
-    },
-    MethodInfo {
-        name: "gralora",
-        peft_type: "GRALORA",
-        trainable: true,
-        mergeable: true,
-        servable: true,
-        variants: "r, alpha, gralora_k, hybrid_r",
-        paper: "Jung et al. 2025, arXiv:2505.20355",
-    },
-    MethodInfo {
-        name: "full",
-        peft_type: "FULL",
-        trainable: true,
-        mergeable: true,
-        servable: false,
-        variants: "",
-        paper: "every parameter; the baseline, and pretraining from a config",
-    },
-];
 
 /// An adapter ready to train or run.
 #[derive(Debug)]
@@ -381,36 +178,17 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
 
-/// Refuses a training run whose method asks for something that training does not do here. Opening, merging and serving are not
-/// concerned.
+/// Refuses a training run of so many steps whose method asks for something that training does not do here. Opening, merging
+/// and serving are not concerned.
 ///
 /// # Errors
 /// What is asked for, by its key, with the way out.
 pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
-    // What PEFT's config counts as no regulariser: it refuses 0.
-    const NO_REGULARISER: f64 = 1e-9;
-    if adapter.peft_type() != "ADALORA" {
-        return Ok(());
+    let Some(info) = METHODS.iter().find(|m| m.peft_type == adapter.peft_type()) else { return Ok(()) };
+    match Config::of_file(info, &adapter.config)? {
+        Config::Reparam(config) => config.check_training(steps),
+        _ => Ok(()),
     }
-    let number = |key: &str| adapter.config.get(key).and_then(Value::as_f64).unwrap_or(0.0);
-    if number("orth_reg_weight") > NO_REGULARISER {
-        let message = format!(
-            "is {}, and AdaLoRA's orthogonal regulariser is not a part of the loss here yet; set it to {NO_REGULARISER:e}",
-            number("orth_reg_weight")
-        );
-        return Err(Error::config("orth_reg_weight", message));
-    }
-    if number("target_r") < number("init_r") && steps as f64 > number("tinit") {
-        let message = format!(
-            "is {}, after which AdaLoRA lowers ranks from {} to {}, and that is not built here yet; set target_r = init_r, or tinit \
-             to the run's {steps} steps",
-            number("tinit"),
-            number("init_r"),
-            number("target_r")
-        );
-        return Err(Error::config("tinit", message));
-    }
-    Ok(())
 }
 
 /// Whether a `[method]` table starts from the training data, so that only [`create_on`] makes it.

@@ -29,7 +29,10 @@ struct Norms {
 }
 
 fn apply(norm: Option<&FrozenNorm>, x: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x, ctx))
+    match norm {
+        Some(norm) => norm.forward(&x, ctx),
+        None => Ok(x),
+    }
 }
 
 impl Block {

@@ -1,6 +1,6 @@
 //! AdaLoRA's form (Zhang et al. 2023, arXiv:2303.10512; PEFT `tuners/adalora`): `B·diag(E)·A`, with ranks as a file's
 //! `rank_pattern` has them. The allocator that moves ranks while training, and the regulariser that keeps A and B
-//! orthogonal, are not here: what a run trains is the form at `init_r`.
+//! orthogonal, are not here: what a run trains is the form at `init_r`, and runs that need more are refused.
 
 use candle_core::Tensor;
 use peft_core::{ConfigKeys, Error, Result, Role};
@@ -43,6 +43,9 @@ pub(crate) const KIND: Kind = Kind {
     read: |keys| Ok(Box::new(AdaLora::read(keys)?)),
 };
 
+/// What counts as no regulariser: PEFT refuses 0.
+const NO_REGULARISER: f64 = 1e-9;
+
 #[derive(Debug)]
 struct AdaLora {
     init_r: usize,
@@ -50,6 +53,10 @@ struct AdaLora {
     dropout: f32,
     identity: bool,
     rank_pattern: Map<String, Value>,
+    regulariser: f64,
+    target_r: f64,
+    /// Steps before ranks move.
+    tinit: f64,
 }
 
 impl AdaLora {
@@ -72,6 +79,9 @@ impl AdaLora {
             dropout: dropout(keys, "lora_dropout")?,
             identity: keys.flag("init_lora_weights", true)?,
             rank_pattern,
+            regulariser: keys.number("orth_reg_weight", 0.5)?,
+            target_r: keys.number("target_r", 8.0)?,
+            tinit: keys.number("tinit", 0.0)?,
         })
     }
 
@@ -93,6 +103,25 @@ impl AdaLora {
 }
 
 impl Method for AdaLora {
+    fn check_training(&self, steps: u64) -> Result<()> {
+        if self.regulariser > NO_REGULARISER {
+            let message = format!(
+                "is {}, and AdaLoRA's orthogonal regulariser is not a part of the loss here yet; set it to {NO_REGULARISER:e}",
+                self.regulariser
+            );
+            return Err(Error::config("orth_reg_weight", message));
+        }
+        if self.target_r < self.init_r as f64 && steps as f64 > self.tinit {
+            let message = format!(
+                "is {}, after which AdaLoRA lowers ranks from {} to {}, and that is not built here yet; set target_r = init_r, \
+                 or tinit to the run's {steps} steps",
+                self.tinit, self.init_r, self.target_r
+            );
+            return Err(Error::config("tinit", message));
+        }
+        Ok(())
+    }
+
     fn module(&self, mut start: Start<'_>) -> Result<Made> {
         let ((out, inp), r) = (start.dims(), self.rank(start.layer.path())?);
         let alpha = if self.alpha > 0.0 { self.alpha } else { r as f64 };

@@ -33,6 +33,11 @@ pub(crate) trait Method: Send + Sync + Debug {
         Ok(Vec::new())
     }
 
+    /// Refuses a run of so many steps where training does not do here what the settings ask for.
+    fn check_training(&self, _steps: u64) -> Result<()> {
+        Ok(())
+    }
+
     /// The module of one site.
     fn module(&self, start: Start<'_>) -> Result<Made>;
 }
