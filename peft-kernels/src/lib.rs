@@ -13,6 +13,7 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 mod activation;
 mod argmax;
 mod attention;
+mod bf16_gemm;
 mod bias;
 mod blocks;
 mod columns;

@@ -56,7 +56,7 @@ pub(crate) fn widened(t: &Tensor, dtype: DType) -> Result<Tensor> {
 
 /// The nearest `bf16`, ties to even. NaN stays NaN.
 #[inline(always)]
-fn nearest(x: f32) -> bf16 {
+pub(crate) fn nearest(x: f32) -> bf16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet = (bits >> 16) | 0x40;

@@ -8,6 +8,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use crate::bf16_gemm::{self, Activations, Contracted};
 use crate::cpu::{self, Mat};
 use crate::deferred::Deferred;
 use crate::diff_op::is_cpu_f32;
@@ -34,6 +35,8 @@ pub struct FrozenWeight {
     storage: WeightStorage,
     out_features: usize,
     in_features: usize,
+    /// Whether products may round the activations to `bf16`.
+    narrow_products: bool,
     square_norms: Arc<OnceLock<Tensor>>,
 }
 
@@ -59,7 +62,7 @@ impl FrozenWeight {
             candle_core::bail!("a frozen weight is f32, f16 or bf16, not {:?}", weight.dtype());
         }
         let storage = WeightStorage::Dense(weight.detach().contiguous()?);
-        Ok(Self { storage, out_features, in_features, square_norms: Arc::default() })
+        Ok(Self { storage, out_features, in_features, narrow_products: false, square_norms: Arc::default() })
     }
 
     /// A weight `[out, in]` in GGUF blocks, whose rows are whole blocks.
@@ -71,13 +74,32 @@ impl FrozenWeight {
         if !in_features.is_multiple_of(weight.dtype().block_size()) {
             candle_core::bail!("rows of {in_features} elements are not whole {:?} blocks", weight.dtype());
         }
-        Ok(Self { storage: WeightStorage::Gguf(weight), out_features, in_features, square_norms: Arc::default() })
+        Ok(Self {
+            storage: WeightStorage::Gguf(weight),
+            out_features,
+            in_features,
+            narrow_products: false,
+            square_norms: Arc::default(),
+        })
     }
 
     /// A weight `[out, in]` that stays in its file.
     #[must_use]
     pub fn deferred(out_features: usize, in_features: usize, weight: Deferred) -> Self {
-        Self { storage: WeightStorage::Deferred(weight), out_features, in_features, square_norms: Arc::default() }
+        Self {
+            storage: WeightStorage::Deferred(weight),
+            out_features,
+            in_features,
+            narrow_products: false,
+            square_norms: Arc::default(),
+        }
+    }
+
+    /// The same weight, whose products round the activations to `bf16` and add in `f32` where it is `bf16` and the
+    /// processor has instructions for that (AVX512-BF16), as PyTorch does with a `bf16` model. Elsewhere nothing changes.
+    #[must_use]
+    pub fn with_narrow_products(self) -> Self {
+        Self { narrow_products: true, ..self }
     }
 
     /// The transpose `[in, out]`; of GGUF blocks, whose rows cannot be turned, in `f32`.
@@ -85,16 +107,17 @@ impl FrozenWeight {
     /// # Errors
     /// When the weight cannot be read.
     pub fn transposed(&self) -> Result<Self> {
-        match &self.storage {
-            WeightStorage::Dense(w) => Self::dense(&w.t()?.contiguous()?),
-            WeightStorage::Gguf(_) => Self::dense(&self.to_dense(DType::F32)?.t()?.contiguous()?),
+        let turned = match &self.storage {
+            WeightStorage::Dense(w) => Self::dense(&w.t()?.contiguous()?)?,
+            WeightStorage::Gguf(_) => Self::dense(&self.to_dense(DType::F32)?.t()?.contiguous()?)?,
             WeightStorage::Deferred(d) => {
                 let this = self.clone();
                 let read = move || this.resident()?.transposed();
                 let turned = Deferred::new(d.device().clone(), read);
-                Ok(Self::deferred(self.in_features, self.out_features, turned))
+                Self::deferred(self.in_features, self.out_features, turned)
             }
-        }
+        };
+        Ok(Self { narrow_products: self.narrow_products, ..turned })
     }
 
     /// The weight in memory.
@@ -264,6 +287,10 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
         }
+        if self.multiplies_narrow(tokens) {
+            return self
+                .with_narrow(Contracted::In, |w| bf16_gemm::new_product(Activations { data: x, tokens, width: k }, w));
+        }
         if n == 0 || k == 0 || tokens <= thin::MAX_TOKENS {
             let mut y = vec![0f32; tokens * n];
             self.add_matmul_t_cpu(x, tokens, &mut y)?;
@@ -289,6 +316,10 @@ impl FrozenWeight {
             let x = thin::Tokens::dense(x, tokens, k);
             return self.with_stored(|w| thin::add_product(y, n, x, w, n, 1.0));
         }
+        if self.multiplies_narrow(tokens) {
+            let x = Activations { data: x, tokens, width: k };
+            return self.with_narrow(Contracted::In, |w| bf16_gemm::add_product(y, x, w));
+        }
         let x = Mat::new(x, tokens, k);
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
@@ -301,6 +332,10 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(dy, tokens, n), Mat::new(w.data, n, k), 1.0));
         }
+        if self.multiplies_narrow(tokens) {
+            let dy = Activations { data: dy, tokens, width: n };
+            return self.with_narrow(Contracted::Out, |w| bf16_gemm::new_product(dy, w));
+        }
         let mut dx = vec![0f32; tokens * k];
         self.add_matmul_cpu(dy, tokens, &mut dx)?;
         Ok(dx)
@@ -309,10 +344,28 @@ impl FrozenWeight {
     /// `dx += dy·W`.
     pub(crate) fn add_matmul_cpu(&self, dy: &[f32], tokens: usize, dx: &mut [f32]) -> Result<()> {
         let (n, k) = (self.out_features, self.in_features);
+        if self.multiplies_narrow(tokens) {
+            let dy = Activations { data: dy, tokens, width: n };
+            return self.with_narrow(Contracted::Out, |w| bf16_gemm::add_product(dx, dy, w));
+        }
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
             let dy = Mat::strided(dy.get(first..).unwrap_or_default(), tokens, rows, n);
             cpu::gemm_into(dx, k, 1.0, dy, Mat::new(panel, rows, k), 1.0, true)
+        })
+    }
+
+    /// Whether a product with `tokens` rows is made in `bf16`. For a few rows reading the weight is the bound.
+    fn multiplies_narrow(&self, tokens: usize) -> bool {
+        let narrow = matches!(&self.storage, WeightStorage::Dense(w) if w.dtype() == DType::BF16);
+        self.narrow_products && narrow && tokens > thin::MAX_TOKENS && bf16_gemm::available()
+    }
+
+    fn with_narrow<R>(&self, contracted: Contracted, f: impl FnOnce(bf16_gemm::Weight<'_>) -> Result<R>) -> Result<R> {
+        let (out, inp) = (self.out_features, self.in_features);
+        self.with_stored(|stored| match stored {
+            Stored::Bf16(data) => f(bf16_gemm::Weight { data, out, inp, contracted }),
+            _ => candle_core::bail!("a bf16 product with a weight in {}", self.dtype_name()),
         })
     }
 

@@ -47,6 +47,12 @@ impl Placement {
     pub fn cpu(weights: Option<DType>) -> Self {
         Self { device: Device::Cpu, activations: DType::F32, weights }
     }
+
+    /// A dense weight; where `bf16` was asked for, not only found, with products in it.
+    fn dense(&self, weight: &Tensor) -> Result<FrozenWeight> {
+        let weight = FrozenWeight::dense(weight)?;
+        Ok(if self.weights == Some(DType::BF16) { weight.with_narrow_products() } else { weight })
+    }
 }
 
 fn shape_error(name: &str, actual: &[usize], expected: Vec<usize>) -> Error {
@@ -89,7 +95,7 @@ impl WeightSource for SafetensorsSource {
                 _ => DType::F32,
             },
         };
-        FrozenWeight::dense(&self.read(name, &[out, inp], dtype)?).with_context(|| name.to_string())
+        self.placement.dense(&self.read(name, &[out, inp], dtype)?).with_context(|| name.to_string())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
@@ -136,7 +142,7 @@ impl WeightSource for GgufSource {
         match self.placement.weights {
             Some(dtype) => {
                 let dense = self.gguf.dense_as(name, dtype, &self.placement.device).map_err(message)?;
-                FrozenWeight::dense(&dense).with_context(|| name.to_string())
+                self.placement.dense(&dense).with_context(|| name.to_string())
             }
             None => {
                 let blocks = self.gguf.quantized(name, &self.placement.device).map_err(message)?;
@@ -216,7 +222,7 @@ impl WeightSource for RandomSource {
         let site = name.bytes().fold(0x811c_9dc5_u32, |h, b| (h ^ u32::from(b)).wrapping_mul(0x0100_0193));
         let values = Stream { seed: self.seed, step: 0, site }.normal_vec(out * inp, self.std);
         let weight = Tensor::from_vec(values, (out, inp), &self.placement.device)?;
-        Ok(FrozenWeight::dense(&weight.to_dtype(self.placement.weights.unwrap_or(DType::F32))?)?)
+        self.placement.dense(&weight.to_dtype(self.placement.weights.unwrap_or(DType::F32))?)
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
