@@ -9,6 +9,10 @@ class Failed(Exception):
     """A measurement that could not be made, or two that should agree and do not."""
 
 
+class Refused(Failed):
+    """A memory budget that the program says beforehand it cannot keep to."""
+
+
 def measure(command, log):
     """Run `command`; its last line of stdout is a JSON object or nothing. Adds `began_at`, `wall_seconds` and `peak_bytes`, the
     largest resident memory that the system saw, loading included: the same clock and the same scale for both sides."""
@@ -25,6 +29,9 @@ def measure(command, log):
     if process.returncode != 0:
         with open(log, encoding="utf-8") as stderr:
             said = stderr.read().strip()[-2000:]
+        error = said.rpartition("\n")[2].removeprefix("error: ")
+        if error.startswith("`train.memory_budget`") and "is too small" in error:
+            raise Refused(error.partition(";")[0])
         raise Failed(f"exit {process.returncode}: {' '.join(command)}\n{said}")
     last = printed.strip().rpartition("\n")[2]
     return {

@@ -15,6 +15,9 @@ def holds(goal, value):
 
 def line(model, ratio, rounds):
     """A row of Markdown, from `rounds` of {side: measurement}."""
+    refused = next((sides[ratio.side]["refused"] for sides in rounds if "refused" in sides[ratio.side]), None)
+    if refused:
+        return f"| {ratio.what} | {model.name} | refused: {refused} | | | {ratio.goal and ratio.goal + ', missed'} |"
     ours = [sides[ratio.side] for sides in rounds]
     below = [sides["hf"][ratio.key] for sides in rounds] if ratio.over == "hf" else [side[ratio.over] for side in ours]
     ratios = [side[ratio.key] / other for side, other in zip(ours, below, strict=True)]

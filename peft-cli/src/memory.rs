@@ -26,9 +26,9 @@ fn working_bytes(model: &AnyModel, tokens: usize) -> u64 {
     (tokens * floats * 4) as u64
 }
 
-/// Bytes of one block's input.
-fn input_bytes(model: &AnyModel, tokens: usize) -> u64 {
-    (tokens * model.block_widths().hidden * 4) as u64
+/// Bytes of one block's input as it waits.
+fn input_bytes(model: &AnyModel, tokens: usize, dtype: DType) -> u64 {
+    (tokens * model.block_widths().hidden * dtype.size_in_bytes()) as u64
 }
 
 /// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
@@ -48,7 +48,7 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, keep:
         Checkpointing::Full => 0,
         Checkpointing::KeepTop(n) => n as u64,
     };
-    let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens);
+    let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens, keep.records);
     // A block that runs again has its record only then.
     let again = if kept < blocks { block_bytes(model, tokens, DType::F32) + copies } else { 0 };
     let width = match model.task() {

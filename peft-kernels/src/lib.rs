@@ -57,6 +57,7 @@ pub use dropout::dropout;
 pub use embedding::{embedding, replace_columns, replace_rows};
 pub use linear::{frozen_linear, trainable_linear};
 pub use lora::{Dropout, lora_delta, lora_linear};
+pub use narrow::convert;
 pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};

@@ -1,23 +1,28 @@
 //! Activations held in `bf16` between the passes: half the memory, eight significant bits.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor};
+use candle_core::{DType, Device, Result, Storage, Tensor};
 use half::bf16;
 
 use crate::cpu::{self, new_rows};
-use crate::diff_op::is_cpu_f32;
 use crate::simd;
 use crate::stored::Stored;
 
-/// `t` in `dtype`, untracked; on a CPU `f32` to `bf16` in one parallel pass, rounded to the nearest, ties to even.
+/// `t` in `dtype`, untracked. On a CPU from `f32` to `bf16`, rounded to the nearest with ties to even, and back in one
+/// parallel pass each.
 ///
 /// # Errors
 /// When candle cannot convert.
-pub(crate) fn narrowed(t: &Tensor, dtype: DType) -> Result<Tensor> {
-    if !(is_cpu_f32(t) && dtype == DType::BF16) {
-        return Ok(t.to_dtype(dtype)?.detach());
+pub fn convert(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    match (t.device(), t.dtype(), dtype) {
+        (_, from, to) if from == to => Ok(t.detach()),
+        (Device::Cpu, DType::F32, DType::BF16) => narrowed(&t.contiguous()?),
+        (Device::Cpu, DType::BF16, DType::F32) if t.is_contiguous() => widened(t),
+        _ => Ok(t.to_dtype(dtype)?.detach()),
     }
-    let t = t.contiguous()?;
-    let narrow = cpu::with(&t, |x| {
+}
+
+fn narrowed(t: &Tensor) -> Result<Tensor> {
+    let narrow = cpu::with(t, |x| {
         Ok(new_rows(x.data.len(), 1, 2, |first, out: &mut [bf16]| {
             simd::run(
                 #[inline(always)]
@@ -32,19 +37,13 @@ pub(crate) fn narrowed(t: &Tensor, dtype: DType) -> Result<Tensor> {
     Tensor::from_vec(narrow, t.shape(), &Device::Cpu)
 }
 
-/// `t` in `dtype`, untracked; on a CPU `bf16` to `f32` in one parallel pass.
-///
-/// # Errors
-/// When candle cannot convert.
-pub(crate) fn widened(t: &Tensor, dtype: DType) -> Result<Tensor> {
+fn widened(t: &Tensor) -> Result<Tensor> {
     let (storage, layout) = t.storage_and_layout();
-    let (Storage::Cpu(CpuStorage::BF16(x)), DType::F32, Some((start, end))) =
-        (&*storage, dtype, layout.contiguous_offsets())
-    else {
-        drop(storage);
-        return Ok(t.to_dtype(dtype)?.detach());
+    let Storage::Cpu(storage) = &*storage else {
+        candle_core::bail!("a CPU kernel got a tensor on {:?}", t.device().location())
     };
-    let x = &x[start..end];
+    let start = layout.start_offset();
+    let x = &storage.as_slice::<bf16>()?[start..start + t.elem_count()];
     let wide = new_rows(x.len(), 1, 2, |first, out: &mut [f32]| {
         simd::run(
             #[inline(always)]
@@ -78,8 +77,8 @@ mod tests {
         let many = randn(1, 40_003, 3.0).unwrap().to_vec1::<f32>().unwrap();
         let values: Vec<f32> = special.into_iter().chain(odd).chain(many).collect();
         let t = Tensor::new(values.as_slice(), &Device::Cpu).unwrap();
-        let narrow = narrowed(&t, DType::BF16).unwrap();
-        let wide = widened(&narrow, DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let narrow = convert(&t, DType::BF16).unwrap();
+        let wide = convert(&narrow, DType::F32).unwrap().to_vec1::<f32>().unwrap();
         for (&x, got) in values.iter().zip(wide) {
             let want = bf16::from_f32(x).to_f32();
             assert!(got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()), "{x:e}: {got:e}, not {want:e}");
@@ -90,9 +89,9 @@ mod tests {
     fn views_and_other_types_convert_as_well() {
         let t = randn(1, (3, 4), 1.0).unwrap();
         let view = t.t().unwrap();
-        let back = widened(&narrowed(&view, DType::BF16).unwrap().t().unwrap(), DType::F32).unwrap();
+        let back = convert(&convert(&view, DType::BF16).unwrap().t().unwrap(), DType::F32).unwrap();
         let want = t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
         assert_eq!(back.to_vec2::<f32>().unwrap(), want.to_vec2::<f32>().unwrap());
-        assert_eq!(narrowed(&t, DType::F16).unwrap().dtype(), DType::F16);
+        assert_eq!(convert(&t, DType::F16).unwrap().dtype(), DType::F16);
     }
 }

@@ -290,7 +290,7 @@ impl Record {
         for slot in &mut self.slots {
             let made = slot.from.is_some_and(|entry| matches!(self.entries[entry], Entry::Op { .. }));
             if let Some(value) = slot.value.as_mut().filter(|v| (made || slot.id == input) && v.dtype() != dtype) {
-                *value = narrow::narrowed(value, dtype)?;
+                *value = narrow::convert(value, dtype)?;
             }
         }
         Ok(())
@@ -396,7 +396,7 @@ impl Record {
     fn value(&mut self, slot: usize, read: bool) -> Result<Tensor> {
         let Slot { value, shape, dtype, device, from, .. } = &self.slots[slot];
         if let Some(value) = value {
-            let value = if value.dtype() == *dtype { value.detach() } else { narrow::widened(value, *dtype)? };
+            let value = narrow::convert(value, *dtype)?;
             return Ok(value);
         }
         if !read {

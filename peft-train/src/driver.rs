@@ -34,8 +34,8 @@ pub enum Checkpointing {
 pub struct Keep {
     /// The blocks that keep their record.
     pub checkpointing: Checkpointing,
-    /// The type in which a record holds activations, where they were made in a wider one. The same gradients come of a kept
-    /// record and of one that is made again.
+    /// The type in which activations wait, where they were made in a wider one: those of a record, and a block's input, which
+    /// is rounded before the block runs. So a record that is made again is the one that would have been kept.
     pub records: DType,
 }
 
@@ -50,10 +50,19 @@ impl Keep {
     /// Runs a block on its `input` and records it.
     fn record(self, block: impl FnOnce(&Tensor) -> Result<Tensor>, input: &Tensor) -> Result<(Tensor, Record)> {
         let (out, mut record) = kernels::record(|| block(input))?;
-        if self.records.size_in_bytes() < input.dtype().size_in_bytes() {
+        if self.narrows(input.dtype()) {
             record.hold_in(self.records, input.id())?;
         }
         Ok((out, record))
+    }
+
+    fn narrows(self, dtype: DType) -> bool {
+        self.records.size_in_bytes() < dtype.size_in_bytes()
+    }
+
+    /// A block's input as it waits for the backward pass, where that is in another type.
+    fn narrowed(self, hidden: &Tensor) -> Result<Option<Tensor>> {
+        Ok(if self.narrows(hidden.dtype()) { Some(kernels::convert(hidden, self.records)?) } else { None })
     }
 }
 
@@ -171,20 +180,26 @@ pub fn forward_backward<M: Segmented>(
 
     // What the backward pass needs of each block from the lowest adapted one up.
     let first = lowest.saturating_sub(1).min(blocks);
+    let tracked = |block: usize| block > first || lowest == 0;
     let mut saved: Vec<Saved> = Vec::with_capacity(blocks - first);
     for i in 0..blocks {
         if i < first {
             hidden = model.block(i, &hidden, &input, &untracked)?;
             continue;
         }
-        let x = leaf(&hidden, i > first || lowest == 0)?;
+        let narrow = keep.narrowed(&hidden)?;
+        if let Some(narrow) = &narrow {
+            hidden = kernels::convert(narrow, hidden.dtype())?;
+        }
         if keep.checkpointing.keeps(i, blocks) {
+            let x = leaf(&hidden, tracked(i))?;
             let (out, record) = keep.record(|x| model.block(i, x, &input, ctx), &x)?;
             saved.push(Saved::Record(record, x.id()));
             hidden = out;
         } else {
-            hidden = model.block(i, &x.detach(), &input, &untracked)?;
-            saved.push(Saved::Input(x));
+            let (x, dtype) = (hidden.detach(), hidden.dtype());
+            hidden = model.block(i, &x, &input, &untracked)?;
+            saved.push(Saved::Input(narrow.unwrap_or(x), dtype));
         }
     }
 
@@ -199,7 +214,10 @@ pub fn forward_backward<M: Segmented>(
     for (i, saved) in (first..blocks).zip(saved).rev().collect::<Vec<_>>() {
         let (record, below) = match saved {
             Saved::Record(record, input) => (record, input),
-            Saved::Input(x) => (keep.record(|x| model.block(i, x, &input, ctx), &x)?.1, x.id()),
+            Saved::Input(held, dtype) => {
+                let x = leaf(&kernels::convert(&held, dtype)?, tracked(i))?;
+                (keep.record(|x| model.block(i, x, &input, ctx), &x)?.1, x.id())
+            }
         };
         if !record.is_tracked() {
             // No parameter in this block and none below: nothing further to find.
@@ -223,8 +241,8 @@ pub fn forward_backward<M: Segmented>(
 enum Saved {
     /// What was kept of the forward pass, and which tensor went into it.
     Record(Record, TensorId),
-    /// What the block runs on again, tracked where there is something to find below.
-    Input(Tensor),
+    /// What the block runs on again, and the type that it runs in.
+    Input(Tensor, DType),
 }
 
 /// `hidden` as the input of a block: a variable where its gradient is wanted.
