@@ -23,11 +23,13 @@ const COLS: usize = 32;
 const PAIRS: usize = 1024;
 /// Columns of the weight that are laid out at one time, a multiple of [`COLS`].
 const BLOCK: usize = 1024;
+/// Pairs of a row that are laid out at a time: what they are written to stays in the first-level cache.
+const CHUNK: usize = 16;
 
 /// Two neighbours along the contraction, the first in the low half.
 type Pair = u32;
 type Tile = [[f32; COLS]; ROWS];
-/// Adds the products of a panel of activations and a slab of the weight to a tile.
+/// Makes the tile of a panel of activations and a slab of the weight.
 type Kernel = fn(&[[Pair; ROWS]], &[[Pair; COLS]], &mut Tile);
 
 thread_local! {
@@ -76,11 +78,10 @@ impl Weight<'_> {
         let bits = |row: usize| self.data.get(row * self.inp..(row + 1) * self.inp).unwrap_or_default();
         match self.contracted {
             Contracted::In => {
-                // A few pairs of every row at a time: they are written to memory that stays in the first-level cache.
-                for (i, pairs) in slab.chunks_mut(16).enumerate() {
+                for (i, pairs) in slab.chunks_mut(CHUNK).enumerate() {
                     for j in 0..COLS {
                         let row = if first + j < self.out { bits(first + j) } else { &[] };
-                        let row = row.get(2 * (start + 16 * i)..).unwrap_or_default();
+                        let row = row.get(2 * (start + CHUNK * i)..).unwrap_or_default();
                         if let Some(row) = row.get(..2 * pairs.len()) {
                             for (pair, two) in pairs.iter_mut().zip(row.as_chunks::<2>().0) {
                                 pair[j] = join(two[0], two[1]);
@@ -130,13 +131,17 @@ impl Activations<'_> {
         for r in 0..ROWS {
             let row = if first + r < self.tokens { &self.data[(first + r) * self.width..][..self.width] } else { &[] };
             let row = row.get(2 * start..).unwrap_or_default();
-            let (twos, one) = row.as_chunks::<2>();
-            for (pair, two) in panel.iter_mut().zip(twos) {
-                pair[r] = join(nearest(two[0]), nearest(two[1]));
-            }
-            let mut rest = one.first().map(|&x| join(nearest(x), bf16::ZERO));
-            for pair in panel.iter_mut().skip(twos.len()) {
-                pair[r] = rest.take().unwrap_or(0);
+            for (i, pairs) in panel.chunks_mut(CHUNK).enumerate() {
+                let row = row.get(2 * CHUNK * i..).unwrap_or_default();
+                let mut bits = [0u16; 2 * CHUNK];
+                if let Some(row) = row.first_chunk::<{ 2 * CHUNK }>() {
+                    bits = row.map(|x| nearest(x).to_bits());
+                } else {
+                    bits.iter_mut().zip(row).for_each(|(bits, &x)| *bits = nearest(x).to_bits());
+                }
+                for (pair, two) in pairs.iter_mut().zip(bits.as_chunks::<2>().0) {
+                    pair[r] = u32::from(two[1]) << 16 | u32::from(two[0]);
+                }
             }
         }
     }
@@ -290,9 +295,9 @@ impl Block<'_> {
                 #[inline(always)]
                 || {
                     let (first_panel, first_slab) = (i / across * Self::JOB, i % across * Self::JOB);
+                    let mut tile = [[0f32; COLS]; ROWS];
                     for panel in first_panel..self.panel_count.min(first_panel + Self::JOB) {
                         for slab in first_slab..self.slab_count.min(first_slab + Self::JOB) {
-                            let mut tile = [[0f32; COLS]; ROWS];
                             let part = |i: usize| i * self.pairs..(i + 1) * self.pairs;
                             kernel(&self.panels[part(panel)], &self.slabs[part(slab)], &mut tile);
                             put(panel, slab, &tile);
@@ -318,7 +323,7 @@ fn hardware() -> Option<Kernel> {
         #[allow(unsafe_code)]
         // SAFETY: the features that it enables were found on this processor just above.
         unsafe {
-            avx512::add_products(a, b, tile);
+            avx512::multiply(a, b, tile);
         }
     })
 }
@@ -332,8 +337,8 @@ fn hardware() -> Option<Kernel> {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_add_ps, _mm512_dpbf16_ps, _mm512_loadu_ps, _mm512_loadu_si512,
-        _mm512_set1_epi32, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm512_dpbf16_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_ps,
+        _mm512_storeu_ps,
     };
 
     use super::{COLS, Pair, ROWS, Tile};
@@ -346,7 +351,7 @@ mod avx512 {
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
-    pub(super) fn add_products(a: &[[Pair; ROWS]], b: &[[Pair; COLS]], tile: &mut Tile) {
+    pub(super) fn multiply(a: &[[Pair; ROWS]], b: &[[Pair; COLS]], tile: &mut Tile) {
         let mut sums: [[__m512; 2]; ROWS] = [[_mm512_setzero_ps(); 2]; ROWS];
         for (a, b) in a.iter().zip(b) {
             #[allow(unsafe_code)]
@@ -363,7 +368,7 @@ mod avx512 {
                 #[allow(unsafe_code)]
                 // SAFETY: each part of a tile's row is one vector.
                 unsafe {
-                    _mm512_storeu_ps(part.as_mut_ptr(), _mm512_add_ps(_mm512_loadu_ps(part.as_ptr()), sum));
+                    _mm512_storeu_ps(part.as_mut_ptr(), sum);
                 }
             }
         }
@@ -379,6 +384,7 @@ mod tests {
     /// What the processor's instruction does.
     fn emulated(a: &[[Pair; ROWS]], b: &[[Pair; COLS]], tile: &mut Tile) {
         let halves = |pair: Pair| [f32::from_bits(pair << 16), f32::from_bits(pair & 0xffff_0000)];
+        *tile = [[0.0; COLS]; ROWS];
         for (a, b) in a.iter().zip(b) {
             for (sums, &a) in tile.iter_mut().zip(a) {
                 for (sum, &b) in sums.iter_mut().zip(b) {
