@@ -72,8 +72,8 @@ mod tests {
             let places: Vec<u32> = (0..rows * columns).rev().step_by(2).map(|place| place as u32).collect();
             let values = randn(1, places.len(), 1.0).unwrap();
             let make = |args: &[Tensor]| sparse_matrix(&args[0], &places, (rows, columns));
-            Check::new("sparse_matrix").run(&[values.clone()], make).unwrap();
-            let (made, values) = (make(&[values.clone()]).unwrap(), values.to_vec1::<f32>().unwrap());
+            Check::new("sparse_matrix").run(std::slice::from_ref(&values), make).unwrap();
+            let (made, values) = (make(std::slice::from_ref(&values)).unwrap(), values.to_vec1::<f32>().unwrap());
             let made = made.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             for (place, made) in made.iter().enumerate() {
                 let value = places.iter().position(|p| *p as usize == place).map_or(0.0, |i| values[i]);

@@ -248,7 +248,9 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn audit(&self, parameters: &[Parameter], grads: &[Option<Tensor>]) -> Result<()> {
         // LoRA's A has an exactly zero gradient only while its B is zero; an adapter that was resumed has a gradient.
         let fresh = parameters.iter().filter(|p| p.role() == Role::LoraB).all(|p| is_zero(&p.value()).unwrap_or(false));
-        let entries = parameters.iter().zip(grads).map(|(p, g)| AuditEntry {
+        // A layer whose ranks were all taken away has parameters without an element.
+        let trained = parameters.iter().zip(grads).filter(|(p, _)| p.elem_count() > 0);
+        let entries = trained.map(|(p, g)| AuditEntry {
             name: p.name(),
             grad: g.as_ref(),
             allow_zero: p.role() == Role::Rows || (p.role() == Role::ZeroAtStart && fresh),

@@ -241,6 +241,13 @@ pub(crate) fn cases() -> Vec<Case> {
             UNTIED,
             json!({"type": "adalora", "init_r": 4, "target_r": 2, "total_step": 100, "target_modules": ["q_proj", "v_proj"]}),
         ),
+        case(
+            "adalora, ranks taken away, dropout",
+            BIASED,
+            json!({"type": "adalora", "init_r": 3, "total_step": 9, "target_modules": ["o_proj"], "lora_dropout": 0.3,
+                "rank_pattern": {"model.layers.0.self_attn.o_proj.lora_E": [true, false, true],
+                    "model.layers.1.self_attn.o_proj.lora_E": [false, false, true]}}),
+        ),
         case("hra", UNTIED, json!({"type": "hra", "r": 4, "target_modules": ["q_proj", "k_proj"]})),
         case("oft", BIASED, json!({"type": "oft", "oft_block_size": 8, "target_modules": ["q_proj", "down_proj"]})),
         case("boft", UNTIED, json!({"type": "boft", "boft_block_size": 4, "target_modules": ["o_proj", "up_proj"]})),
