@@ -13,7 +13,8 @@ OUT/MODEL/VARIANT/expected.json
                                    merged_loss is null where peft cannot merge
     accuracy                       share of rows whose class is the likeliest, with a class head
     tokens, rows                   how many count
-    train_losses, trained_loss     loss of each step (before its update), and over all rows after the last
+    train_losses, trained_loss     loss of each step (before its update), and over all rows after the last; null where peft
+                                   does not train what is in the file
     batch_rows, learning_rate
 Runs on the CPU, without a network; the same seed gives the same cases.
 """
@@ -171,10 +172,16 @@ VARIANTS |= {
     "p_tuning_lstm": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM")),
     "ln": ("LNTuningConfig", dict()),
     "ln_some": ("LNTuningConfig", dict(target_modules=["input_layernorm", "model.norm"])),
+    "trainable_tokens": ("TrainableTokensConfig", dict(token_indices=[3, 7, 11])),
+    "trainable_tokens_head": ("TrainableTokensConfig", dict(token_indices=[9, 2], target_modules=["embed_tokens", "lm_head"])),
     "vera": ("VeraConfig", dict(r=6, target_modules=["q_proj", "o_proj"])),
+    "vera_not_saved": ("VeraConfig", dict(r=6, target_modules=["v_proj", "up_proj"], projection_prng_key=3, save_projection=False)),
     "loha": ("LoHaConfig", dict(r=4, alpha=6, target_modules=ATTENTION)),
     "lokr": ("LoKrConfig", dict(r=3, alpha=6, target_modules=LINEARS)),
     "adalora": ("AdaLoraConfig", dict(target_modules=ATTENTION, init_r=6, target_r=4, total_step=100, tinit=10, tfinal=10, orth_reg_weight=1e-12)),
+    # the whole schedule within the steps of a case, and the regulariser
+    "adalora_allocated": ("AdaLoraConfig", dict(target_modules=["q_proj", "v_proj", "down_proj"], init_r=6, target_r=3, total_step=6, tinit=1, tfinal=1, orth_reg_weight=0.3)),
+    "adalora_intervals": ("AdaLoraConfig", dict(target_modules=ATTENTION, init_r=4, target_r=2, total_step=7, tfinal=2, deltaT=2, beta1=0.7, beta2=0.6, orth_reg_weight=0.01)),
     "hra": ("HRAConfig", dict(r=4, target_modules=ATTENTION)),
     "oft": ("OFTConfig", dict(oft_block_size=8, target_modules=ATTENTION)),
     "boft": ("BOFTConfig", dict(boft_block_size=4, target_modules=ATTENTION)),
@@ -182,6 +189,15 @@ VARIANTS |= {
     "road": ("RoadConfig", dict(group_size=8, target_modules=["q_proj", "v_proj"])),
     "delora": ("DeloraConfig", dict(r=4, target_modules=["q_proj", "v_proj"])),
     "gralora": ("GraloraConfig", dict(r=8, target_modules=["q_proj", "v_proj"])),
+    "shira": ("ShiraConfig", dict(r=2, target_modules=["q_proj", "down_proj"])),
+    "randlora": ("RandLoraConfig", dict(r=5, randlora_alpha=20, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "randlora_not_saved": ("RandLoraConfig", dict(r=8, randlora_alpha=20, projection_prng_key=7, save_projection=False, target_modules=["k_proj", "up_proj"])),
+    "randlora_sparse": ("RandLoraConfig", dict(r=8, randlora_alpha=20, sparse=True, save_projection=False, target_modules=["o_proj", "up_proj"])),
+    "randlora_very_sparse": ("RandLoraConfig", dict(r=8, randlora_alpha=20, very_sparse=True, save_projection=False, target_modules=["o_proj"])),
+    "vblora": ("VBLoRAConfig", dict(r=4, num_vectors=12, vector_length=8, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "vblora_only_topk": ("VBLoRAConfig", dict(r=4, num_vectors=300, vector_length=16, topk=3, save_only_topk_weights=True, target_modules=["q_proj", "v_proj"])),
+    "fourierft": ("FourierFTConfig", dict(n_frequency=20, target_modules=["q_proj", "down_proj"])),
+    "fourierft_many": ("FourierFTConfig", dict(n_frequency=700, scaling=40.0, random_loc_seed=5, n_frequency_pattern={"v_proj": 3}, target_modules=["v_proj", "up_proj"])),
 }
 
 # The same kinds on the layers that BERT and RoBERTa have, and on DistilBERT's.
@@ -226,7 +242,7 @@ VARIANTS |= {
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
     "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms"))],
-    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln"],
+    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln", "trainable_tokens"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
     "mha": ["lora", "save_norm"],
@@ -256,7 +272,7 @@ PLAN = {
     "gemma": ["any_tokens", "embeddings", "ln"],
     "gemma2": ["all_linear", "embeddings_dora", "save_embeddings", "prompt", "ln"],
     "gemma3": ["any_dora", "head_norms", "prefix", "ln"],
-    "gpt2": ["default_targets", "any_bias_all", "any_dora", "any_tokens", "gpt2_save", "gpt2_positions", "ia3_defaults", "prefix", "prompt", "ln"],
+    "gpt2": ["default_targets", "any_bias_all", "any_dora", "any_tokens", "gpt2_save", "gpt2_positions", "ia3_defaults", "prefix", "prompt", "ln", "trainable_tokens"],
     "gpt2_classes": ["all_linear"],
     "gpt_neox": ["default_targets", "any_bias_all", "neox_save_head", "ia3_neox", "prefix", "prompt"],
     "gpt_neox_sequential": ["any_dora"],
@@ -366,6 +382,20 @@ def accuracy(model, rows):
     return sum(p == row["label"] for p, row in zip(predicted, rows)) / len(rows)
 
 
+def moves_ranks(model):
+    return model.active_peft_config.peft_type == peft.PeftType.ADALORA
+
+
+def regulariser(model):
+    """AdaLoRA's term of the loss, which peft adds to the loss that the model itself returns."""
+    if not moves_ranks(model):
+        return 0.0
+    token = torch.tensor([[5, 6]])
+    labels = torch.tensor([0]) if has_classes(model) else token
+    plain = model.base_model.model
+    return model(input_ids=token, labels=labels).loss - plain(input_ids=token, labels=labels).loss
+
+
 def train(model, rows):
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
@@ -374,10 +404,12 @@ def train(model, rows):
     for step in range(STEPS):
         start = step * BATCH_ROWS % len(rows)
         loss, count = summed_loss(model, rows[start : start + BATCH_ROWS])
-        loss = loss / count
+        loss = loss / count + regulariser(model)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if moves_ranks(model):
+            model.base_model.update_and_allocate(step)
         losses.append(loss.item())
     return losses
 
@@ -431,12 +463,16 @@ def make_case(model_name, variant, out, rows, base_loss):
         print(f"{model_name}/{variant}: peft's merge gives {merged_loss:.5f}, the adapter {loss:.5f}", file=sys.stderr)
         merged_loss = loss
     is_soft_prompt = model.active_peft_config.is_prompt_learning
-    trained = soft_prompt(load_base(base), folder / "adapter") if is_soft_prompt else load(is_trainable=True)
-    train_losses = train(trained, rows)
-    save_trained(trained, folder / "adapter", folder / "trained")
+    train_losses = trained_loss = None
+    # peft trains no logits that are infinite
+    if not getattr(model.active_peft_config, "save_only_topk_weights", False):
+        trained = soft_prompt(load_base(base), folder / "adapter") if is_soft_prompt else load(is_trainable=True)
+        train_losses = train(trained, rows)
+        trained_loss = mean_loss(trained, rows)
+        save_trained(trained, folder / "adapter", folder / "trained")
     expected = dict(
         base_loss=base_loss, loss=loss, merged_loss=merged_loss, accuracy=accuracy(load(), rows), tokens=sum(summed_count(row) for row in rows), rows=len(rows),
-        train_losses=train_losses, trained_loss=mean_loss(trained, rows), batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
+        train_losses=train_losses, trained_loss=trained_loss, batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
     )
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
 

@@ -178,7 +178,7 @@ fn no_weights(dir: &Path) -> Error {
 /// config is complete. The folder is made if need be; other files in it stay.
 ///
 /// # Errors
-/// A tensor that is not f32, bf16 or f16, a name that occurs twice, or [`Error::Write`].
+/// A tensor of a type that PEFT's files do not have, a name that occurs twice, or [`Error::Write`].
 pub fn write_adapter<'a>(
     dir: impl AsRef<Path>,
     config: &AdapterConfig,
@@ -187,8 +187,13 @@ pub fn write_adapter<'a>(
     let dir = dir.as_ref();
     let tensors: Vec<(&str, &Tensor)> = tensors.into_iter().collect();
     for (name, tensor) in &tensors {
-        if !matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-            let message = format!("tensor `{name}` has the type {:?}; adapters hold F32, BF16 or F16", tensor.dtype());
+        let floats = matches!(tensor.dtype(), DType::F32 | DType::BF16 | DType::F16);
+        // The integer types that every torch has.
+        if !floats && !matches!(tensor.dtype(), DType::U8 | DType::I16 | DType::I32 | DType::I64) {
+            let message = format!(
+                "tensor `{name}` has the type {:?}; adapters hold F32, BF16, F16 and, as indices, U8, I16, I32 or I64",
+                tensor.dtype()
+            );
             return Err(Error::file(dir.join(ADAPTER_WEIGHTS), message));
         }
     }
@@ -322,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn only_float_adapters_are_written() {
+    fn only_types_that_peft_has_are_written() {
         let dir = tempfile::tempdir().unwrap();
         let error = write_adapter(dir.path(), &config(), [("ids", &ones(&[1], DType::U32))]).unwrap_err().to_string();
         assert!(error.contains("`ids`") && error.contains("U32"), "{error}");

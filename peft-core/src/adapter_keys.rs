@@ -35,7 +35,7 @@ pub(crate) fn canonical(key: &str) -> Option<String> {
 
 /// Names of adapter parameters, after which old files put the adapter's name.
 fn is_adapter_part(segment: &str) -> bool {
-    const PREFIXES: [&str; 14] = [
+    const PREFIXES: [&str; 16] = [
         "lora_",
         "ia3_",
         "hada_",
@@ -50,6 +50,8 @@ fn is_adapter_part(segment: &str) -> bool {
         "miss_",
         "c3a_",
         "fourierft_",
+        "shira_",
+        "vblora_",
     ];
     PREFIXES.iter().any(|prefix| segment.starts_with(prefix))
 }

@@ -20,6 +20,8 @@ mod segmented;
 mod set;
 mod site;
 mod sublayer;
+mod tokens;
+mod training_hook;
 mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
@@ -32,6 +34,8 @@ pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatc
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
 pub use sublayer::{Join, SublayerKind, SublayerModule, SublayerSite, sublayer_sites};
+pub use tokens::{TrainedHeadRows, TrainedTokens, token_ids};
+pub use training_hook::TrainingHook;
 
 pub use virtual_tokens::{
     PrefixModule, PromptDims, PromptModule, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens,

@@ -43,6 +43,14 @@ pub trait PeftModule: Send + Sync + Debug {
         Ok(self.parameters().into_iter().map(|p| (p.name().to_string(), p.value())).collect())
     }
 
+    /// Refuses values that were read from a file and cannot be used, such as indices outside of the weight.
+    ///
+    /// # Errors
+    /// What is wrong.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// What merging does to the base layer, in `f32`.
     ///
     /// # Errors

@@ -12,6 +12,7 @@ use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
 use crate::sublayer::SublayerModule;
+use crate::training_hook::TrainingHook;
 use crate::virtual_tokens::VirtualTokens;
 
 /// The module that an adapter puts at a site.
@@ -54,6 +55,13 @@ impl SiteModule {
         match self {
             Self::Linear(m) => m.frozen(),
             Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Vec::new(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        match self {
+            Self::Linear(m) => m.check(),
+            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Ok(()),
         }
     }
 
@@ -130,6 +138,8 @@ pub struct Adapter {
     virtual_tokens: Option<VirtualTokens>,
     constants: Vec<(String, Tensor)>,
     fixed: Vec<Parameter>,
+    shared: Vec<Parameter>,
+    training_hook: Option<Box<dyn TrainingHook>>,
     export_keys: Map<String, Value>,
     export_tensors: Vec<(String, ExportTensor)>,
 }
@@ -154,6 +164,8 @@ impl Adapter {
             virtual_tokens: None,
             constants: Vec::new(),
             fixed: Vec::new(),
+            shared: Vec::new(),
+            training_hook: None,
             export_keys: Map::new(),
             export_tensors: Vec::new(),
         }
@@ -197,6 +209,22 @@ impl Adapter {
         &self.fixed
     }
 
+    /// Adds a parameter that modules of several sites read, such as VB-LoRA's bank of vectors. Those modules do not list it.
+    pub fn add_shared(&mut self, parameter: Parameter) {
+        self.shared.push(parameter);
+    }
+
+    /// Sets what the method does in training beside what its modules compute.
+    pub fn set_training_hook(&mut self, hook: Box<dyn TrainingHook>) {
+        self.training_hook = Some(hook);
+    }
+
+    /// What the method does in training beside what its modules compute.
+    #[must_use]
+    pub fn training_hook(&self) -> Option<&dyn TrainingHook> {
+        self.training_hook.as_deref()
+    }
+
     /// Sets a key that [`Adapter::exported`] puts in place of the config's own.
     pub fn set_export_key(&mut self, key: impl Into<String>, value: Value) {
         self.export_keys.insert(key.into(), value);
@@ -223,6 +251,14 @@ impl Adapter {
         self.export_tensors.push((key.into(), ExportTensor::CopyOf(of.into())));
     }
 
+    /// The tensors of [`Adapter::add_export_copy`]: each key, and the key of the one that it repeats.
+    pub fn export_copies(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.export_tensors.iter().filter_map(|(key, tensor)| match tensor {
+            ExportTensor::CopyOf(of) => Some((key.as_str(), of.as_str())),
+            ExportTensor::Constant(_) => None,
+        })
+    }
+
     /// What this adapter does at a site.
     #[must_use]
     pub fn at(&self, site: SiteId) -> Option<&SiteAdapter> {
@@ -234,11 +270,12 @@ impl Adapter {
         self.sites.iter().enumerate().filter_map(|(i, s)| s.as_ref().map(|s| (SiteId(i as u32), s)))
     }
 
-    /// All trainable parameters, in site order, then those of virtual tokens.
+    /// All trainable parameters, in site order, then those of virtual tokens and those that sites share.
     #[must_use]
     pub fn parameters(&self) -> Vec<&Parameter> {
         let of_sites = self.touched().flat_map(|(_, s)| s.parameters());
-        of_sites.chain(self.virtual_tokens.iter().flat_map(VirtualTokens::parameters)).collect()
+        let of_prompts = self.virtual_tokens.iter().flat_map(VirtualTokens::parameters);
+        of_sites.chain(of_prompts).chain(&self.shared).collect()
     }
 
     /// Trainable elements.
@@ -253,6 +290,14 @@ impl Adapter {
         self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen).collect()
     }
 
+    /// Refuses values that were read from a file and cannot be used ([`PeftModule::check`]).
+    ///
+    /// # Errors
+    /// What is wrong; the message names the tensor.
+    pub fn check(&self) -> Result<()> {
+        self.touched().filter_map(|(_, s)| s.module.as_ref()).try_for_each(SiteModule::check)
+    }
+
     /// The whole state, as a checkpoint holds it: parameters, frozen and fixed tensors, and constants.
     #[must_use]
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
@@ -262,8 +307,8 @@ impl Adapter {
     }
 
     /// Config and tensors of the adapter as other programs read it. The same as [`Adapter::config`] and
-    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here, and a prefix that is
-    /// made by a network becomes what the network makes.
+    /// [`Adapter::tensors`] for most methods; PiSSA and OLoRA become a plain LoRA of twice the rank here, a prefix that is
+    /// made by a network becomes what the network makes, and AdaLoRA keeps the ranks that are left.
     ///
     /// # Errors
     /// When a tensor operation fails.
@@ -280,6 +325,7 @@ impl Adapter {
         if let Some(virtual_tokens) = &self.virtual_tokens {
             tensors.extend(virtual_tokens.exported()?);
         }
+        tensors.extend(self.shared.iter().map(|p| (p.name().to_string(), p.value())));
         tensors.extend(self.fixed.iter().map(|p| (p.name().to_string(), p.value())));
         tensors.extend(self.constants.iter().cloned());
         for (key, tensor) in &self.export_tensors {
@@ -288,6 +334,9 @@ impl Adapter {
                 ExportTensor::CopyOf(of) => tensors.iter().find(|(k, _)| k == of).map(|(_, v)| v.clone()),
             };
             tensors.extend(value.map(|v| (key.clone(), v)));
+        }
+        if let Some(hook) = &self.training_hook {
+            hook.export(&mut config, &mut tensors)?;
         }
         Ok((config, tensors))
     }

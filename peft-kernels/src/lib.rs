@@ -34,6 +34,7 @@ mod serving;
 mod shared;
 mod siblings;
 mod simd;
+mod sparse;
 mod stored;
 mod tape;
 #[cfg(test)]
@@ -63,5 +64,6 @@ pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
 pub use siblings::{Branch, LowRank, sibling_linears};
+pub use sparse::sparse_matrix;
 pub use tape::{Record, record};
 pub use weight::{FrozenWeight, WeightStorage};

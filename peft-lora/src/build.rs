@@ -11,12 +11,13 @@ use peft_core::select_spec::TargetModules;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
     Adapter, BaseLayer, BaseModel, Built, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
-    SiteAdapter, SiteKind, SiteModule, SiteTable, candidates, insert_saved, parameter_name, selected_site,
+    SiteAdapter, SiteKind, SiteModule, SiteTable, TrainedTokens, candidates, insert_saved, parameter_name,
+    selected_site,
 };
 
 use crate::config::{BiasTraining, LoraConfig};
 use crate::dora;
-use crate::embedding::{LoraEmbedding, TrainedTokens};
+use crate::embedding::LoraEmbedding;
 use crate::linear::LoraLinear;
 
 impl LoraConfig {
@@ -221,7 +222,7 @@ impl Builder<'_> {
             let rows = layer.weight().rows(ids).with_context(|| key)?.to_dtype(DType::F32)?;
             let rows = self.parameter(site, "token_adapter.trainable_tokens_delta", &rows, Role::Rows)?;
             let tied = self.base.tied_embedding() == Some(site.path.as_str());
-            let module = TrainedTokens { ids: ids.clone(), rows, tied };
+            let module = TrainedTokens::new(ids.clone(), rows, tied);
             modules.push((*site, SiteModule::Embedding(Arc::new(module))));
         }
         Ok(modules)

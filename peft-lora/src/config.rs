@@ -3,7 +3,7 @@
 use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::select_spec::TargetSpec;
 use peft_core::suggest::did_you_mean;
-use peft_core::{BaseModel, ConfigKeys, Error, Result, task_keys};
+use peft_core::{BaseModel, ConfigKeys, Error, Result, task_keys, token_ids};
 use serde_json::{Map, Value, json};
 
 use crate::eva::EvaConfig;
@@ -214,23 +214,11 @@ impl LoraConfig {
 
 fn parse_tokens(value: &Value) -> Result<TrainableTokens> {
     let key = "trainable_token_indices";
-    let ids = |v: &Value| -> Result<Vec<u32>> {
-        let list = v.as_array().ok_or_else(|| Error::config(key, format!("{v} is not a list of token ids")))?;
-        let ids = list.iter().map(|x| {
-            let id = x.as_u64().and_then(|x| u32::try_from(x).ok());
-            id.ok_or_else(|| Error::config(key, format!("{x} is not a token id")))
-        });
-        let ids = ids.collect::<Result<Vec<u32>>>()?;
-        let mut seen = std::collections::HashSet::new();
-        match ids.iter().find(|id| !seen.insert(**id)) {
-            Some(twice) => Err(Error::config(key, format!("lists token {twice} twice"))),
-            None if ids.is_empty() => Err(Error::config(key, "is empty; leave it out, or name the tokens to train")),
-            None => Ok(ids),
-        }
-    };
     let by_module = match value {
-        Value::Object(map) => map.iter().map(|(k, v)| Ok((Some(k.clone()), ids(v)?))).collect::<Result<Vec<_>>>()?,
-        other => vec![(None, ids(other)?)],
+        Value::Object(map) => {
+            map.iter().map(|(k, v)| Ok((Some(k.clone()), token_ids(key, v)?))).collect::<Result<Vec<_>>>()?
+        }
+        other => vec![(None, token_ids(key, other)?)],
     };
     Ok(TrainableTokens { by_module })
 }

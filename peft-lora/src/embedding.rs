@@ -1,8 +1,8 @@
-//! LoRA on a token embedding, and embedding rows that are trained themselves.
+//! LoRA on a token embedding.
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels;
-use peft_core::{Ctx, EmbeddingModule, FrozenEmbedding, FrozenLogits, Parameter, Result};
+use peft_core::{Ctx, EmbeddingModule, FrozenEmbedding, Parameter, Result};
 
 /// `y = E[ids] + s·(Aᵀ[ids])·Bᵀ` with `lora_embedding_A: [r, vocab]`, `lora_embedding_B: [dim, r]`, and DoRA's magnitude
 /// over columns where it has one. A tied head keeps the frozen table, as in PEFT.
@@ -55,46 +55,5 @@ impl EmbeddingModule for LoraEmbedding {
             }
             None => Ok(merged),
         }
-    }
-}
-
-/// Chosen rows of the table, replaced by trained ones (PEFT calls the replacement rows `trainable_tokens_delta`).
-/// A tied head follows them.
-#[derive(Debug)]
-pub struct TrainedTokens {
-    pub(crate) ids: Vec<u32>,
-    pub(crate) rows: Parameter,
-    pub(crate) tied: bool,
-}
-
-impl EmbeddingModule for TrainedTokens {
-    fn forward(&self, base: &FrozenEmbedding, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let y = base.base(ids)?;
-        let which: Vec<(usize, usize)> = ids
-            .iter()
-            .enumerate()
-            .filter_map(|(token, id)| self.ids.iter().position(|t| t == id).map(|row| (token, row)))
-            .collect();
-        Ok(kernels::replace_rows(&y, &self.rows.get(ctx), &which)?)
-    }
-
-    fn tied_logits(&self, hidden: &Tensor, frozen: &FrozenLogits<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let columns = kernels::trainable_linear(hidden, &self.rows.get(ctx))?;
-        let which: Vec<usize> = self.ids.iter().map(|&id| id as usize).collect();
-        Ok(kernels::replace_columns(&frozen()?, &columns, &which)?)
-    }
-
-    fn changes_tied_head(&self) -> bool {
-        self.tied
-    }
-
-    fn parameters(&self) -> Vec<&Parameter> {
-        vec![&self.rows]
-    }
-
-    fn merge(&self, weight: &Tensor) -> Result<Tensor> {
-        let rows = self.rows.value().to_dtype(DType::F32)?;
-        let which: Vec<(usize, usize)> = self.ids.iter().enumerate().map(|(row, &id)| (id as usize, row)).collect();
-        Ok(kernels::replace_rows(weight, &rows, &which)?)
     }
 }

@@ -2,7 +2,7 @@
 LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
-modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`LoraEmbedding`], [`TrainedTokens`].
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`LoraEmbedding`], [`peft_core::TrainedTokens`].
 */
 
 mod build;
@@ -16,6 +16,6 @@ mod linear;
 
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;
-pub use embedding::{LoraEmbedding, TrainedTokens};
+pub use embedding::LoraEmbedding;
 pub use init::Init;
 pub use linear::LoraLinear;

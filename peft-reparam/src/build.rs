@@ -1,25 +1,33 @@
 //! From a config to an adapter on a base model.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use peft_core::select::saved_target_modules;
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, Built, Context, ModuleKind, Result, SelectRules, SiteAdapter, SiteModule, Unmatched,
-    candidates, insert_saved, select, selected_site,
+    Adapter, BaseLayer, BaseModel, Built, Context, ModuleKind, Parameter, Result, SelectRules, SiteAdapter, SiteModule,
+    Unmatched, candidates, insert_saved, parameter_name, select, selected_site,
 };
 
 use crate::config::ReparamConfig;
 use crate::start::Start;
 
 impl ReparamConfig {
-    /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
+    /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site. `stored`
+    /// are the names of the tensors in the file that it is made for, since some methods store more than one form.
     ///
     /// With [`Unmatched::Error`] a pattern that hits nothing is refused with the nearest names; adapters written by PEFT
     /// are read with [`Unmatched::Report`], since PEFT ignores such patterns.
     ///
     /// # Errors
     /// When a pattern is wrong or a setting does not fit a layer; the message names it.
-    pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
+    pub fn build(
+        &self,
+        base: &dyn BaseModel,
+        seed: u64,
+        unmatched: Unmatched,
+        stored: &BTreeSet<String>,
+    ) -> Result<Built> {
         let sites = base.sites().clone();
         let candidates = candidates(&sites);
         let mut spec = self.targets.clone();
@@ -38,13 +46,29 @@ impl ReparamConfig {
         }
         let dims = layers.iter().map(|(l, _)| (l.weight().out_features(), l.weight().in_features()));
         let shared = self.method.shared(&dims.collect::<Vec<_>>(), base.device())?;
+        let trained = self.method.shared_trained(seed, base.device())?;
+        let repeated = self.method.stores_shared() && self.method.repeats_shared();
+        let mut modules = Vec::new();
         for (layer, pattern) in layers {
-            let start = Start::new(layer, pattern, &shared, base.device(), seed);
+            let start = Start::new(layer, pattern, (&shared, &trained), base.device(), (seed, stored));
             let (module, fixed) = self.method.module(start).with_context(|| layer.path().to_owned())?;
-            adapter.insert(layer.site(), SiteAdapter::new(Some(SiteModule::Linear(Arc::new(module))), None))?;
+            let module = Arc::new(module);
+            modules.push(module.clone());
+            adapter.insert(layer.site(), SiteAdapter::new(Some(SiteModule::Linear(module)), None))?;
             fixed.into_iter().for_each(|parameter| adapter.add_fixed(parameter));
+            for of in shared.iter().map(Parameter::name).filter(|_| repeated) {
+                let suffix = of.rsplit('.').next().unwrap_or(of);
+                adapter.add_export_copy(parameter_name(layer.path(), suffix), of);
+            }
         }
-        shared.into_iter().for_each(|parameter| adapter.add_fixed(parameter));
+        let parameters: Vec<_> = modules.iter().map(|module| module.parameters.as_slice()).collect();
+        if let Some(hook) = self.method.training_hook(&parameters)? {
+            adapter.set_training_hook(hook);
+        }
+        trained.into_iter().for_each(|parameter| adapter.add_shared(parameter));
+        if self.method.stores_shared() {
+            shared.into_iter().for_each(|parameter| adapter.add_fixed(parameter));
+        }
         insert_saved(&mut adapter, &selection, base)?;
         Ok(Built { adapter, selection })
     }

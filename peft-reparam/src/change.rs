@@ -51,10 +51,20 @@ pub enum Change {
 /// the formula and small beside the weight.
 pub(crate) trait Formula: Send + Sync + Debug {
     fn change(&self, parameters: &[Tensor]) -> Result<Change>;
+
+    /// The tensors in files, by their keys, where these are not the parameters of the site.
+    fn exported(&self, _parameters: &[Parameter]) -> Result<Option<Vec<(String, Tensor)>>> {
+        Ok(None)
+    }
+
+    /// Refuses frozen tensors that were read from a file and cannot be used.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The parameters as an array, for formulas with a fixed number of them.
-pub(crate) fn exactly<const N: usize>(parameters: &[Tensor]) -> Result<&[Tensor; N]> {
+pub(crate) fn exactly<T, const N: usize>(parameters: &[T]) -> Result<&[T; N]> {
     parameters.try_into().map_err(|_| Error::msg(format!("{} parameters where the formula has {N}", parameters.len())))
 }
 
@@ -62,19 +72,25 @@ pub(crate) fn exactly<const N: usize>(parameters: &[Tensor]) -> Result<&[Tensor;
 #[derive(Debug)]
 pub struct ReparamLinear {
     pub(crate) parameters: Vec<Parameter>,
+    /// What the formula reads behind them, and trains for several sites.
+    pub(crate) shared: Vec<Parameter>,
     pub(crate) formula: Box<dyn Formula>,
     /// Dropout on the input of an added branch.
     pub(crate) dropout: f32,
 }
 
 impl ReparamLinear {
+    /// What the formula reads, in order.
+    fn read(&self) -> impl Iterator<Item = &Parameter> {
+        self.parameters.iter().chain(&self.shared)
+    }
+
     /// The present change, untracked and in `f32`.
     ///
     /// # Errors
     /// When a tensor operation fails.
     pub fn change(&self) -> Result<Change> {
-        let values: std::result::Result<Vec<_>, _> =
-            self.parameters.iter().map(|p| p.value().to_dtype(DType::F32)).collect();
+        let values: std::result::Result<Vec<_>, _> = self.read().map(|p| p.value().to_dtype(DType::F32)).collect();
         self.formula.change(&values?)
     }
 }
@@ -104,7 +120,7 @@ fn pair_columns(y: &Tensor, cos: &Tensor, sin: &Tensor, group: usize) -> Result<
 
 impl PeftModule for ReparamLinear {
     fn forward(&self, base: &FrozenLinear, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let parameters: Vec<_> = self.parameters.iter().map(|p| p.get(ctx)).collect();
+        let parameters: Vec<_> = self.read().map(|p| p.get(ctx)).collect();
         let dropout = ctx.dropout(base.site(), self.dropout);
         Ok(match self.formula.change(&parameters)? {
             Change::LowRank { a, b } => kernels::lora_linear(x, base.weight(), base.bias(), &a, &b, 1.0, dropout)?,
@@ -136,6 +152,17 @@ impl PeftModule for ReparamLinear {
 
     fn parameters(&self) -> Vec<&Parameter> {
         self.parameters.iter().collect()
+    }
+
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        Ok(match self.formula.exported(&self.parameters)? {
+            Some(tensors) => tensors,
+            None => self.parameters.iter().map(|p| (p.name().to_string(), p.value())).collect(),
+        })
+    }
+
+    fn check(&self) -> Result<()> {
+        self.formula.check()
     }
 
     fn delta(&self, base: &FrozenLinear) -> Result<Delta> {

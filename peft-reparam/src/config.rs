@@ -2,7 +2,7 @@
 
 use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::select_spec::TargetSpec;
-use peft_core::{BaseModel, ConfigKeys, Error, Result, task_keys};
+use peft_core::{BaseModel, ConfigKeys, Error, Parameter, Result, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::methods::{KINDS, Kind, Method};
@@ -70,13 +70,13 @@ impl ReparamConfig {
         Self::from_adapter_config(self.kind.name, &raw)
     }
 
-    /// Refuses a training run of so many steps where training does not do here what this config asks for. Opening, merging and
+    /// Refuses a training run of so many steps over `parameters` where training does not do here what this config asks for. Opening, merging and
     /// serving are not concerned.
     ///
     /// # Errors
     /// What is asked for, by its key, with the way out.
-    pub fn check_training(&self, steps: u64) -> Result<()> {
-        self.method.check_training(steps)
+    pub fn check_training(&self, steps: u64, parameters: &[&Parameter]) -> Result<()> {
+        self.method.check_training(steps, parameters)
     }
 
     /// The config as PEFT writes it.

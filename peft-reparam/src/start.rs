@@ -1,5 +1,7 @@
 //! What a method is given to make the parameters of one site.
 
+use std::collections::BTreeSet;
+
 use candle_core::{DType, Device, Shape, Tensor};
 use peft_core::kernels::Stream;
 use peft_core::{Error, FrozenLinear, Parameter, Result, Role, parameter_name};
@@ -16,8 +18,12 @@ pub(crate) struct Start<'a> {
     pub(crate) alpha: Option<f64>,
     /// Tensors that all sites share, as the method made them.
     pub(crate) shared: &'a [Parameter],
+    /// Parameters that all sites share.
+    shared_trained: &'a [Parameter],
     pub(crate) device: &'a Device,
     pub(crate) seed: u64,
+    /// Names of the tensors in the file that the module is made for.
+    stored: &'a BTreeSet<String>,
     parameters: Vec<Parameter>,
 }
 
@@ -25,16 +31,26 @@ impl<'a> Start<'a> {
     pub(crate) fn new(
         layer: &'a FrozenLinear,
         (rank, alpha): (Option<usize>, Option<f64>),
-        shared: &'a [Parameter],
+        (shared, shared_trained): (&'a [Parameter], &'a [Parameter]),
         device: &'a Device,
-        seed: u64,
+        (seed, stored): (u64, &'a BTreeSet<String>),
     ) -> Self {
-        Self { layer, rank, alpha, shared, device, seed, parameters: Vec::new() }
+        Self { layer, rank, alpha, shared, shared_trained, device, seed, stored, parameters: Vec::new() }
     }
 
     /// `(out, in)` of the layer.
     pub(crate) fn dims(&self) -> (usize, usize) {
         (self.layer.weight().out_features(), self.layer.weight().in_features())
+    }
+
+    /// Whether the module is made for a file that holds `suffix` behind the layer's path.
+    pub(crate) fn is_stored(&self, suffix: &str) -> bool {
+        self.stored.contains(&parameter_name(self.layer.path(), suffix))
+    }
+
+    /// 32 random bits.
+    pub(crate) fn random_word(&self) -> u32 {
+        self.stream().word(0)
     }
 
     fn stream(&self) -> Stream {
@@ -89,8 +105,9 @@ impl<'a> Start<'a> {
         Error::config(key, format!("does not fit `{}`: {message}", self.layer.path()))
     }
 
-    /// The module of the parameters made so far, which `formula` takes in this order.
+    /// The module of the parameters made so far, which `formula` takes in this order, and then those that all sites share.
     pub(crate) fn finish(self, formula: impl Formula + 'static, dropout: f32) -> ReparamLinear {
-        ReparamLinear { parameters: self.parameters, formula: Box::new(formula), dropout }
+        let shared = self.shared_trained.to_vec();
+        ReparamLinear { parameters: self.parameters, shared, formula: Box::new(formula), dropout }
     }
 }

@@ -1,11 +1,12 @@
 //! Checkpoints: all that a bit-exact resume needs, in a folder that is complete or absent.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use peft_core::{
-    Adapter, AdapterConfig, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter, write_safetensors,
+    Adapter, AdapterConfig, Context, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter,
+    write_safetensors,
 };
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +17,8 @@ use crate::optim::Optimizer;
 
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+/// What the method's part in training remembers.
+const HOOK: &str = "training_hook.safetensors";
 
 /// Where a run stands after an optimiser step.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -62,9 +65,10 @@ pub fn save(
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
         write_files(tmp, adapter.config.clone(), &adapter.tensors(), &adapter.labels)?;
-        let tensors = optimizer.state().map_err(|e| Error::msg(e.to_string()))?;
-        let refs = tensors.iter().map(|(n, t)| (n.as_str(), t)).collect::<Vec<_>>();
-        write_safetensors(tmp.join(OPTIMIZER), refs, &std::collections::BTreeMap::new())?;
+        write_state(&tmp.join(OPTIMIZER), &optimizer.state().map_err(|e| Error::msg(e.to_string()))?)?;
+        if let Some(hook) = adapter.training_hook() {
+            write_state(&tmp.join(HOOK), &hook.state()?)?;
+        }
         let text = serde_json::to_string_pretty(state).map_err(|e| Error::msg(e.to_string()))?;
         atomic::write_file(tmp.join(STATE), text.as_bytes())
     })?;
@@ -149,12 +153,22 @@ pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, finger
             parameter.set(value)?;
         }
     }
-    let optimizer_file = SafetensorsFile::open(dir.join(OPTIMIZER))?;
-    let names: Vec<String> = optimizer_file.names().map(str::to_string).collect();
-    let tensors = names
-        .into_iter()
-        .map(|n| optimizer_file.tensor(&n, &Device::Cpu).map(|t| (n, t)))
-        .collect::<Result<HashMap<String, Tensor>>>()?;
+    adapter.check().with_context(|| dir.display().to_string())?;
+    let tensors = read_state(&dir.join(OPTIMIZER))?;
     optimizer.load_state(&tensors).map_err(|e| Error::file(dir.join(OPTIMIZER), e.to_string()))?;
+    if let Some(hook) = adapter.training_hook() {
+        let file = dir.join(HOOK);
+        hook.load_state(&read_state(&file)?).map_err(|e| Error::file(&file, e.to_string()))?;
+    }
     Ok(state)
+}
+
+fn write_state(file: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    write_safetensors(file, tensors.iter().map(|(n, t)| (n.as_str(), t)), &BTreeMap::new())
+}
+
+fn read_state(file: &Path) -> Result<HashMap<String, Tensor>> {
+    let file = SafetensorsFile::open(file)?;
+    let names: Vec<String> = file.names().map(str::to_string).collect();
+    names.into_iter().map(|n| file.tensor(&n, &Device::Cpu).map(|t| (n, t))).collect()
 }

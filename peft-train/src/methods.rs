@@ -1,7 +1,9 @@
 //! From a method's name or `peft_type` in the catalogue to an adapter on a base model.
 
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
+use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
@@ -13,7 +15,7 @@ use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
 use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
 use peft_reparam::ReparamConfig;
-use peft_selective::LnConfig;
+use peft_selective::{LnConfig, TokensConfig};
 use serde_json::{Map, Value};
 
 pub use crate::catalogue::{METHODS, MethodInfo};
@@ -50,6 +52,7 @@ enum Config {
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
     Ln(Box<LnConfig>),
+    Tokens(Box<TokensConfig>),
     Reparam(Box<ReparamConfig>),
     Full(Map<String, Value>),
 }
@@ -79,6 +82,7 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
+            "trainable_tokens" => Self::Tokens(Box::new(TokensConfig::from_recipe(&keys)?)),
             "lora" => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
             name => Self::Reparam(Box::new(ReparamConfig::from_recipe(name, &keys)?)),
         };
@@ -95,6 +99,7 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
+            "trainable_tokens" => Self::Tokens(Box::new(TokensConfig::from_adapter_config(keys)?)),
             "lora" => Self::Lora(Box::new(LoraConfig::from_adapter_config(keys)?)),
             name => Self::Reparam(Box::new(ReparamConfig::from_adapter_config(name, keys)?)),
         })
@@ -123,7 +128,8 @@ impl Config {
             Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ia3(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ln(config) => selected(config.for_base(base)?.build(base, strict)?),
-            Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => (config.build(base, seed)?, None),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
             Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
@@ -144,7 +150,11 @@ impl Config {
             Self::Lora(config) => selected(config.build(base, 0, report)?),
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
-            Self::Reparam(config) => selected(config.build(base, 0, report)?),
+            Self::Tokens(config) => selected(config.build(base, 0, report)?),
+            Self::Reparam(config) => {
+                let names = files.keys().map(str::to_owned).collect();
+                selected(config.build(base, 0, report, &names)?)
+            }
             Self::Bottleneck(config) => (config.build(base, 0)?, None),
             Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
@@ -186,7 +196,7 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
 pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
     let Some(info) = METHODS.iter().find(|m| m.peft_type == adapter.peft_type()) else { return Ok(()) };
     match Config::of_file(info, &adapter.config)? {
-        Config::Reparam(config) => config.check_training(steps),
+        Config::Reparam(config) => config.check_training(steps, &adapter.parameters()),
         _ => Ok(()),
     }
 }
@@ -250,13 +260,19 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
             return Err(Error::file(folder, message));
         }
     }
-    let constants: std::collections::HashSet<String> = {
-        let trained: std::collections::HashSet<&str> =
+    read(&adapter, &files, base)?;
+    Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
+}
+
+/// Gives `adapter` the values in `files`.
+fn read(adapter: &Adapter, files: &AdapterFolder, base: &dyn BaseModel) -> Result<()> {
+    let constants: HashSet<String> = {
+        let trained: HashSet<&str> =
             adapter.parameters().into_iter().chain(adapter.fixed()).map(|p| p.name()).collect();
         adapter.tensors().into_iter().map(|(k, _)| k).filter(|k| !trained.contains(k.as_str())).collect()
     };
-    let expected: Vec<ExpectedTensor> = adapter
-        .tensors()
+    let state: BTreeMap<String, Tensor> = adapter.tensors().into_iter().collect();
+    let mut expected: Vec<ExpectedTensor> = state
         .iter()
         .map(|(key, t)| match constants.contains(key) {
             // PEFT decides from the targets whether to save a base table, and only our checkpoints hold PiSSA's start;
@@ -265,14 +281,34 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
             false => ExpectedTensor::required(key.clone(), t.dims().to_vec()),
         })
         .collect();
-    let tensors = files.load(&expected, base.device())?;
-    for (key, value) in &tensors {
-        peft_core::check_finite(key, value)?;
+    let copies: Vec<(&str, &str)> = adapter.export_copies().filter(|(_, of)| state.contains_key(*of)).collect();
+    expected.extend(
+        copies.iter().filter_map(|(key, of)| Some(ExpectedTensor::optional(*key, state.get(*of)?.dims().to_vec()))),
+    );
+    files.check(&expected)?;
+    let mut tensors = BTreeMap::new();
+    for key in state.keys().filter(|key| files.contains(key)) {
+        let value = files.tensor(key, base.device())?;
+        peft_core::check_finite(key, &value)?;
+        tensors.insert(key.as_str(), value);
+    }
+    for (key, of) in copies.into_iter().filter(|(key, _)| files.contains(key)) {
+        let copy = files.tensor(key, base.device())?;
+        if let Some(original) = tensors.get(of)
+            && (copy.dtype() != original.dtype() || !equal(&copy, original)?)
+        {
+            let message = format!("holds `{key}` and `{of}`, which stand for one tensor, with different values");
+            return Err(Error::file(files.weights().path(), message));
+        }
     }
     for parameter in adapter.parameters().into_iter().chain(adapter.frozen()).chain(adapter.fixed()) {
         if let Some(value) = tensors.get(parameter.name()) {
             parameter.set(value)?;
         }
     }
-    Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
+    adapter.check().with_context(|| files.weights().path().display().to_string())
+}
+
+fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+    Ok(a.ne(b)?.max_all()?.to_scalar::<u8>()? == 0)
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use candle_core::Tensor;
 use peft_core::{
     Adapter, AdapterSet, BaseLayer, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng, Task,
+    TrainingHook,
 };
 use std::sync::Arc;
 
@@ -202,8 +203,11 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             let scale = 1.0 / counted as f64;
             measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.keep, scale, &mut grads)?;
         }
-        let loss = measured.nll / counted as f64;
+        let mut loss = measured.nll / counted as f64;
         let mut grads = grads.into_vec();
+        if let Some(hook) = self.adapter.training_hook() {
+            loss += add_penalty(hook, parameters, &mut grads)?;
+        }
         let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
         if !loss.is_finite() || !norm.is_finite() {
             return Err(self.not_finite(loss, &batches, logger));
@@ -213,6 +217,10 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         }
         let lr = self.plan.schedule.lr(self.state.step);
         self.optimizer.step(opt_params, &grads, lr).map_err(message)?;
+        if let Some(hook) = self.adapter.training_hook() {
+            let named = parameters.iter().zip(&grads).filter_map(|(p, g)| Some((p.name(), g.as_ref()?)));
+            hook.after_step(self.state.step, &named.collect())?;
+        }
 
         let tokens: usize = batches.iter().map(Batch::tokens).sum();
         let seconds = started.elapsed().as_secs_f64();
@@ -240,7 +248,9 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn audit(&self, parameters: &[Parameter], grads: &[Option<Tensor>]) -> Result<()> {
         // LoRA's A has an exactly zero gradient only while its B is zero; an adapter that was resumed has a gradient.
         let fresh = parameters.iter().filter(|p| p.role() == Role::LoraB).all(|p| is_zero(&p.value()).unwrap_or(false));
-        let entries = parameters.iter().zip(grads).map(|(p, g)| AuditEntry {
+        // A layer whose ranks were all taken away has parameters without an element.
+        let trained = parameters.iter().zip(grads).filter(|(p, _)| p.elem_count() > 0);
+        let entries = trained.map(|(p, g)| AuditEntry {
             name: p.name(),
             grad: g.as_ref(),
             allow_zero: p.role() == Role::Rows || (p.role() == Role::ZeroAtStart && fresh),
@@ -309,6 +319,19 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         logger.eval(&row).map_err(message)?;
         Ok((Some(measured), verdict.stop))
     }
+}
+
+/// Adds the gradients of the method's own term of the loss, and gives the term.
+fn add_penalty(hook: &dyn TrainingHook, parameters: &[Parameter], grads: &mut [Option<Tensor>]) -> Result<f64> {
+    let (value, gradients) = hook.penalty()?;
+    for (name, gradient) in gradients {
+        let Some((_, sum)) = parameters.iter().zip(&mut *grads).find(|(p, _)| p.name() == name) else { continue };
+        *sum = Some(match sum.take() {
+            Some(sum) => (&sum + gradient.to_dtype(sum.dtype())?)?,
+            None => gradient,
+        });
+    }
+    Ok(value)
 }
 
 /// Passes over the data so far.

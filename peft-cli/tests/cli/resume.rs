@@ -117,6 +117,43 @@ fn a_damaged_checkpoint_is_named() {
     dir.train(&["--resume", "--set", "output.save_every=2"]).fails(&["step-4"]);
 }
 
+/// What AdaLoRA's allocator remembers is in the checkpoint, between two allocations as well.
+#[test]
+fn moving_ranks_resume() {
+    let adalora = [
+        "--set",
+        "method.type=adalora",
+        "--set",
+        "method.init_r=4",
+        "--set",
+        "method.target_r=2",
+        "--set",
+        "method.total_step=6",
+        "--set",
+        "method.tfinal=1",
+        "--set",
+        "method.deltaT=2",
+        "--set",
+        "train.max_steps=6",
+        "--set",
+        "output.save_every=3",
+    ];
+    let whole = Dir::new();
+    whole.train(&adalora).ok();
+    let config: serde_json::Value = serde_json::from_slice(&whole.read("out/adapter_config.json")).unwrap();
+    let flags = config["rank_pattern"].as_object().unwrap().values().flat_map(|kept| kept.as_array().unwrap());
+    let (kept, dropped): (Vec<_>, Vec<_>) = flags.partition(|kept| kept.as_bool().unwrap());
+    assert_eq!(kept.len(), dropped.len());
+    let dir = Dir::new();
+    dir.train(&adalora).ok();
+    let file = dir.path("out/adapter_model.safetensors");
+    std::fs::remove_file(&file).unwrap();
+    let mut more = adalora.to_vec();
+    more.push("--resume");
+    dir.train(&more).ok();
+    assert!(std::fs::read(&file).unwrap() == whole.read("out/adapter_model.safetensors"));
+}
+
 /// What EVA found in the data, ranks included, comes from the checkpoint: the data is not looked at again.
 #[test]
 fn a_start_from_data_resumes() {

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use candle_core::Device;
-use peft_core::{ConfigKeys, Error, Parameter, Result};
+use peft_core::{ConfigKeys, Error, Parameter, Result, TrainingHook};
 use serde_json::Value;
 
 use crate::change::ReparamLinear;
@@ -14,13 +14,17 @@ mod boft;
 mod c3a;
 mod cayley;
 mod delora;
+mod fourierft;
 mod gralora;
 mod hra;
 mod loha;
 mod lokr;
 mod miss;
 mod oft;
+mod randlora;
 mod road;
+mod shira;
+mod vblora;
 mod vera;
 
 /// What a method makes at a site: the module, and tensors that are stored beside it and not trained.
@@ -33,9 +37,29 @@ pub(crate) trait Method: Send + Sync + Debug {
         Ok(Vec::new())
     }
 
-    /// Refuses a run of so many steps where training does not do here what the settings ask for.
-    fn check_training(&self, _steps: u64) -> Result<()> {
+    /// Whether those tensors are in the file, and not made again from the config.
+    fn stores_shared(&self) -> bool {
+        true
+    }
+
+    /// Whether files repeat them at every layer, as PEFT's do where a layer holds a reference.
+    fn repeats_shared(&self) -> bool {
+        false
+    }
+
+    /// Parameters that all sites share.
+    fn shared_trained(&self, _seed: u64, _device: &Device) -> Result<Vec<Parameter>> {
+        Ok(Vec::new())
+    }
+
+    /// Refuses a run of so many steps over these parameters where training does not do here what the settings ask for.
+    fn check_training(&self, _steps: u64, _parameters: &[&Parameter]) -> Result<()> {
         Ok(())
+    }
+
+    /// What the method does in training beside its formula, for layers with these parameters.
+    fn training_hook(&self, _layers: &[&[Parameter]]) -> Result<Option<Box<dyn TrainingHook>>> {
+        Ok(None)
     }
 
     /// The module of one site.
@@ -71,6 +95,10 @@ pub(crate) const KINDS: &[Kind] = &[
     c3a::KIND,
     road::KIND,
     delora::KIND,
+    fourierft::KIND,
+    shira::KIND,
+    randlora::KIND,
+    vblora::KIND,
     gralora::KIND,
 ];
 
@@ -87,6 +115,14 @@ fn size_or_zero(keys: ConfigKeys<'_>, key: &str, default: usize) -> Result<usize
     match keys.get(key).and_then(Value::as_u64) {
         Some(0) => Ok(0),
         _ => size(keys, key, default),
+    }
+}
+
+/// A seed of torch's generator.
+fn seed(keys: ConfigKeys<'_>, key: &str, default: i64) -> Result<i64> {
+    match keys.get(key) {
+        None => Ok(default),
+        Some(v) => v.as_i64().ok_or_else(|| Error::config(key, format!("{v} is not a whole number"))),
     }
 }
 

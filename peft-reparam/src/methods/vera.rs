@@ -2,13 +2,13 @@
 //! trained vectors a layer.
 
 use candle_core::{Device, Tensor};
-use peft_core::kernels::Stream;
 use peft_core::{ConfigKeys, Error, Parameter, Result, Role};
 use serde_json::json;
 
-use super::{Kind, Made, Method, dropout, size};
+use super::{Kind, Made, Method, dropout, seed, size};
 use crate::change::{Change, Formula, exactly};
 use crate::start::Start;
+use crate::torch_random::TorchRandom;
 
 pub(crate) const KIND: Kind = Kind {
     name: "vera",
@@ -29,35 +29,34 @@ struct Vera {
     r: usize,
     d_initial: f64,
     dropout: f32,
-    seed: u64,
+    seed: i64,
+    /// Whether the projections are in the file.
+    stored: bool,
     identity: bool,
 }
 
 impl Vera {
     fn read(keys: ConfigKeys<'_>) -> Result<Self> {
-        if !keys.flag("save_projection", true)? {
-            let message = "false leaves the projections to torch's random generator, which is not reproduced here; save the \
-                           adapter with save_projection = true";
-            return Err(Error::config("save_projection", message));
-        }
         Ok(Self {
             r: size(keys, "r", 256)?,
             d_initial: keys.number("d_initial", 0.1)?,
             dropout: dropout(keys, "vera_dropout")?,
-            seed: keys.get("projection_prng_key").and_then(serde_json::Value::as_u64).unwrap_or(0),
+            seed: seed(keys, "projection_prng_key", 0)?,
+            stored: keys.flag("save_projection", true)?,
             identity: keys.flag("init_weights", true)?,
         })
     }
 }
 
 impl Method for Vera {
-    /// `vera_A: [r, widest in]` and `vera_B: [widest out, r]`, uniform as PEFT's, of our generator: they are in the file.
+    /// `vera_A: [r, widest in]` and `vera_B: [widest out, r]`, one after the other from torch's generator.
     fn shared(&self, dims: &[(usize, usize)], device: &Device) -> Result<Vec<Parameter>> {
         let widest = |of: fn(&(usize, usize)) -> usize| dims.iter().map(of).max().unwrap_or(0);
         let shapes = [("vera_A", self.r, widest(|d| d.1)), ("vera_B", widest(|d| d.0), self.r)];
-        let tensors = shapes.into_iter().zip(0..).map(|((name, rows, fan_in), site)| {
+        let mut random = TorchRandom::new(self.seed);
+        let tensors = shapes.into_iter().map(|(name, rows, fan_in)| {
             let bound = (6.0 / fan_in.max(1) as f64).sqrt() as f32;
-            let values = Stream { seed: self.seed, step: 0, site }.uniform_vec(rows * fan_in, -bound, bound);
+            let values = random.uniform(rows * fan_in, -bound, bound);
             Parameter::new(
                 format!("base_model.{name}"),
                 &Tensor::from_vec(values, (rows, fan_in), device)?,
@@ -65,6 +64,10 @@ impl Method for Vera {
             )
         });
         tensors.collect()
+    }
+
+    fn stores_shared(&self) -> bool {
+        self.stored
     }
 
     fn module(&self, mut start: Start<'_>) -> Result<Made> {

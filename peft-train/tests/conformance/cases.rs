@@ -15,7 +15,8 @@ pub(crate) struct Case {
     /// Whether a fresh adapter changes nothing.
     pub(crate) identity: bool,
     /// Ends of parameter names of which differences of the loss say another thing: their gradient leaves a path out on
-    /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units).
+    /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units) or to another
+    /// choice (VB-LoRA's vectors with the largest logits).
     pub(crate) partial_gradient: &'static [&'static str],
 }
 
@@ -24,6 +25,7 @@ const TIED: Shape = Shape { tied: true, attention_bias: false };
 const BIASED: Shape = Shape { tied: false, attention_bias: true };
 const RELU: &[&str] =
     &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
+const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
 const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"];
 
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
@@ -33,14 +35,19 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     // With a projection of zeros, and nothing behind it, a bottleneck is nothing.
     let changes = is("type", json!("bottleneck"))
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
-    // C3A's kernels start from a uniform distribution.
+    // C3A's kernels and FourierFT's spectra start from random numbers.
     let changes = changes || is("type", json!("c3a"));
-    let identity =
-        !(soft_prompt || changes || is("init_lora_weights", json!(false)) || is("init_ia3_weights", json!(false)));
+    let changes = changes || is("type", json!("vblora"));
+    let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
+    let identity = !(soft_prompt
+        || changes
+        || ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))));
     let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
-    let partial_gradient = match (dora, mlp) {
-        (true, _) => DORA,
-        (_, true) => RELU,
+    let chooses = is("type", json!("vblora")) && method.get("topk") != method.get("num_vectors");
+    let partial_gradient = match (dora, mlp, chooses) {
+        (true, ..) => DORA,
+        (_, true, _) => RELU,
+        (.., true) => CHOICE,
         _ => &[],
     };
     Case { name, method, shape, identity, partial_gradient }
@@ -178,6 +185,19 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "ln", "target_modules": ["input_layernorm"], "modules_to_save": ["lm_head"]}),
         ),
+        case("trainable tokens", UNTIED, json!({"type": "trainable_tokens", "token_indices": [3, 40, 7]})),
+        case("trainable tokens, tied", TIED, json!({"type": "trainable_tokens", "token_indices": [7, 3]})),
+        case(
+            "trainable tokens, head",
+            UNTIED,
+            json!({"type": "trainable_tokens", "token_indices": [7, 9], "target_modules": ["embed_tokens", "lm_head"]}),
+        ),
+        case(
+            "trainable tokens, head, tied, random",
+            TIED,
+            json!({"type": "trainable_tokens", "token_indices": [7, 9], "init_weights": false,
+                "target_modules": ["embed_tokens", "lm_head"]}),
+        ),
         case("bottleneck", UNTIED, bottleneck("seq_bn", json!({"non_linearity": "gelu"}))),
         case("bottleneck, double", BIASED, bottleneck("double_seq_bn", json!({"init_weights": "houlsby"}))),
         case(
@@ -203,6 +223,12 @@ pub(crate) fn cases() -> Vec<Case> {
             ),
         ),
         case("vera", UNTIED, json!({"type": "vera", "r": 6, "target_modules": ["q_proj", "o_proj"]})),
+        case(
+            "vera, projections made again",
+            BIASED,
+            json!({"type": "vera", "r": 5, "projection_prng_key": 8, "save_projection": false,
+                "target_modules": ["k_proj", "up_proj"]}),
+        ),
         case("loha", UNTIED, json!({"type": "loha", "r": 3, "alpha": 5, "target_modules": ["q_proj", "down_proj"]})),
         case("lokr", BIASED, json!({"type": "lokr", "r": 3, "alpha": 5, "target_modules": ["v_proj", "up_proj"]})),
         case(
@@ -215,6 +241,13 @@ pub(crate) fn cases() -> Vec<Case> {
             UNTIED,
             json!({"type": "adalora", "init_r": 4, "target_r": 2, "total_step": 100, "target_modules": ["q_proj", "v_proj"]}),
         ),
+        case(
+            "adalora, ranks taken away, dropout",
+            BIASED,
+            json!({"type": "adalora", "init_r": 3, "total_step": 9, "target_modules": ["o_proj"], "lora_dropout": 0.3,
+                "rank_pattern": {"model.layers.0.self_attn.o_proj.lora_E": [true, false, true],
+                    "model.layers.1.self_attn.o_proj.lora_E": [false, false, true]}}),
+        ),
         case("hra", UNTIED, json!({"type": "hra", "r": 4, "target_modules": ["q_proj", "k_proj"]})),
         case("oft", BIASED, json!({"type": "oft", "oft_block_size": 8, "target_modules": ["q_proj", "down_proj"]})),
         case("boft", UNTIED, json!({"type": "boft", "boft_block_size": 4, "target_modules": ["o_proj", "up_proj"]})),
@@ -226,6 +259,58 @@ pub(crate) fn cases() -> Vec<Case> {
             "gralora",
             UNTIED,
             json!({"type": "gralora", "r": 8, "alpha": 16, "target_modules": ["q_proj", "up_proj"]}),
+        ),
+        case(
+            "fourierft",
+            UNTIED,
+            json!({"type": "fourierft", "n_frequency": 7, "target_modules": ["q_proj", "down_proj"]}),
+        ),
+        case(
+            "fourierft, many frequencies, zeros, patterns",
+            BIASED,
+            json!({"type": "fourierft", "n_frequency": 200, "init_weights": true, "scaling": 40,
+                "n_frequency_pattern": {"v_proj": 3}, "target_modules": ["q_proj", "v_proj"]}),
+        ),
+        case("shira", UNTIED, json!({"type": "shira", "r": 2, "target_modules": ["q_proj", "down_proj"]})),
+        case(
+            "shira, random, a seed",
+            BIASED,
+            json!({"type": "shira", "r": 1, "random_seed": 5, "init_weights": false, "target_modules": ["v_proj"]}),
+        ),
+        case(
+            "randlora",
+            UNTIED,
+            json!({"type": "randlora", "r": 5, "randlora_alpha": 10, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        ),
+        case(
+            "randlora, sparse, made again",
+            BIASED,
+            json!({"type": "randlora", "r": 8, "randlora_alpha": 4, "sparse": true, "save_projection": false,
+                "target_modules": ["k_proj", "up_proj"]}),
+        ),
+        case(
+            "randlora, very sparse, random",
+            TIED,
+            json!({"type": "randlora", "r": 8, "randlora_alpha": 4, "very_sparse": true, "init_weights": false,
+                "projection_prng_key": 4, "target_modules": ["o_proj"]}),
+        ),
+        case(
+            "vblora",
+            UNTIED,
+            json!({"type": "vblora", "num_vectors": 5, "vector_length": 8, "topk": 2,
+                "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+        ),
+        case(
+            "vblora, all vectors, only the weights stored",
+            BIASED,
+            json!({"type": "vblora", "r": 2, "num_vectors": 3, "vector_length": 16, "topk": 3,
+                "save_only_topk_weights": true, "target_modules": ["k_proj", "up_proj"]}),
+        ),
+        case(
+            "vblora, many vectors, only the weights stored",
+            TIED,
+            json!({"type": "vblora", "num_vectors": 300, "vector_length": 4, "topk": 2, "save_only_topk_weights": true,
+                "target_modules": ["o_proj"]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

@@ -100,8 +100,56 @@ fn recipes_that_no_method_can_follow_name_the_key() {
         ),
         (json!({"type": "p_tuning", "num_virtual_tokens": 4, "encoder_dropout": 0.1}), "encoder_dropout"),
         (json!({"type": "ln", "target_modules": ["input_layer_norm"]}), "input_layernorm"),
+        (json!({"type": "trainable_tokens"}), "token_indices"),
+        (json!({"type": "trainable_tokens", "token_indices": [1, 48]}), "token id 48"),
+        (json!({"type": "trainable_tokens", "token_indices": [1], "target_modules": ["q_proj"]}), "target_modules"),
+        (json!({"type": "vera", "projection_prng_key": "0x1"}), "projection_prng_key"),
+        (json!({"type": "fourierft", "n_frequency": 1025, "target_modules": ["q_proj"]}), "n_frequency"),
+        (json!({"type": "shira", "r": 17, "target_modules": ["q_proj"]}), "`r`"),
+        (json!({"type": "shira", "r": 1, "mask_type": "snip", "target_modules": ["q_proj"]}), "mask_type"),
+        (json!({"type": "vblora", "vector_length": 7, "target_modules": ["q_proj"]}), "vector_length"),
+        (json!({"type": "vblora", "num_vectors": 3, "topk": 4}), "topk"),
+        (json!({"type": "adalora", "total_step": 9, "tfinal": 9}), "tinit"),
     ] {
         let text = create(&method, &model, 1).unwrap_err().to_string();
         assert!(text.contains(expect), "{method}: {text}\nlacks {expect}");
     }
+}
+
+/// Whole numbers in files are places to write to.
+#[test]
+fn indices_that_point_nowhere_are_refused_by_name() {
+    let model = base(Default::default(), Kind::F32);
+    let vblora = json!({"type": "vblora", "vector_length": 8, "num_vectors": 4, "save_only_topk_weights": true,
+        "target_modules": ["q_proj"]});
+    for (method, bad, expect) in [
+        (json!({"type": "shira", "r": 1, "target_modules": ["q_proj"]}), 32f32, "shira_indices holds"),
+        (json!({"type": "shira", "r": 1, "target_modules": ["q_proj"]}), -1.0, "shira_indices holds"),
+        (vblora, 4.0, "vblora_logits_A_topk_indices holds 4"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &create(&method, &model, 1).unwrap()).unwrap();
+        let opened = methods::open(dir.path(), &model).unwrap().adapter;
+        let indices = &opened.fixed()[0];
+        indices.set(&Tensor::full(bad, indices.value().shape(), &Device::Cpu).unwrap()).unwrap();
+        write_adapter_files(dir.path(), &opened).unwrap();
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{text}\nlacks {expect}");
+    }
+}
+
+/// RandLoRA's files hold the random matrices once more for each layer.
+#[test]
+fn repeated_tensors_that_differ_are_refused() {
+    let model = base(Default::default(), Kind::F32);
+    let method = json!({"type": "randlora", "r": 8, "target_modules": ["q_proj"]});
+    let (config, mut tensors) = create(&method, &model, 1).unwrap().exported().unwrap();
+    let (name, last) = tensors.last_mut().unwrap();
+    assert!(name.contains("layers.1.self_attn.q_proj.randlora_"), "{name}");
+    *last = last.affine(2.0, 0.0).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let config = peft_core::AdapterConfig::new(config).unwrap();
+    peft_core::write_adapter(dir.path(), &config, tensors.iter().map(|(n, t)| (n.as_str(), t))).unwrap();
+    let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+    assert!(text.contains("stand for one tensor"), "{text}");
 }

@@ -1,14 +1,16 @@
-//! AdaLoRA's form (Zhang et al. 2023, arXiv:2303.10512; PEFT `tuners/adalora`): `B·diag(E)·A`, with ranks as a file's
-//! `rank_pattern` has them. The allocator that moves ranks while training, and the regulariser that keeps A and B
-//! orthogonal, are not here: what a run trains is the form at `init_r`, and runs that need more are refused.
+//! AdaLoRA (Zhang et al. 2023, arXiv:2303.10512; PEFT `tuners/adalora`): `B·diag(E)·A`. Training starts at `init_r` ranks a layer
+//! and moves them ([`allocator`]); a finished adapter has those of its file's `rank_pattern`.
 
 use candle_core::Tensor;
-use peft_core::{ConfigKeys, Error, Result, Role};
+use peft_core::{ConfigKeys, Error, Parameter, Result, Role, TrainingHook};
 use serde_json::{Map, Value, json};
 
-use super::{Kind, Made, Method, dropout, size};
+use super::{Kind, Made, Method, dropout};
 use crate::change::{Change, Formula, exactly};
 use crate::start::Start;
+use allocator::{Allocator, Schedule};
+
+mod allocator;
 
 pub(crate) const KIND: Kind = Kind {
     name: "adalora",
@@ -43,45 +45,29 @@ pub(crate) const KIND: Kind = Kind {
     read: |keys| Ok(Box::new(AdaLora::read(keys)?)),
 };
 
-/// What counts as no regulariser: PEFT refuses 0.
-const NO_REGULARISER: f64 = 1e-9;
-
 #[derive(Debug)]
 struct AdaLora {
-    init_r: usize,
+    schedule: Schedule,
     alpha: f64,
     dropout: f32,
     identity: bool,
+    /// Ranks that are left, where the allocation is finished.
     rank_pattern: Map<String, Value>,
-    regulariser: f64,
-    target_r: f64,
-    /// Steps before ranks move.
-    tinit: f64,
 }
 
 impl AdaLora {
     fn read(keys: ConfigKeys<'_>) -> Result<Self> {
-        if keys.count("total_step", usize::MAX)?.is_none() {
-            return Err(Error::config(
-                "total_step",
-                "is not given; PEFT loads no AdaLoRA without the steps of its run",
-            ));
-        }
         let rank_pattern = match keys.get("rank_pattern") {
             None => Map::new(),
             Some(Value::Object(map)) => map.clone(),
             Some(other) => return Err(Error::config("rank_pattern", format!("{other} is not a table"))),
         };
-        let alpha = keys.number("lora_alpha", 8.0)?;
         Ok(Self {
-            init_r: size(keys, "init_r", 12)?,
-            alpha,
+            schedule: Schedule::read(keys)?,
+            alpha: keys.number("lora_alpha", 8.0)?,
             dropout: dropout(keys, "lora_dropout")?,
             identity: keys.flag("init_lora_weights", true)?,
             rank_pattern,
-            regulariser: keys.number("orth_reg_weight", 0.5)?,
-            target_r: keys.number("target_r", 8.0)?,
-            tinit: keys.number("tinit", 0.0)?,
         })
     }
 
@@ -92,41 +78,35 @@ impl AdaLora {
             .rank_pattern
             .iter()
             .find(|(key, _)| key.strip_prefix("model.").unwrap_or(key) == name || **key == name);
-        let Some((key, kept)) = found else { return Ok(self.init_r) };
+        let Some((key, kept)) = found else { return Ok(self.schedule.init_r) };
         let flags = kept.as_array().map(|list| list.iter().map(Value::as_bool).collect::<Option<Vec<_>>>());
-        let flags = flags.flatten().filter(|flags| flags.len() == self.init_r);
+        let flags = flags.flatten().filter(|flags| flags.len() == self.schedule.init_r);
         let flags = flags.ok_or_else(|| {
-            Error::config("rank_pattern", format!("`{key}` is not {} of true and false", self.init_r))
+            Error::config("rank_pattern", format!("`{key}` is not {} of true and false", self.schedule.init_r))
         })?;
         Ok(flags.into_iter().filter(|kept| *kept).count())
     }
 }
 
 impl Method for AdaLora {
-    fn check_training(&self, steps: u64) -> Result<()> {
-        if self.regulariser > NO_REGULARISER {
-            let message = format!(
-                "is {}, and AdaLoRA's orthogonal regulariser is not a part of the loss here yet; set it to {NO_REGULARISER:e}",
-                self.regulariser
-            );
-            return Err(Error::config("orth_reg_weight", message));
-        }
-        if self.target_r < self.init_r as f64 && steps as f64 > self.tinit {
-            let message = format!(
-                "is {}, after which AdaLoRA lowers ranks from {} to {}, and that is not built here yet; set target_r = init_r, \
-                 or tinit to the run's {steps} steps",
-                self.tinit, self.init_r, self.target_r
-            );
-            return Err(Error::config("tinit", message));
+    fn check_training(&self, _: u64, _: &[&Parameter]) -> Result<()> {
+        let Schedule { init_r, target_r, .. } = self.schedule;
+        if target_r > init_r && self.rank_pattern.is_empty() {
+            let message = format!("{target_r} is more than init_r, {init_r}; AdaLoRA takes ranks away");
+            return Err(Error::config("target_r", message));
         }
         Ok(())
+    }
+
+    fn training_hook(&self, layers: &[&[Parameter]]) -> Result<Option<Box<dyn TrainingHook>>> {
+        Ok(Some(Box::new(Allocator::new(self.schedule, layers, self.rank_pattern.is_empty())?)))
     }
 
     fn module(&self, mut start: Start<'_>) -> Result<Made> {
         let ((out, inp), r) = (start.dims(), self.rank(start.layer.path())?);
         let alpha = if self.alpha > 0.0 { self.alpha } else { r as f64 };
         // PEFT divides by the rank that the run began with, whatever is left of it.
-        let scale = alpha / (self.init_r as f64 + 1e-5);
+        let scale = alpha / (self.schedule.init_r as f64 + 1e-5);
         let (std, role) = if self.identity { (0.02, Role::ZeroAtStart) } else { (1.0, Role::Plain) };
         start.normal("lora_A", (0.0, std), (r, inp), role)?;
         start.normal("lora_B", (0.0, std), (out, r), role)?;
@@ -147,6 +127,11 @@ struct Svd {
 impl Formula for Svd {
     fn change(&self, parameters: &[Tensor]) -> Result<Change> {
         let [a, b, e] = exactly(parameters)?;
+        if e.elem_count() == 0 {
+            // All ranks were taken away.
+            let zeros = |shape: (usize, usize)| Tensor::zeros(shape, a.dtype(), a.device());
+            return Ok(Change::LowRank { a: zeros((1, a.dim(1)?))?, b: zeros((b.dim(0)?, 1))? });
+        }
         Ok(Change::LowRank { a: a.broadcast_mul(&(e * self.scale)?)?, b: b.clone() })
     }
 }

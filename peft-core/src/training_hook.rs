@@ -1,0 +1,44 @@
+//! What a method does in training beside what its modules compute.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+
+use candle_core::Tensor;
+use serde_json::{Map, Value};
+
+use crate::error::Result;
+
+/// The part of a method that acts on the training loop, such as AdaLoRA's regulariser and its allocator of ranks.
+///
+/// An adapter is shared while it is trained, so what a hook remembers lies behind a lock.
+pub trait TrainingHook: Send + Sync + Debug {
+    /// A term of the loss that is a function of the parameters alone, and its gradients by the parameters' names.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn penalty(&self) -> Result<(f64, Vec<(String, Tensor)>)>;
+
+    /// Acts after the optimiser's update number `step`, counted from 0, that was made of `gradients`, by the parameters' names.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn after_step(&self, step: u64, gradients: &HashMap<&str, &Tensor>) -> Result<()>;
+
+    /// What a checkpoint has to hold for a run to go on bit by bit, as named tensors.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn state(&self) -> Result<Vec<(String, Tensor)>>;
+
+    /// Takes back what [`TrainingHook::state`] gave.
+    ///
+    /// # Errors
+    /// A tensor that is missing, misshapen or not this hook's; the message names it.
+    fn load_state(&self, state: &HashMap<String, Tensor>) -> Result<()>;
+
+    /// Changes what other programs are given of the adapter: its config and its tensors by their keys.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn export(&self, config: &mut Map<String, Value>, tensors: &mut [(String, Tensor)]) -> Result<()>;
+}
