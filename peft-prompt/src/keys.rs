@@ -38,6 +38,20 @@ pub(crate) fn defaults(peft_type: &str, own: &Value) -> Map<String, Value> {
     all
 }
 
+impl Shape {
+    /// Rows of the stored embeddings. For an encoder–decoder PEFT makes virtual tokens for both, and uses the first half.
+    pub(crate) fn stored_rows(&self) -> usize {
+        self.count * self.dims.submodules
+    }
+
+    /// Which layer's keys and values of a prefix the `layer`th of a model's decoder gets. For an encoder–decoder
+    /// `PeftModel.get_prompt` repeats the list of all layers and deals it out, two layers' at a time, of which the decoder's
+    /// self-attention takes the first.
+    pub(crate) fn prefix_layer(&self, layer: usize) -> usize {
+        (layer * self.dims.submodules).checked_rem(self.dims.layers).unwrap_or(0)
+    }
+}
+
 impl SoftPrompt {
     pub(crate) fn read(config: &Map<String, Value>) -> Result<Self> {
         let keys = ConfigKeys(config);
@@ -70,7 +84,7 @@ impl SoftPrompt {
             ("num_layers", dims.layers),
             ("num_attention_heads", heads),
             ("token_dim", token_dim),
-            ("num_transformer_submodules", 1),
+            ("num_transformer_submodules", dims.submodules),
         ] {
             if let Some(given) = keys.get(key).filter(|v| v.as_u64() != Some(of_model as u64)) {
                 let message = format!("is {given}, and this base model has {of_model}; it was made for another model");
@@ -87,7 +101,7 @@ impl SoftPrompt {
             ("num_layers", shape.dims.layers),
             ("num_attention_heads", shape.heads),
             ("token_dim", shape.token_dim),
-            ("num_transformer_submodules", 1),
+            ("num_transformer_submodules", shape.dims.submodules),
         ] {
             out.insert(key.into(), value.into());
         }
