@@ -25,6 +25,8 @@ pub(crate) struct Shape {
     pub(crate) heads: usize,
     /// The base.
     pub(crate) dims: PromptDims,
+    /// PEFT's name for what the base's head computes.
+    task: &'static str,
 }
 
 /// PEFT's keys for a soft prompt with its `own` beside the shared ones.
@@ -91,12 +93,13 @@ impl SoftPrompt {
                 return Err(Error::config(key, message));
             }
         }
-        Ok(Shape { count: self.count, token_dim, heads, dims })
+        Ok(Shape { count: self.count, token_dim, heads, dims, task: base.task().peft_name() })
     }
 
     /// The config as PEFT writes it.
     pub(crate) fn written(&self, shape: &Shape, defaults: Map<String, Value>) -> Map<String, Value> {
         let mut out = completed(defaults, &self.raw);
+        out.insert("task_type".into(), shape.task.into());
         for (key, value) in [
             ("num_layers", shape.dims.layers),
             ("num_attention_heads", shape.heads),

@@ -120,7 +120,8 @@ fn places() -> Vec<Value> {
 
 #[test]
 fn gradients_are_those_of_finite_differences_however_blocks_are_kept() {
-    let model = model();
+    // Without the kinks of ReLU.
+    let model = model_with(&json!({"feed_forward_proj": "gelu"}));
     for method in places() {
         let adapter = moved(&model, &method);
         let whole = gradients(&model, &adapter, Checkpointing::Off);
@@ -131,19 +132,20 @@ fn gradients_are_those_of_finite_differences_however_blocks_are_kept() {
         }
         let set = AdapterSet::one("a", adapter.clone());
         for (i, (p, grad)) in adapter.parameters().into_iter().zip(whole).enumerate() {
-            let (value, grad) = (p.value(), grad.unwrap_or_else(|| panic!("{method}: no gradient of {}", p.name())));
+            let (value, grad) =
+                (p.value().copy().unwrap(), grad.unwrap_or_else(|| panic!("{method}: no gradient of {}", p.name())));
             let d = randn(900 + i as u64, value.dims().to_vec(), 1.0).unwrap();
             let norm = d.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
             let d = (d / f64::from(norm)).unwrap();
-            let mut at = |h: f64| {
+            let at = |h: f64| {
                 p.set(&(&value + (&d * h).unwrap()).unwrap()).unwrap();
                 loss(&model, &set, &batch(), &Route::Uniform(0))
             };
-            let numeric = (at(1e-2) - at(-1e-2)) / 2e-2;
+            let numeric = (at(2e-3) - at(-2e-3)) / 4e-3;
             at(0.0);
             let analytic = f64::from((grad * d).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
             let size = numeric.abs().max(analytic.abs()).max(0.2);
-            assert!((numeric - analytic).abs() < 3e-2 * size, "{method} {}: {analytic}, not {numeric}", p.name());
+            assert!((numeric - analytic).abs() < 5e-2 * size, "{method} {}: {analytic}, not {numeric}", p.name());
         }
     }
 }
