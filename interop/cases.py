@@ -5,7 +5,8 @@
 
 OUT/MODEL/base/               the model as transformers saves it
 OUT/MODEL/rows.jsonl          {"input_ids", "labels"}; labels are aligned with input_ids, -100 is not counted;
-                              {"input_ids", "label"} for models with a class head
+                              {"input_ids", "label"} for models with a class head; labels are the target of an
+                              encoder-decoder
 OUT/MODEL/VARIANT/adapter/    the adapter as peft saves it, moved away from its initial values
 OUT/MODEL/VARIANT/trained/    the same adapter after STEPS steps of AdamW
 OUT/MODEL/VARIANT/expected.json
@@ -34,7 +35,7 @@ import torch
 import transformers
 import peft
 from peft import PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -94,6 +95,13 @@ MODELS = {
     "stablelm": dict(family="stablelm", use_qkv_bias=True),
     "smollm3": dict(family="smollm3", no_rope_layer_interval=2),
     "qwen3_classes": dict(family="qwen3_classes"),
+    # encoder-decoders: heads that do not add up to the hidden size, stacks of unequal depth, distances beyond the last bucket
+    "t5": dict(family="t5", d_kv=10, num_decoder_layers=3, relative_attention_num_buckets=8, relative_attention_max_distance=20),
+    "t5_prompts": dict(family="t5", num_layers=3),
+    # v1.1 as its files were before transformers 5: a head of its own, which is not scaled
+    "t5_v1_1": dict(family="t5", feed_forward_proj="gated-gelu", file="untied"),
+    "t5_unscaled": dict(family="t5", feed_forward_proj="gated-silu", tie_word_embeddings=False, relative_attention_num_buckets=12),
+    "mt5": dict(family="mt5", d_kv=7),
 }
 
 # configuration and class in transformers, and what every model of the family has
@@ -101,6 +109,7 @@ ENCODER = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_at
 DECODER = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 WINDOWED = dict(SHAPE, **DECODER, head_dim=16, sliding_window=9, query_pre_attn_scalar=24)
 GPT2 = dict(DECODER, hidden_size=48, num_hidden_layers=3, num_attention_heads=3)
+T5 = dict(d_model=48, d_kv=12, d_ff=80, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
 FAMILIES = {
     "mistral": ("MistralConfig", "MistralForCausalLM", dict(SHAPE, **DECODER)),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", dict(SHAPE, **DECODER)),
@@ -122,6 +131,8 @@ FAMILIES = {
     "bert": ("BertConfig", "BertForSequenceClassification", ENCODER),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", ENCODER),
     "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", dict(ENCODER, pad_token_id=1)),
+    "t5": ("T5Config", "T5ForConditionalGeneration", T5),
+    "mt5": ("MT5Config", "MT5ForConditionalGeneration", T5),
     "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", dict(dim=48, hidden_dim=80, n_layers=3, n_heads=4, num_labels=3, pad_token_id=0)),
 }
 
@@ -239,9 +250,21 @@ VARIANTS |= {
     "ia3_neox": ("IA3Config", dict(target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"])),
 }
 
+# On the layers that T5 has.
+VARIANTS |= {
+    "t5_lora": dict(r=4, lora_alpha=12, target_modules=["q", "k", "v", "o"]),
+    "t5_regex": dict(r=4, target_modules=r"decoder.*(EncDecAttention\.[kv]|wo)"),
+    "t5_dora": dict(r=4, use_dora=True, target_modules=["q", "v", "wo"]),
+    "t5_tables": dict(r=4, lora_alpha=6, target_modules=["relative_attention_bias", "q"]),
+    "t5_save": dict(r=4, target_modules=["q"], modules_to_save=["final_layer_norm"]),
+    "t5_save_head": dict(r=4, target_modules=["q", "v"], modules_to_save=["lm_head"]),
+    "t5_oft": ("OFTConfig", dict(oft_block_size=8, target_modules=["q", "v"])),
+    "t5_road": ("RoadConfig", dict(group_size=8, target_modules=["k", "v"])),
+}
+
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms"))],
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_"))],
     "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln", "trainable_tokens"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
@@ -280,6 +303,11 @@ PLAN = {
     "stablelm": ["all_linear", "bias_lora_only", "prefix"],
     "smollm3": ["all_linear", "prefix", "prompt"],
     "qwen3_classes": ["all_linear"],
+    "t5": ["default_targets", "all_linear", "t5_lora", "t5_regex", "t5_dora", "ia3_defaults", "t5_tables", "t5_save", "ln", "t5_oft"],
+    "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "p_tuning", "p_tuning_lstm"],
+    "t5_v1_1": ["all_linear", "t5_tables", "t5_save_head", "ia3_defaults", "prefix", "prompt"],
+    "t5_unscaled": ["all_linear", "t5_road", "prompt"],
+    "mt5": ["default_targets", "all_linear", "ia3_defaults", "prompt"],
 }
 
 
@@ -288,7 +316,9 @@ def make_model(name, folder):
     special = dict(MODELS[name])
     family, file, rope = special.pop("family", "llama"), special.pop("file", ""), special.pop("rope", None)
     config_class, model_class, shape = FAMILIES[family]
-    settings = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, **shape}
+    settings = {"vocab_size": VOCABULARY, **shape}
+    if shape is not T5:
+        settings["max_position_embeddings"] = 128
     if family.startswith("llama"):
         theta = special.pop("rope_theta", 1e4)
         settings |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -302,6 +332,14 @@ def make_model(name, folder):
     if file in ("bf16", "f16"):
         model.to(torch.bfloat16 if file == "bf16" else torch.float16)
     model.save_pretrained(folder, max_shard_size="60KB" if file == "sharded" else "1GB")
+    if file == "untied":
+        state = load_file(folder / "model.safetensors")
+        state["lm_head.weight"] = 0.3 * torch.randn_like(state["shared.weight"])
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("scale_decoder_outputs", None)
+        path.write_text(json.dumps(config | dict(tie_word_embeddings=False), indent=2))
     if file == "old":
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -323,9 +361,26 @@ def has_classes(model):
     return "Classification" in (model.config.architectures or [""])[0]
 
 
-def make_rows(rng, classes=0):
-    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle. With `classes`, one of them a row."""
+def has_targets(model):
+    return bool(model.config.is_encoder_decoder)
+
+
+def task_type(model):
+    return "SEQ_CLS" if has_classes(model) else "SEQ_2_SEQ_LM" if has_targets(model) else "CAUSAL_LM"
+
+
+def make_rows(rng, classes=0, targets=False):
+    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle. With `classes`, one of them a row; with
+    `targets`, a sequence of its own a row."""
     rows = []
+    if targets:
+        for number in range(ROWS):
+            ids = [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 61))]
+            labels = [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 40))] + [1]
+            if number % 5 == 0:
+                labels[rng.randrange(len(labels) - 1)] = -100
+            rows.append(dict(input_ids=ids, labels=labels))
+        return rows
     if classes:
         for _ in range(ROWS):
             ids = [rng.randrange(6, VOCABULARY) for _ in range(rng.randrange(1, 61))]
@@ -358,10 +413,18 @@ def summed_loss(model, rows):
         logits = model(input_ids=ids, attention_mask=mask).logits
         targets = torch.tensor([row["label"] for row in rows])
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), len(rows)
+    if has_targets(model):
+        longest = max(len(row["labels"]) for row in rows)
+        targets = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
+        logits = model(input_ids=ids, attention_mask=mask, labels=targets).logits
+        return cross_entropy(logits, targets)
     labels = torch.tensor([pad(row["labels"], -100) for row in rows])
     # Prompts put the logits of their virtual tokens in front.
     logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, :-1]
-    targets = labels[:, 1:]
+    return cross_entropy(logits, labels[:, 1:])
+
+
+def cross_entropy(logits, targets):
     loss = torch.nn.functional.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
     )
@@ -442,7 +505,7 @@ def make_case(model_name, variant, out, rows, base_loss):
     base = out / model_name / "base"
     folder = out / model_name / variant
     model = load_base(base)
-    model = get_peft_model(model, config_of(variant, "SEQ_CLS" if has_classes(model) else "CAUSAL_LM"))
+    model = get_peft_model(model, config_of(variant, task_type(model)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -471,16 +534,16 @@ def make_case(model_name, variant, out, rows, base_loss):
         trained_loss = mean_loss(trained, rows)
         save_trained(trained, folder / "adapter", folder / "trained")
     expected = dict(
-        base_loss=base_loss, loss=loss, merged_loss=merged_loss, accuracy=accuracy(load(), rows), tokens=sum(summed_count(row) for row in rows), rows=len(rows),
+        base_loss=base_loss, loss=loss, merged_loss=merged_loss, accuracy=accuracy(load(), rows), tokens=sum(summed_count(row, has_targets(model)) for row in rows), rows=len(rows),
         train_losses=train_losses, trained_loss=trained_loss, batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
     )
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
 
 
-def summed_count(row):
+def summed_count(row, is_target):
     if "label" in row:
         return 1
-    return sum(label != -100 for label in row["labels"][1:])
+    return sum(label != -100 for label in row["labels"][0 if is_target else 1 :])
 
 
 def wanted(only, model, variant=None):
@@ -505,7 +568,7 @@ def main():
         rng = random.Random(options.seed * 1000 + number)
         make_model(model, options.out / model / "base")
         base = load_base(options.out / model / "base")
-        rows = make_rows(rng, base.config.num_labels if has_classes(base) else 0)
+        rows = make_rows(rng, base.config.num_labels if has_classes(base) else 0, has_targets(base))
         (options.out / model / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         base_loss = mean_loss(base, rows)
         for variant in variants:

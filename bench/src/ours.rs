@@ -56,7 +56,7 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
 fn packed(settings: &Settings, vocab: usize, task: Task) -> Batch {
     let input_ids = random_tokens(settings.batch * settings.seq, vocab);
     let (labels, predictor) = match task {
-        Task::CausalLm => (input_ids.iter().map(|&id| id as i32).collect(), Predictor::Previous),
+        Task::CausalLm | Task::Seq2SeqLm => (input_ids.iter().map(|&id| id as i32).collect(), Predictor::Previous),
         Task::Classification { classes, reads } => {
             let place = if reads == ClassToken::First { 0 } else { settings.seq - 1 };
             let label = |row, t| if t == place { (row % classes) as i32 } else { IGNORE_INDEX };

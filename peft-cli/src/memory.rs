@@ -52,7 +52,7 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, keep:
     // A block that runs again has its record only then.
     let again = if kept < blocks { block_bytes(model, tokens, DType::F32) + copies } else { 0 };
     let width = match model.task() {
-        Task::CausalLm => model.vocab_size(),
+        Task::CausalLm | Task::Seq2SeqLm => model.vocab_size(),
         Task::Classification { classes, .. } => classes,
     };
     let logits = 2 * (tokens.min(256) * width * 4) as u64;

@@ -7,10 +7,11 @@ use candle_core::{DType, Device};
 use peft_core::Task;
 use peft_hub::{Kind, Options};
 use peft_models::ModelFiles;
+use peft_models::config::ModelConfig;
 use peft_models::source::Placement;
 use peft_models::tokenizer::Tokenizer;
 use peft_train::class_labels;
-use peft_train::data::{ClassHead, HfTextTokenizer};
+use peft_train::data::{ClassHead, DecoderInputs, HfTextTokenizer};
 
 /// The files of the model that `spec` names, downloaded where it is a hub id.
 pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
@@ -36,6 +37,14 @@ pub(crate) fn settle_classes(files: &mut ModelFiles, labels: &[String], adapter:
 pub(crate) fn class_head(files: &ModelFiles) -> Option<ClassHead> {
     match (files.config().task(), files.config().labels()) {
         (Task::Classification { reads, .. }, Some(labels)) => Some(ClassHead { labels: labels.to_vec(), reads }),
+        _ => None,
+    }
+}
+
+/// What the decoder of an encoder–decoder reads besides its target.
+pub(crate) fn decoder_inputs(files: &ModelFiles) -> Option<DecoderInputs> {
+    match files.config() {
+        ModelConfig::Seq2Seq(c) => Some(DecoderInputs { start: c.decoder_start_token_id, padding: c.pad_token_id }),
         _ => None,
     }
 }

@@ -7,13 +7,13 @@ use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft_core::AdapterSet;
 use peft_hub::{Event, Progress};
-use peft_models::Decoder;
-use peft_models::generate::{GenerateOptions, Request, generate};
+use peft_models::AnyModel;
+use peft_models::generate::{GenerateOptions, Request};
 use peft_models::tokenizer::Tokenizer;
 
 /// Greedy continuations of `prompts`, through slot 0 of `adapters` where there is one.
 pub(crate) fn continuations(
-    model: &Decoder,
+    model: &AnyModel,
     tokenizer: &Tokenizer,
     adapters: &AdapterSet,
     prompts: &[String],
@@ -24,7 +24,7 @@ pub(crate) fn continuations(
         prompts.iter().map(|p| Ok(Request { prompt: tokenizer.encode(p, true)?, slot })).collect::<Result<Vec<_>>>()?;
     let options =
         GenerateOptions { max_new_tokens, stop: tokenizer.eos_token_ids().to_vec(), ..GenerateOptions::default() };
-    let written = generate(model, adapters, &requests, &options, |_, _| true)?;
+    let written = model.generate(adapters, &requests, &options, |_, _| true)?;
     written.iter().map(|ids| Ok(tokenizer.decode(ids, true)?)).collect()
 }
 

@@ -13,7 +13,8 @@ use crate::site::{SiteId, SiteTable};
 use crate::sublayer::SublayerSite;
 use crate::virtual_tokens::PromptDims;
 
-/// Token sequences, packed one after another without padding.
+/// Token sequences, packed one after another without padding. For an encoder–decoder, the first half of them are what
+/// the decoder reads, and the second half the sources of these, in the same order.
 #[derive(Debug, Clone, Copy)]
 pub struct TokenBatch<'a> {
     /// Token ids, `[tokens]`.
@@ -49,6 +50,9 @@ impl TokenBatch<'_> {
 pub enum Task {
     /// Logits over the vocabulary: every hidden state predicts the next token.
     CausalLm,
+    /// Logits over the vocabulary: every hidden state of a target's decoder predicts a token of the target, which the
+    /// decoder reads one place later (`*ForConditionalGeneration`).
+    Seq2SeqLm,
     /// Logits over classes: one hidden state of each sequence predicts the class of the whole
     /// (`*ForSequenceClassification`).
     Classification {
@@ -65,6 +69,7 @@ impl Task {
     pub fn peft_name(self) -> &'static str {
         match self {
             Self::CausalLm => "CAUSAL_LM",
+            Self::Seq2SeqLm => "SEQ_2_SEQ_LM",
             Self::Classification { .. } => "SEQ_CLS",
         }
     }

@@ -122,6 +122,8 @@ pub struct PromptDims {
     pub head_dim: usize,
     /// Positions that the model was made for.
     pub max_positions: usize,
+    /// Transformers that the model is made of, as PEFT counts them: 2 for an encoder–decoder.
+    pub submodules: usize,
 }
 
 impl PromptDims {
@@ -222,6 +224,19 @@ impl VirtualSpans {
                 VirtualModule::Prefix(_) => None,
             })
             .collect()
+    }
+
+    /// Where the rows of each slot's prefix lie among keys and values, in the order of [`VirtualSpans::iter`], when they
+    /// follow `tokens` others; none where a slot has a prompt.
+    #[must_use]
+    pub fn prefix_rows(&self, tokens: usize) -> Vec<Range<usize>> {
+        let mut end = tokens;
+        let rows = self.spans.iter().map(|span| {
+            let start = end;
+            end += if span.tokens.is_prompt() { 0 } else { span.tokens.count };
+            start..end
+        });
+        rows.collect()
     }
 
     /// Where each slot's rows lie, in the order of [`VirtualSpans::iter`]: those of prompts follow the `tokens` of the

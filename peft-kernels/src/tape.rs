@@ -355,7 +355,11 @@ impl Record {
                     Gradient { value: grad.contiguous()?, owned: false }.add_to(&mut grads[slot])?;
                 }
                 Some(_) => {}
-                None => found.push((id, grad)),
+                // A variable that candle's operations alone read may be reached by several parts of its graph.
+                None => match found.iter_mut().find(|(known, _)| *known == id) {
+                    Some((_, sum)) => *sum = crate::add(sum, &grad)?,
+                    None => found.push((id, grad)),
+                },
             }
         }
         Ok(())
@@ -554,6 +558,23 @@ mod tests {
             // What was made of s stays in candle's graph as it is; the others would be exact had nothing been rounded.
             assert_eq!(relative > 1e-6, name != "s", "{name}: {relative}");
         }
+    }
+
+    /// A variable that reaches operations through candle's alone, in two ways.
+    #[test]
+    fn parts_of_a_variable_add_up() {
+        let x = Var::from_tensor(&randn(1, (5, 4), 1.0).unwrap()).unwrap();
+        let (_, record) = record(|| {
+            let [first, last] = [(0, 2), (2, 3)].map(|(start, n)| x.narrow(0, start, n));
+            let (first, last) = (first?, last?);
+            Tensor::cat(&[&first, &crate::add(&last, &last)?], 0)
+        })
+        .unwrap();
+        let ones = Tensor::ones((5, 4), DType::F32, &Device::Cpu).unwrap();
+        let found = record.backward(&ones).unwrap();
+        assert_eq!(found.len(), 1);
+        let rows = found[0].1.to_vec2::<f32>().unwrap();
+        assert_eq!(rows.iter().map(|row| row[0]).collect::<Vec<_>>(), [1.0, 1.0, 2.0, 2.0, 2.0]);
     }
 
     #[test]

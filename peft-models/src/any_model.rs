@@ -5,11 +5,14 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::{
-    BaseLayer, BaseModel, Ctx, Error, PromptDims, Result, Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch,
+    AdapterSet, BaseLayer, BaseModel, Ctx, Error, PromptDims, Result, Segmented, SiteId, SiteTable, SublayerSite, Task,
+    TokenBatch,
 };
 
 use crate::decoder::{Decoder, DecoderInput};
 use crate::encoder::{Encoder, EncoderInput};
+use crate::encoder_decoder::{EncoderDecoder, EncoderDecoderInput};
+use crate::generate::{self, GenerateOptions, Request};
 
 /// A model of one of the skeletons.
 #[derive(Debug)]
@@ -18,6 +21,8 @@ pub enum AnyModel {
     Decoder(Decoder),
     /// An encoder with a class head.
     Encoder(Encoder),
+    /// An encoder–decoder with a language model head.
+    EncoderDecoder(EncoderDecoder),
 }
 
 /// What the blocks of an [`AnyModel`] need of a batch.
@@ -27,6 +32,8 @@ pub enum AnyInput {
     Decoder(DecoderInput),
     /// For an encoder.
     Encoder(EncoderInput),
+    /// For an encoder–decoder.
+    EncoderDecoder(EncoderDecoderInput),
 }
 
 /// Widths of what one block computes, in elements a token: what estimates of memory are made of.
@@ -44,12 +51,13 @@ pub struct BlockWidths {
     pub mlp: usize,
 }
 
-/// The same expression for either model.
-macro_rules! either {
+/// The same expression for any model.
+macro_rules! each {
     ($any:expr, $m:ident => $body:expr) => {
         match $any {
             AnyModel::Decoder($m) => $body,
             AnyModel::Encoder($m) => $body,
+            AnyModel::EncoderDecoder($m) => $body,
         }
     };
 }
@@ -58,10 +66,14 @@ impl AnyModel {
     /// The model as a decoder that writes text.
     ///
     /// # Errors
-    /// When it is an encoder, or its head gives classes.
+    /// When it is an encoder or an encoder–decoder, or its head gives classes.
     pub fn as_language_model(&self) -> Result<&Decoder> {
         match self {
             Self::Decoder(model) if model.task() == Task::CausalLm => Ok(model),
+            Self::EncoderDecoder(model) => Err(Error::msg(format!(
+                "this model ({}) writes a target for a source, and this needs a causal language model",
+                model.model_type()
+            ))),
             _ => Err(Error::msg(format!(
                 "this model ({}) has a class head and cannot write text; `eval` measures it, a causal language model \
                  generates",
@@ -70,16 +82,44 @@ impl AnyModel {
         }
     }
 
+    /// Refuses a model that cannot write text.
+    ///
+    /// # Errors
+    /// When its head gives classes.
+    pub fn check_writes(&self) -> Result<()> {
+        match self {
+            Self::EncoderDecoder(_) => Ok(()),
+            _ => self.as_language_model().map(|_| ()),
+        }
+    }
+
+    /// Continues every request, or writes a target for it: [`generate::generate`], [`generate::generate_targets`].
+    ///
+    /// # Errors
+    /// As these, and when the model's head gives classes.
+    pub fn generate(
+        &self,
+        adapters: &AdapterSet,
+        requests: &[Request],
+        options: &GenerateOptions,
+        on_token: impl FnMut(usize, u32) -> bool,
+    ) -> Result<Vec<Vec<u32>>> {
+        match self {
+            Self::EncoderDecoder(m) => generate::generate_targets(m, adapters, requests, options, on_token),
+            _ => generate::generate(self.as_language_model()?, adapters, requests, options, on_token),
+        }
+    }
+
     /// Bytes of all frozen weights; a tied table counts once.
     #[must_use]
     pub fn nbytes(&self) -> usize {
-        either!(self, m => m.nbytes())
+        each!(self, m => m.nbytes())
     }
 
     /// Parameters of the base; a tied table counts once.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        either!(self, m => m.parameter_count())
+        each!(self, m => m.parameter_count())
     }
 
     /// Widths of one block.
@@ -106,49 +146,60 @@ impl AnyModel {
                     mlp: c.intermediate_size,
                 }
             }
+            Self::EncoderDecoder(m) => {
+                let c = m.config();
+                BlockWidths {
+                    hidden: c.hidden_size,
+                    // A block of the decoder has queries twice, for targets and for sources.
+                    query: 2 * c.attention_size(),
+                    key_value: c.attention_size(),
+                    heads: c.num_attention_heads,
+                    mlp: if c.mlp.is_gated() { 2 } else { 1 } * c.intermediate_size,
+                }
+            }
         }
     }
 }
 
 impl BaseModel for AnyModel {
     fn sites(&self) -> &Arc<SiteTable> {
-        either!(self, m => m.sites())
+        each!(self, m => m.sites())
     }
 
     fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>> {
-        either!(self, m => m.layer(site))
+        each!(self, m => m.layer(site))
     }
 
     fn model_type(&self) -> &str {
-        either!(self, m => m.model_type())
+        each!(self, m => m.model_type())
     }
 
     fn device(&self) -> &Device {
-        either!(self, m => m.device())
+        each!(self, m => m.device())
     }
 
     fn dtype(&self) -> DType {
-        either!(self, m => m.dtype())
+        each!(self, m => m.dtype())
     }
 
     fn tied_embedding(&self) -> Option<&str> {
-        either!(self, m => m.tied_embedding())
+        each!(self, m => m.tied_embedding())
     }
 
     fn prompt_dims(&self) -> Option<PromptDims> {
-        either!(self, m => m.prompt_dims())
+        each!(self, m => m.prompt_dims())
     }
 
     fn task(&self) -> Task {
-        either!(self, m => m.task())
+        each!(self, m => m.task())
     }
 
     fn sublayers(&self) -> Vec<SublayerSite> {
-        either!(self, m => m.sublayers())
+        each!(self, m => m.sublayers())
     }
 
     fn fresh_layers(&self) -> &[String] {
-        either!(self, m => m.fresh_layers())
+        each!(self, m => m.fresh_layers())
     }
 }
 
@@ -159,38 +210,40 @@ impl Segmented for AnyModel {
         match self {
             Self::Decoder(m) => m.prepare(batch, ctx).map(AnyInput::Decoder),
             Self::Encoder(m) => m.prepare(batch, ctx).map(AnyInput::Encoder),
+            Self::EncoderDecoder(m) => m.prepare(batch, ctx).map(AnyInput::EncoderDecoder),
         }
     }
 
     fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        either!(self, m => m.embed(batch, ctx))
+        each!(self, m => m.embed(batch, ctx))
     }
 
     fn num_blocks(&self) -> usize {
-        either!(self, m => m.num_blocks())
+        each!(self, m => m.num_blocks())
     }
 
     fn block(&self, i: usize, hidden: &Tensor, input: &AnyInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         match (self, input) {
             (Self::Decoder(m), AnyInput::Decoder(input)) => m.block(i, hidden, input, ctx),
             (Self::Encoder(m), AnyInput::Encoder(input)) => m.block(i, hidden, input, ctx),
+            (Self::EncoderDecoder(m), AnyInput::EncoderDecoder(input)) => m.block(i, hidden, input, ctx),
             _ => Err(Error::msg("the batch was prepared by another model")),
         }
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        either!(self, m => m.final_norm(hidden, ctx))
+        each!(self, m => m.final_norm(hidden, ctx))
     }
 
     fn logits(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        either!(self, m => m.logits(hidden, ctx))
+        each!(self, m => m.logits(hidden, ctx))
     }
 
     fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)> {
-        either!(self, m => m.plain_head(ctx))
+        each!(self, m => m.plain_head(ctx))
     }
 
     fn vocab_size(&self) -> usize {
-        either!(self, m => m.vocab_size())
+        each!(self, m => m.vocab_size())
     }
 }

@@ -5,7 +5,7 @@
 //! number is checked before anything is allocated from it, and a value that the skeleton cannot honour is an error,
 //! never a silent default.
 //!
-//! **Adding a family** is one entry in [`FAMILIES`] or [`ENCODER_FAMILIES`]: what its files leave unsaid, which keys it
+//! **Adding a family** is one entry in [`FAMILIES`], [`ENCODER_FAMILIES`] or [`SEQ2SEQ_FAMILIES`]: what its files leave unsaid, which keys it
 //! understands, what its blocks are made of, and how it names its layers.
 
 use std::path::{Path, PathBuf};
@@ -25,12 +25,14 @@ mod labels;
 mod layer_kinds;
 mod layout;
 mod model;
+mod seq2seq;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
 pub use family::{Bias, DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, WindowRule};
 pub(crate) use gguf::GgufDescription;
 pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
+pub use seq2seq::{RelativePositions, SEQ2SEQ_FAMILIES, Seq2SeqConfig, Seq2SeqFamily};
 
 /// Far more layers than any real model has.
 const MOST_LAYERS: usize = 10_000;

@@ -22,7 +22,6 @@ use crate::virtual_rows::{Layout, VirtualRows};
 
 mod attention;
 mod block;
-mod mlp;
 mod source;
 
 /// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
@@ -317,6 +316,7 @@ impl BaseModel for Decoder {
             key_value_heads: c.num_key_value_heads,
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
+            submodules: 1,
         })
     }
 
@@ -389,19 +389,5 @@ impl Segmented for Decoder {
 
     fn vocab_size(&self) -> usize {
         self.config.vocab_size
-    }
-}
-
-impl From<crate::config::Activation> for kernels::Activation {
-    fn from(a: crate::config::Activation) -> Self {
-        use crate::config::Activation as A;
-        match a {
-            A::Silu => Self::Silu,
-            A::Gelu => Self::Gelu,
-            A::GeluTanh => Self::GeluTanh,
-            A::Relu => Self::Relu,
-            A::ReluSquared => Self::ReluSquared,
-            A::QuickGelu => Self::QuickGelu,
-        }
     }
 }

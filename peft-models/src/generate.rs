@@ -2,9 +2,12 @@
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
-use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, VirtualModule, VirtualSpans};
+use peft_core::{
+    AdapterSet, BaseModel, Ctx, Error, PrefixModule, Result, Route, Segmented, TokenBatch, VirtualModule, VirtualSpans,
+};
 
 use crate::decoder::Decoder;
+use crate::encoder_decoder::{EncodedSources, EncoderDecoder};
 use crate::kv_cache::LayerCache;
 
 /// How tokens are chosen and when writing ends.
@@ -28,10 +31,10 @@ impl Default for GenerateOptions {
     }
 }
 
-/// One sequence to continue.
+/// One sequence to continue, or to write a target for.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// The prompt's tokens, at least one.
+    /// The prompt's or the source's tokens, at least one.
     pub prompt: Vec<u32>,
     /// The adapter's slot in the set, `None` for the base alone.
     pub slot: Option<usize>,
@@ -57,19 +60,14 @@ pub fn generate(
     adapters: &AdapterSet,
     requests: &[Request],
     options: &GenerateOptions,
-    mut on_token: impl FnMut(usize, u32) -> bool,
+    on_token: impl FnMut(usize, u32) -> bool,
 ) -> Result<Vec<Vec<u32>>> {
     check(requests, options)?;
-    let mut written: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
     if options.max_new_tokens == 0 || requests.is_empty() {
-        return Ok(written);
+        return Ok(vec![Vec::new(); requests.len()]);
     }
-    let mut bounds = vec![0];
-    for request in requests {
-        bounds.push(bounds.last().copied().unwrap_or(0) + request.prompt.len());
-    }
-    let slots: Vec<Option<usize>> = requests.iter().map(|r| r.slot).collect();
-    let route = Route::rows(&bounds, &slots);
+    let bounds = bounds_of(requests);
+    let route = Route::rows(&bounds, &slots_of(requests));
     let virtual_tokens = VirtualSpans::of(&bounds, &Ctx::eval(adapters, &route))?;
     // Virtual tokens come first in the cache, then a region for each sequence.
     let mut capacity = 0;
@@ -89,7 +87,7 @@ pub fn generate(
         .map(|_| LayerCache::new(capacity, width, model.dtype(), model.device()))
         .collect::<Result<Vec<_>>>()?;
 
-    let mut step = Step {
+    let mut first = Step {
         ids: requests.iter().flat_map(|r| r.prompt.iter().copied()).collect(),
         lengths: requests.iter().map(|r| r.prompt.len()).collect(),
         prompts: Vec::new(),
@@ -97,19 +95,110 @@ pub fn generate(
     for (span, rows) in virtual_tokens.iter().zip(virtual_rows) {
         let ctx = Ctx::eval(adapters, &route);
         match &span.tokens.module {
-            VirtualModule::Prompt(module) => step.prompts.push((span.slot, rows, module.embeddings(&ctx)?)),
-            VirtualModule::Prefix(module) => {
-                for (layer, cache) in caches.iter_mut().enumerate() {
-                    let (keys, values) = module.keys_values(layer, &ctx)?;
-                    cache.write(rows.start, &keys, &values)?;
-                }
-            }
+            VirtualModule::Prompt(module) => first.prompts.push((span.slot, rows, module.embeddings(&ctx)?)),
+            VirtualModule::Prefix(module) => write_prefix(module.as_ref(), rows.start, &mut caches, &ctx)?,
         }
     }
+    write(requests, options, on_token, open, first, |step, slots, open| {
+        step.run(model, adapters, slots, open, &mut caches)
+    })
+}
+
+/// Writes a target for the source of every request, all in one batch, each through its own adapter; otherwise as
+/// [`generate`].
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_targets(
+    model: &EncoderDecoder,
+    adapters: &AdapterSet,
+    requests: &[Request],
+    options: &GenerateOptions,
+    on_token: impl FnMut(usize, u32) -> bool,
+) -> Result<Vec<Vec<u32>>> {
+    check(requests, options)?;
+    if options.max_new_tokens == 0 || requests.is_empty() {
+        return Ok(vec![Vec::new(); requests.len()]);
+    }
+    let bounds = bounds_of(requests);
+    let ids: Vec<u32> = requests.iter().flat_map(|r| r.prompt.iter().copied()).collect();
+    let positions: Vec<u32> = requests.iter().flat_map(|r| 0..r.prompt.len() as u32).collect();
+    let route = Route::rows(&bounds, &slots_of(requests));
+    let ctx = Ctx::eval(adapters, &route);
+    let sources = TokenBatch { ids: &ids, positions: &positions, bounds: &bounds, types: &[] };
+    let encoded = model.encode(sources, &ctx)?;
+    let virtual_tokens = VirtualSpans::of(&bounds, &ctx)?;
+    let prefixes = virtual_tokens.prefix_rows(0);
+    let first_key = prefixes.last().map_or(0, |rows| rows.end);
+    let (region, width) = (options.max_new_tokens, model.config().attention_size());
+    let mut caches = (0..model.config().decoder_layers)
+        .map(|_| LayerCache::new(first_key + requests.len() * region, width, model.dtype(), model.device()))
+        .collect::<Result<Vec<_>>>()?;
+    for (span, rows) in virtual_tokens.iter().zip(&prefixes) {
+        if let VirtualModule::Prefix(module) = &span.tokens.module {
+            write_prefix(module.as_ref(), rows.start, &mut caches, &ctx)?;
+        }
+    }
+    let open = (0..requests.len()).map(|row| {
+        let prefix = virtual_tokens.of_sequence(row).and_then(|at| prefixes.get(at)).cloned().unwrap_or(0..0);
+        // The start token's key is the first.
+        let start = first_key + row * region;
+        Open { row, keys: start..start + 1, prefix, last: 0 }
+    });
+    let start = model.config().decoder_start_token_id;
+    let first = Step { ids: vec![start; requests.len()], lengths: vec![1; requests.len()], prompts: Vec::new() };
+    write(requests, options, on_token, open.collect(), first, |step, slots, open| {
+        let spans = |of: fn(&Open, &EncodedSources) -> SequenceSpan| {
+            let own = open.iter().enumerate().map(|(i, o)| SequenceSpan { queries: i..i + 1, ..of(o, &encoded) });
+            own.collect::<Vec<_>>()
+        };
+        let own =
+            spans(|o, _| SequenceSpan { keys: o.keys.clone(), prefix: o.prefix.clone(), ..SequenceSpan::default() });
+        let cross = spans(|o, sources| SequenceSpan { keys: sources.rows(o.row), ..SequenceSpan::default() });
+        let route = Route::rows(&(0..=open.len()).collect::<Vec<_>>(), slots);
+        let ctx = Ctx::eval(adapters, &route);
+        let hidden = model.decode_cached(&step.ids, [own, cross], &encoded, &mut caches, &ctx)?;
+        model.logits(&model.final_norm(&hidden, &ctx)?, &ctx)
+    })
+}
+
+/// Puts the keys and values of a prefix into the rows from `start` on.
+fn write_prefix(module: &dyn PrefixModule, start: usize, caches: &mut [LayerCache], ctx: &Ctx<'_>) -> Result<()> {
+    for (layer, cache) in caches.iter_mut().enumerate() {
+        let (keys, values) = module.keys_values(layer, ctx)?;
+        cache.write(start, &keys, &values)?;
+    }
+    Ok(())
+}
+
+/// Where each request's tokens lie in all of them.
+fn bounds_of(requests: &[Request]) -> Vec<usize> {
+    let mut bounds = vec![0];
+    for request in requests {
+        bounds.push(bounds.last().copied().unwrap_or(0) + request.prompt.len());
+    }
+    bounds
+}
+
+fn slots_of(requests: &[Request]) -> Vec<Option<usize>> {
+    requests.iter().map(|r| r.slot).collect()
+}
+
+/// Chooses tokens until every sequence of `open` has ended. `logits` makes those after the last token of each sequence, for
+/// a step, the slots of its sequences and where these are.
+fn write(
+    requests: &[Request],
+    options: &GenerateOptions,
+    mut on_token: impl FnMut(usize, u32) -> bool,
+    mut open: Vec<Open>,
+    mut step: Step,
+    mut logits: impl FnMut(&Step, &[Option<usize>], &[Open]) -> Result<Tensor>,
+) -> Result<Vec<Vec<u32>>> {
+    let mut written: Vec<Vec<u32>> = vec![Vec::new(); requests.len()];
     let mut made = 0;
     loop {
         let slots: Vec<Option<usize>> = open.iter().filter_map(|o| requests.get(o.row)).map(|r| r.slot).collect();
-        let logits = step.run(model, adapters, &slots, &open, &mut caches)?;
+        let logits = logits(&step, &slots, &open)?;
         let streams = open.iter().map(|o| Stream { seed: options.seed, step: made, site: o.row as u32 });
         let chosen = choose(&logits, options, streams)?;
         let mut still = Vec::with_capacity(open.len());
@@ -250,7 +339,7 @@ fn draw(logits: &[f32], best: u32, options: &GenerateOptions, stream: Stream) ->
 mod tests {
     #![allow(clippy::unwrap_used)]
     use candle_core::Device;
-    use peft_core::{Mode, TokenBatch};
+    use peft_core::Mode;
     use serde_json::json;
 
     use super::*;

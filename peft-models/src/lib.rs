@@ -1,17 +1,19 @@
 /*!
-Base models as segments with adapter sites: configurations, weights, tokenizers, and the shared decoder and encoder
-skeletons.
+Base models as segments with adapter sites: configurations, weights, tokenizers, and the shared decoder, encoder
+and encoder–decoder skeletons.
 */
 
 mod any_model;
 pub mod config;
 mod decoder;
 mod encoder;
+mod encoder_decoder;
 pub mod generate;
 pub mod gguf;
 mod kv_cache;
 mod loader;
 pub mod merge;
+mod mlp;
 mod model_files;
 pub mod rope;
 pub mod source;
@@ -21,5 +23,6 @@ mod virtual_rows;
 pub use any_model::{AnyInput, AnyModel, BlockWidths};
 pub use decoder::{Decoder, DecoderInput};
 pub use encoder::{Encoder, EncoderInput};
+pub use encoder_decoder::{EncodedSources, EncoderDecoder, EncoderDecoderInput};
 pub use kv_cache::LayerCache;
 pub use model_files::ModelFiles;

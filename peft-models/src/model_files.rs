@@ -10,6 +10,7 @@ use crate::any_model::AnyModel;
 use crate::config::{DecoderConfig, ModelConfig};
 use crate::decoder::Decoder;
 use crate::encoder::Encoder;
+use crate::encoder_decoder::EncoderDecoder;
 use crate::gguf::Gguf;
 use crate::source::{DeferredSource, GgufSource, Placement, RandomSource, SafetensorsSource, WeightSource};
 use crate::tokenizer::Tokenizer;
@@ -24,6 +25,7 @@ const TOKENIZER_FILES: &[&str] = &[
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -101,12 +103,12 @@ impl ModelFiles {
     pub fn decoder_config(&self) -> Result<&DecoderConfig> {
         match &self.config {
             ModelConfig::Decoder(config) => Ok(config),
-            ModelConfig::Encoder(c) => Err(self.not_a_decoder(c.family.model_type)),
+            other => Err(self.not_a_decoder(other.model_type())),
         }
     }
 
     fn not_a_decoder(&self, model_type: &str) -> Error {
-        Error::file(&self.path, format!("is an encoder ({model_type}), and this needs a causal language model"))
+        Error::file(&self.path, format!("is no decoder alone ({model_type}), and this needs a causal language model"))
     }
 
     /// Whether the checkpoint lacks the output layer of its class head, so that the number of classes is not fixed yet.
@@ -202,6 +204,7 @@ impl ModelFiles {
         let (raw, untied_head) = match &self.config {
             ModelConfig::Decoder(c) => (&c.raw, !c.tie_word_embeddings),
             ModelConfig::Encoder(c) => (&c.raw, true),
+            ModelConfig::Seq2Seq(c) => (&c.raw, !c.tie_word_embeddings),
         };
         let std = raw.get("initializer_range").and_then(serde_json::Value::as_f64).unwrap_or(0.02) as f32;
         RandomSource { seed, std, untied_head, placement: placement.clone() }
@@ -211,6 +214,9 @@ impl ModelFiles {
         match &self.config {
             ModelConfig::Decoder(c) => Decoder::load((**c).clone(), source, placement).map(AnyModel::Decoder),
             ModelConfig::Encoder(c) => Encoder::load((**c).clone(), source, placement, seed).map(AnyModel::Encoder),
+            ModelConfig::Seq2Seq(c) => {
+                EncoderDecoder::load((**c).clone(), source, placement).map(AnyModel::EncoderDecoder)
+            }
         }
     }
 
@@ -221,7 +227,7 @@ impl ModelFiles {
     pub fn load_decoder(&self, placement: &Placement, seed: u64) -> Result<Decoder> {
         match self.load(placement, seed)? {
             AnyModel::Decoder(model) => Ok(model),
-            AnyModel::Encoder(_) => Err(self.not_a_decoder(self.config.model_type())),
+            _ => Err(self.not_a_decoder(self.config.model_type())),
         }
     }
 
@@ -290,7 +296,7 @@ impl ModelFiles {
     /// # Errors
     /// When there is none.
     pub fn stored_dtype(&self) -> Result<DType> {
-        let ends = ["embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"];
+        let ends = ["embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "shared.weight"];
         let is_table = |name: &&String| ends.iter().any(|end| name.ends_with(end));
         match self.tensor_names().iter().find(is_table) {
             Some(name) => self.tensor_dtype(name),

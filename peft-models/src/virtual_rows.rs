@@ -53,6 +53,11 @@ pub(crate) struct VirtualRows {
 }
 
 impl VirtualRows {
+    /// Those of a pass in which prompts have no rows behind the batch's own.
+    pub(crate) fn prefixes(spans: VirtualSpans) -> Self {
+        Self { spans, route: None }
+    }
+
     /// The context of the hidden rows, for a context of the batch's own tokens.
     pub(crate) fn ctx<'c>(&'c self, ctx: &Ctx<'c>) -> Ctx<'c> {
         Ctx { route: self.route.as_ref().unwrap_or(ctx.route), ..*ctx }

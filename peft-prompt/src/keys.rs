@@ -25,6 +25,8 @@ pub(crate) struct Shape {
     pub(crate) heads: usize,
     /// The base.
     pub(crate) dims: PromptDims,
+    /// PEFT's name for what the base's head computes.
+    task: &'static str,
 }
 
 /// PEFT's keys for a soft prompt with its `own` beside the shared ones.
@@ -36,6 +38,20 @@ pub(crate) fn defaults(peft_type: &str, own: &Value) -> Map<String, Value> {
     let mut all = peft_defaults(peft_type, shared);
     all.extend(own.as_object().into_iter().flatten().map(|(k, v)| (k.clone(), v.clone())));
     all
+}
+
+impl Shape {
+    /// Rows of the stored embeddings. For an encoder–decoder PEFT makes virtual tokens for both, and uses the first half.
+    pub(crate) fn stored_rows(&self) -> usize {
+        self.count * self.dims.submodules
+    }
+
+    /// Which layer's keys and values of a prefix the `layer`th of a model's decoder gets. For an encoder–decoder
+    /// `PeftModel.get_prompt` repeats the list of all layers and deals it out, two layers' at a time, of which the decoder's
+    /// self-attention takes the first.
+    pub(crate) fn prefix_layer(&self, layer: usize) -> usize {
+        (layer * self.dims.submodules).checked_rem(self.dims.layers).unwrap_or(0)
+    }
 }
 
 impl SoftPrompt {
@@ -70,24 +86,25 @@ impl SoftPrompt {
             ("num_layers", dims.layers),
             ("num_attention_heads", heads),
             ("token_dim", token_dim),
-            ("num_transformer_submodules", 1),
+            ("num_transformer_submodules", dims.submodules),
         ] {
             if let Some(given) = keys.get(key).filter(|v| v.as_u64() != Some(of_model as u64)) {
                 let message = format!("is {given}, and this base model has {of_model}; it was made for another model");
                 return Err(Error::config(key, message));
             }
         }
-        Ok(Shape { count: self.count, token_dim, heads, dims })
+        Ok(Shape { count: self.count, token_dim, heads, dims, task: base.task().peft_name() })
     }
 
     /// The config as PEFT writes it.
     pub(crate) fn written(&self, shape: &Shape, defaults: Map<String, Value>) -> Map<String, Value> {
         let mut out = completed(defaults, &self.raw);
+        out.insert("task_type".into(), shape.task.into());
         for (key, value) in [
             ("num_layers", shape.dims.layers),
             ("num_attention_heads", shape.heads),
             ("token_dim", shape.token_dim),
-            ("num_transformer_submodules", 1),
+            ("num_transformer_submodules", shape.dims.submodules),
         ] {
             out.insert(key.into(), value.into());
         }

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::keys::{MAX_ENCODER_WIDTH, SoftPrompt, defaults};
 use crate::network::{Linear, Starts, torch_bound};
-use crate::prompt::{flat, stored};
+use crate::prompt::{flat, stored, used};
 use crate::{PROMPT_EMBEDDINGS, Stored};
 
 const PEFT_TYPE: &str = "P_TUNING";
@@ -96,7 +96,7 @@ impl PTuningConfig {
         }
         let mut starts = Starts::new(seed, base.device());
         let width = shape.token_dim;
-        let embedding = starts.table("embedding.weight", shape.count, width, false, Role::Plain)?;
+        let embedding = starts.table("embedding.weight", shape.stored_rows(), width, false, Role::Plain)?;
         let (lstm, widths) = match self.lstm {
             true => (Some(Lstm::new(width, hidden, self.layers, &mut starts)?), vec![2 * hidden, 2 * hidden, width]),
             false => (None, vec![width, hidden, hidden, width]),
@@ -105,7 +105,7 @@ impl PTuningConfig {
             Linear::new(&format!("mlp_head.{}", 2 * i), (w[0], w[1]), torch_bound(w[0]), Role::Plain, &mut starts)
         };
         let head = widths.windows(2).enumerate().map(layer).collect::<Result<_>>()?;
-        let module = VirtualModule::Prompt(Arc::new(EncodedPrompt { embedding, lstm, head }));
+        let module = VirtualModule::Prompt(Arc::new(EncodedPrompt { embedding, lstm, head, count: shape.count }));
         let mut adapter = Adapter::new(config, base.sites());
         adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module });
         Ok(adapter)
@@ -119,10 +119,13 @@ struct EncodedPrompt {
     embedding: Parameter,
     lstm: Option<Lstm>,
     head: Vec<Linear>,
+    /// Rows that are put in front of sequences.
+    count: usize,
 }
 
-impl PromptModule for EncodedPrompt {
-    fn embeddings(&self, ctx: &Ctx<'_>) -> Result<Tensor> {
+impl EncodedPrompt {
+    /// All rows, which are stored.
+    fn all(&self, ctx: &Ctx<'_>) -> Result<Tensor> {
         let mut x = self.embedding.get(ctx);
         if let Some(lstm) = &self.lstm {
             x = lstm.forward(&x, ctx)?;
@@ -132,6 +135,12 @@ impl PromptModule for EncodedPrompt {
         }
         Ok(x)
     }
+}
+
+impl PromptModule for EncodedPrompt {
+    fn embeddings(&self, ctx: &Ctx<'_>) -> Result<Tensor> {
+        used(self.all(ctx)?, self.count)
+    }
 
     fn parameters(&self) -> Vec<&Parameter> {
         let lstm = self.lstm.iter().flat_map(Lstm::parameters);
@@ -140,7 +149,7 @@ impl PromptModule for EncodedPrompt {
 
     fn exported(&self) -> Result<Vec<(String, Tensor)>> {
         let set = AdapterSet::empty();
-        let prompt = self.embeddings(&Ctx::eval(&set, &Route::Base))?;
+        let prompt = self.all(&Ctx::eval(&set, &Route::Base))?;
         Ok(vec![(PROMPT_EMBEDDINGS.to_owned(), prompt)])
     }
 }

@@ -87,7 +87,7 @@ impl PrefixConfig {
             false => {
                 let width = 2 * shape.dims.layers * shape.token_dim;
                 let embeddings = starts.table(PROMPT_EMBEDDINGS, shape.count, width, self.zero, Role::Plain)?;
-                Arc::new(FlatPrefix { embeddings, width: shape.token_dim })
+                Arc::new(FlatPrefix { embeddings, shape })
             }
         };
         let mut adapter = Adapter::new(config, base.sites());
@@ -106,13 +106,13 @@ fn keys_and_values(both: &Tensor, width: usize) -> Result<(Tensor, Tensor)> {
 struct FlatPrefix {
     /// `[virtual tokens, layers · 2 · width]`: keys, then values, layer by layer.
     embeddings: Parameter,
-    width: usize,
+    shape: Shape,
 }
 
 impl PrefixModule for FlatPrefix {
     fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
-        let both = self.embeddings.get(ctx).narrow(1, 2 * layer * self.width, 2 * self.width)?;
-        keys_and_values(&both, self.width)
+        let (layer, width) = (self.shape.prefix_layer(layer), self.shape.token_dim);
+        keys_and_values(&self.embeddings.get(ctx).narrow(1, 2 * layer * width, 2 * width)?, width)
     }
 
     fn parameters(&self) -> Vec<&Parameter> {
@@ -128,7 +128,7 @@ struct ProjectedPrefix {
     embedding: Parameter,
     hidden: Linear,
     layers: Vec<Linear>,
-    width: usize,
+    shape: Shape,
 }
 
 impl ProjectedPrefix {
@@ -142,7 +142,7 @@ impl ProjectedPrefix {
         let layer =
             |l: usize| Linear::new(&format!("transform.2.{l}"), (hidden, 2 * width), bound, Role::Plain, starts);
         let layers = (0..shape.dims.layers).map(layer).collect::<Result<_>>()?;
-        Ok(Self { embedding, hidden: first, layers, width })
+        Ok(Self { embedding, hidden: first, layers, shape: *shape })
     }
 
     /// `[virtual tokens, 2 · width]` of one layer.
@@ -156,7 +156,7 @@ impl ProjectedPrefix {
 
 impl PrefixModule for ProjectedPrefix {
     fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
-        keys_and_values(&self.layer(layer, ctx)?, self.width)
+        keys_and_values(&self.layer(self.shape.prefix_layer(layer), ctx)?, self.shape.token_dim)
     }
 
     fn parameters(&self) -> Vec<&Parameter> {

@@ -117,20 +117,20 @@ impl PromptConfig {
         let table = embedding(base)?;
         let value = match &self.start {
             PromptStart::Random => {
-                let values = starts.stream().normal_vec(shape.count * shape.token_dim, 1.0);
-                Tensor::from_vec(values, (shape.count, shape.token_dim), &Device::Cpu)?
+                let values = starts.stream().normal_vec(shape.stored_rows() * shape.token_dim, 1.0);
+                Tensor::from_vec(values, (shape.stored_rows(), shape.token_dim), &Device::Cpu)?
             }
             PromptStart::SampleVocab => {
                 let (stream, vocab) = (starts.stream(), table.weight().out_features());
                 // The word scaled down: every token as likely as another up to 2⁻³².
                 let id = |i: usize| ((u64::from(stream.word(i as u64)) * vocab as u64) >> 32) as u32;
-                table.base(&(0..shape.count).map(id).collect::<Vec<_>>())?
+                table.base(&(0..shape.stored_rows()).map(id).collect::<Vec<_>>())?
             }
             PromptStart::Text(_) if text_ids.is_empty() => {
                 return Err(Error::config("prompt_tuning_init_text", "has no tokens"));
             }
             PromptStart::Text(_) => {
-                let ids: Vec<u32> = text_ids.iter().copied().cycle().take(shape.count).collect();
+                let ids: Vec<u32> = text_ids.iter().copied().cycle().take(shape.stored_rows()).collect();
                 table.base(&ids).with_context(|| "prompt_tuning_init_text")?
             }
         };
@@ -140,7 +140,7 @@ impl PromptConfig {
 
 /// The tensor of a prompt's file.
 pub(crate) fn stored(shape: &Shape) -> ExpectedTensor {
-    ExpectedTensor::required(PROMPT_EMBEDDINGS, [shape.count, shape.token_dim])
+    ExpectedTensor::required(PROMPT_EMBEDDINGS, [shape.stored_rows(), shape.token_dim])
 }
 
 /// The token embedding of a base.
@@ -162,13 +162,18 @@ pub(crate) fn flat(
 ) -> Result<Adapter> {
     let value = match value {
         Some(value) => value.to_dtype(DType::F32)?.to_device(base.device())?,
-        None => Tensor::zeros((shape.count, shape.token_dim), DType::F32, base.device())?,
+        None => Tensor::zeros((shape.stored_rows(), shape.token_dim), DType::F32, base.device())?,
     };
     let embeddings = Parameter::new(PROMPT_EMBEDDINGS, &value, Role::Plain)?;
     let mut adapter = Adapter::new(config, base.sites());
-    let module = VirtualModule::Prompt(Arc::new(FlatPrompt { embeddings }));
+    let module = VirtualModule::Prompt(Arc::new(FlatPrompt { embeddings, count: shape.count }));
     adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module });
     Ok(adapter)
+}
+
+/// The rows of a prompt that are put in front of sequences.
+pub(crate) fn used(all: Tensor, count: usize) -> Result<Tensor> {
+    if all.dim(0)? == count { Ok(all) } else { Ok(all.narrow(0, 0, count)?.contiguous()?) }
 }
 
 /// A prompt that is trained as it is.
@@ -176,11 +181,13 @@ pub(crate) fn flat(
 struct FlatPrompt {
     /// `[virtual tokens, hidden]`.
     embeddings: Parameter,
+    /// Rows that are put in front of sequences.
+    count: usize,
 }
 
 impl PromptModule for FlatPrompt {
     fn embeddings(&self, ctx: &Ctx<'_>) -> Result<Tensor> {
-        Ok(self.embeddings.get(ctx))
+        used(self.embeddings.get(ctx), self.count)
     }
 
     fn parameters(&self) -> Vec<&Parameter> {

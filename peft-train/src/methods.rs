@@ -107,7 +107,7 @@ impl Config {
 
     /// Refuses a class head where the method does not train and store it.
     fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
-        if base.task() == Task::CausalLm
+        if !matches!(base.task(), Task::Classification { .. })
             || !matches!(self, Self::Bottleneck(_) | Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_))
         {
             return Ok(());

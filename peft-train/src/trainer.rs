@@ -294,7 +294,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let (ctx, batch_size) = (Ctx::eval(&self.set, &route), self.plan.eval_batch_size);
         let mut metrics = BTreeMap::new();
         let measured = match self.model.task() {
-            Task::CausalLm => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
+            Task::CausalLm | Task::Seq2SeqLm => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
             Task::Classification { classes, .. } => {
                 let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
                 metrics.insert("f1".to_string(), confusion.macro_f1());

@@ -42,6 +42,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         max_length: Some(open::max_length(&files, args.max_length)),
         vocab_size: Some(model.vocab_size()),
         class_head: open::class_head(&files),
+        decoder: open::decoder_inputs(&files),
         ..EncodeOptions::new(format.unwrap_or(Format::Text))
     };
     if args.batch_size == 0 {

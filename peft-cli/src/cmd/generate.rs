@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use peft_core::AdapterSet;
-use peft_models::Decoder;
-use peft_models::generate::{GenerateOptions, Request, generate};
+use peft_models::AnyModel;
+use peft_models::generate::{GenerateOptions, Request};
 use peft_models::tokenizer::Tokenizer;
 use peft_train::data::ChatTemplate;
 use peft_train::methods;
@@ -17,7 +17,7 @@ use crate::args::GenerateArgs;
 use crate::open;
 
 struct Session<'a> {
-    model: &'a Decoder,
+    model: &'a AnyModel,
     tokenizer: &'a Tokenizer,
     adapters: AdapterSet,
     options: GenerateOptions,
@@ -35,10 +35,10 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let files = open::model(&args.model.model)?;
     let tokenizer = files.tokenizer()?;
     let model = files.load(&open::placement(&args.model.device, &args.model.dtype)?, 0)?;
-    let model = model.as_language_model()?;
+    model.check_writes()?;
     let adapters = match &args.adapter {
         None => AdapterSet::empty(),
-        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, model)?.adapter)),
+        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, &model)?.adapter)),
     };
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
@@ -47,7 +47,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         seed: args.seed,
         stop: tokenizer.eos_token_ids().to_vec(),
     };
-    let session = Session { model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
+    let session = Session { model: &model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
     if !args.chat {
         let prompt = args.prompt.as_deref().context("--prompt is missing")?;
         let answer = session.answer(tokenizer.encode(prompt, true)?)?;
@@ -106,7 +106,7 @@ impl Session<'_> {
         let started = Instant::now();
         let (mut ids, mut shown) = (Vec::new(), 0);
         let mut failed = None;
-        generate(self.model, &self.adapters, &[Request { prompt, slot }], &self.options, |_, token| {
+        self.model.generate(&self.adapters, &[Request { prompt, slot }], &self.options, |_, token| {
             ids.push(token);
             if self.stream
                 && let Err(e) = self.show(&ids, &mut shown)

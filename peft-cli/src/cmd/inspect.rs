@@ -113,6 +113,15 @@ fn model(files: &ModelFiles) -> Result<Value> {
                 "tensors": names.len()
             }));
         }
+        ModelConfig::Seq2Seq(c) => {
+            return Ok(json!({
+                "kind": "model", "model_type": c.family.model_type, "parameters": parameters, "dtype": dtype,
+                "task_type": c.task().peft_name(), "encoder_layers": c.encoder_layers, "decoder_layers": c.decoder_layers,
+                "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
+                "attention_heads": c.num_attention_heads, "head_dim": c.head_dim, "vocab_size": c.vocab_size,
+                "tensors": names.len()
+            }));
+        }
     };
     Ok(json!({
         "kind": "model", "model_type": c.model_type(), "parameters": parameters, "dtype": dtype,

@@ -104,6 +104,7 @@ impl Run {
             text_eos: recipe.data.text_eos,
             vocab_size: Some(files.config().vocab_size()),
             class_head: open::class_head(&files),
+            decoder: open::decoder_inputs(&files),
             ..EncodeOptions::new(format.unwrap_or(Format::Text))
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
@@ -343,8 +344,8 @@ impl Run {
     fn samples(&self, adapters: &AdapterSet) -> Result<Vec<String>> {
         let prompts = &self.recipe.sample.prompts;
         let (false, Some(tokenizer)) = (prompts.is_empty(), &self.tokenizer) else { return Ok(Vec::new()) };
-        let model = self.model.as_language_model().context("sample.prompts")?;
-        sample::continuations(model, tokenizer, adapters, prompts, self.recipe.sample.max_new_tokens)
+        let most = self.recipe.sample.max_new_tokens;
+        sample::continuations(&self.model, tokenizer, adapters, prompts, most).context("sample.prompts")
     }
 }
 

@@ -1,7 +1,7 @@
 //! The tiled backward kernel: probabilities are made again from the saved log-sum-exp (FlashAttention-2, Dao 2023).
 //!
 //! With `P` the probabilities, `dP = dO·Vᵀ` and `δ = rowsum(dO ∘ O)`: `dS = P ∘ (dP − δ)`, `dV = Pᵀ·dO`, `dK = dSᵀ·Q`,
-//! `dQ = dS·K`.
+//! `dQ = dS·K`; the gradient of a relative bias is the sum of `dS` over all pairs of one distance.
 //!
 //! A work item is a run of key blocks of one sequence and key head. It owns the gradients of those keys. Of the gradients
 //! of the queries, which all runs of a sequence contribute to, the first run writes the result and the others hand over
@@ -12,6 +12,7 @@ use std::ops::Range;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::bias::Table;
 use super::cpu::{Packed, Problem, STRIP, Scratch, TILE, blocks, filled, for_items, in_block, room, wanted_blocks};
 use super::plan::Sight;
 use super::simd::{Gemm, PAD, dot, exp2, tanh, vectors_mut};
@@ -30,20 +31,22 @@ pub(super) struct Upstream<'a> {
     pub(super) lse: &'a [f32],
 }
 
-/// Gradients of q, k and v as far as `needs` asks for them.
-pub(super) fn backward(p: &Problem<'_>, up: Upstream<'_>, needs: [bool; 3]) -> [Option<Vec<f32>>; 3] {
-    let [needs_q, needs_k, needs_v] = needs;
+/// Gradients of q, k, v and the bias as far as `needs` asks for them.
+pub(super) fn backward(p: &Problem<'_>, up: Upstream<'_>, needs: [bool; 4]) -> [Option<Vec<f32>>; 4] {
+    let [needs_q, needs_k, needs_v, needs_bias] = needs;
     let room_for = |needed: bool, n: usize| vec![0f32; if needed { n } else { 0 }];
     let mut dq = room_for(needs_q, p.q.len());
     let mut dk = room_for(needs_k, p.k.len());
     let mut dv = room_for(needs_v, p.v.len());
+    let distances = p.bias.filter(|_| needs_bias).map_or(0, Table::distances);
+    let mut d_bias = vec![0f32; distances * p.plan.heads];
     let items = plan_items(p);
     if !items.is_empty() && needs.contains(&true) {
         let wanted = wanted_blocks(p, |_| true);
         let packs = Packs {
             keys_t: Packed::new(p, p.k, true, &wanted),
             keys: needs_q.then(|| Packed::new(p, p.k, false, &wanted)),
-            values_t: (needs_q || needs_k).then(|| Packed::new(p, p.v, true, &wanted)),
+            values_t: (needs_q || needs_k || needs_bias).then(|| Packed::new(p, p.v, true, &wanted)),
         };
         let parts = {
             let to = Gradients { q: Shared::new(&mut dq), k: Shared::new(&mut dk), v: Shared::new(&mut dv) };
@@ -55,8 +58,9 @@ pub(super) fn backward(p: &Problem<'_>, up: Upstream<'_>, needs: [bool; 3]) -> [
         if needs_q {
             add_query_parts(p, &items, &parts, &Shared::new(&mut dq));
         }
+        add_bias_parts(p, &items, &parts, &mut d_bias);
     }
-    [needs_q.then_some(dq), needs_k.then_some(dk), needs_v.then_some(dv)]
+    [needs_q.then_some(dq), needs_k.then_some(dk), needs_v.then_some(dv), needs_bias.then_some(d_bias)]
 }
 
 struct Packs {
@@ -88,13 +92,14 @@ struct Item {
     first: bool,
 }
 
-/// Gradients that an item could not write: rows of the queries that it saw `[group, queries, head_dim]`, and of its
-/// prefix keys and values `[keys, head_dim]`.
+/// Gradients that an item could not write: rows of the queries that it saw `[group, queries, head_dim]`, of its prefix
+/// keys and values `[keys, head_dim]`, and of the bias `[group, distances]`.
 #[derive(Debug, Default)]
 struct Part {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    d_bias: Vec<f32>,
 }
 
 /// Cuts the keys into work items of about equal work. A function of the plan alone.
@@ -170,12 +175,24 @@ fn add_query_parts(p: &Problem<'_>, items: &[Item], parts: &[Part], dq: &Shared<
     });
 }
 
+/// Adds up `[distances, heads]`; all sequences contribute to it.
+fn add_bias_parts(p: &Problem<'_>, items: &[Item], parts: &[Part], d_bias: &mut [f32]) {
+    let Some(distances) = p.bias.map(Table::distances) else { return };
+    for (item, part) in items.iter().zip(parts) {
+        for (g, from) in part.d_bias.chunks_exact(distances.max(1)).enumerate() {
+            let head = item.kv * p.group + g;
+            let to = d_bias.iter_mut().skip(head).step_by(p.plan.heads);
+            to.zip(from).for_each(|(y, x)| *y += x);
+        }
+    }
+}
+
 struct Run<'a> {
     p: &'a Problem<'a>,
     up: Upstream<'a>,
     packs: &'a Packs,
     item: &'a Item,
-    needs: [bool; 3],
+    needs: [bool; 4],
     s: &'a mut Scratch,
     to: &'a Gradients<'a>,
 }
@@ -185,7 +202,7 @@ impl WithSimd for Run<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Part {
-        let Self { p, up, packs, item, needs: [needs_q, needs_k, needs_v], s, to } = self;
+        let Self { p, up, packs, item, needs: [needs_q, needs_k, needs_v, needs_bias], s, to } = self;
         let (d, dim) = (p.head_dim, p.dim);
         let seen_queries = item.queries.len();
         let from = p.plan.sequences[item.sequence].queries.start;
@@ -193,6 +210,8 @@ impl WithSimd for Run<'_> {
         if needs_q && !item.first {
             part.dq = vec![0f32; p.group * seen_queries * d];
         }
+        let bias = p.bias.filter(|_| needs_bias);
+        part.d_bias = vec![0f32; p.group * bias.map_or(0, Table::distances)];
         let q = filled(&mut s.q, TILE * dim, 0.0);
         let grad = filled(&mut s.grad, TILE * dim, 0.0);
         let probabilities = room(&mut s.logits, TILE * TILE);
@@ -216,7 +235,7 @@ impl WithSimd for Run<'_> {
                 }
                 dq[..n * dim].fill(0.0);
                 for block in item.blocks.clone() {
-                    let tile = Tile { simd, p, item, block, first, n };
+                    let tile = Tile { simd, p, item, head, block, first, n };
                     let seen = tile.keys(0).start..tile.keys(n - 1).end;
                     if seen.is_empty() {
                         continue;
@@ -233,6 +252,9 @@ impl WithSimd for Run<'_> {
                     }
                     if needs_k {
                         tile.add_to_keys(seen.clone(), whole, d_logits, q, &mut dk[at..]);
+                    }
+                    if let Some(bias) = bias {
+                        tile.add_to_bias(d_logits, bias, &mut part.d_bias[g * bias.distances()..]);
                     }
                     if let Some(keys) = &packs.keys {
                         tile.add_to_queries(d_logits, keys.block(item.kv, block), dq);
@@ -290,6 +312,7 @@ struct Tile<'a, S> {
     simd: S,
     p: &'a Problem<'a>,
     item: &'a Item,
+    head: usize,
     block: usize,
     first: usize,
     n: usize,
@@ -300,6 +323,13 @@ impl<S: Simd> Tile<'_, S> {
     #[inline(always)]
     fn keys(&self, r: usize) -> Range<usize> {
         in_block(self.item.sight.keys_of(self.first + r), self.item.offset, self.block)
+    }
+
+    /// The position of query `r` of the tile, and which of the part's keys those `seen` of the block are.
+    #[inline(always)]
+    fn distances(&self, r: usize, seen: &Range<usize>) -> (isize, Range<usize>) {
+        let key = |j: usize| self.block * TILE + j - self.item.offset;
+        (self.item.sight.position(self.first + r), key(seen.start)..key(seen.end))
     }
 
     /// The queries of the tile that see keys `keys` of the block (which are all the sequence's).
@@ -360,6 +390,12 @@ impl<S: Simd> Tile<'_, S> {
             for r in row..row + rows {
                 let line = r * TILE + columns.start..r * TILE + columns.end;
                 let (x, dx) = (&mut probabilities[line.clone()], &mut d_logits[line]);
+                let seen = self.keys(r);
+                if let Some(bias) = p.bias.filter(|_| !seen.is_empty()) {
+                    let (position, keys) = self.distances(r, &seen);
+                    let x = &mut x[seen.start - columns.start..];
+                    x.iter_mut().zip(bias.of(self.head, position, &keys)).for_each(|(x, b)| *x += b);
+                }
                 let (lse, delta) = (simd.splat_f32s(lse[r]), simd.splat_f32s(delta[r]));
                 let both = vectors_mut::<S>(x).iter_mut().zip(vectors_mut::<S>(dx));
                 if let Some(cap) = p.cap {
@@ -376,7 +412,6 @@ impl<S: Simd> Tile<'_, S> {
                         *dx = simd.mul_f32s(*x, simd.sub_f32s(*dx, delta));
                     }
                 }
-                let seen = self.keys(r);
                 // A query that sees nothing here has an empty range, and everything is hidden.
                 let (start, end) = if seen.is_empty() {
                     (columns.len(), columns.len())
@@ -415,6 +450,20 @@ impl<S: Simd> Tile<'_, S> {
                 c_row: dim,
                 add: true,
             });
+        }
+    }
+
+    /// `to += dS`, by distance.
+    #[inline(always)]
+    fn add_to_bias(&self, d_logits: &[f32], bias: &Table, to: &mut [f32]) {
+        for r in 0..self.n {
+            let seen = self.keys(r);
+            if seen.is_empty() {
+                continue;
+            }
+            let (position, keys) = self.distances(r, &seen);
+            let from = &d_logits[r * TILE + seen.start..r * TILE + seen.end];
+            to[bias.rows(position, &keys)].iter_mut().zip(from).for_each(|(y, x)| *y += x);
         }
     }
 

@@ -10,6 +10,7 @@ use std::ops::Range;
 use candle_core::Result;
 use rayon::prelude::*;
 
+use super::bias::Table;
 use super::plan::{AttentionPlan, Sight};
 use super::simd::padded;
 
@@ -27,6 +28,8 @@ pub(super) struct Problem<'a> {
     pub(super) q: &'a [f32],
     pub(super) k: &'a [f32],
     pub(super) v: &'a [f32],
+    /// What is added to logits for the distance of query and key.
+    pub(super) bias: Option<&'a Table>,
     /// Width of a row of q.
     pub(super) q_width: usize,
     /// Width of a row of k and v.
@@ -63,6 +66,7 @@ impl<'a> Problem<'a> {
             q,
             k,
             v,
+            bias: None,
             q_width,
             kv_width,
             q_tokens,

@@ -104,9 +104,11 @@ impl WithSimd for Tile<'_> {
                             line.fill(0.0);
                             continue;
                         }
-                        let seen = seen.start - columns.start..seen.end - columns.start;
                         let at = row + r;
-                        let factor = online_softmax(simd, line, seen, p.cap, &mut max[at], &mut sum[at]);
+                        let keys = block * TILE + seen.start - offset..block * TILE + seen.end - offset;
+                        let bias = p.bias.map(|b| b.of(head, sight.position(first + at), &keys));
+                        let seen = seen.start - columns.start..seen.end - columns.start;
+                        let factor = online_softmax(simd, line, seen, p.cap, bias, &mut max[at], &mut sum[at]);
                         if factor != 1.0 {
                             scale(simd, &mut out[at * dim..(at + 1) * dim], factor);
                         }
@@ -152,13 +154,15 @@ pub(super) fn finish(line: &[f32], max: f32, sum: f32, to: &mut [f32], lse: &mut
 }
 
 /// Turns one row of raw products into `2^(logit − max)`, 0 outside `seen`, and brings the row's running maximum and sum
-/// up to date. Returns what the row's earlier results have to be multiplied with.
+/// up to date; `bias` is what the logits of `seen` get besides. Returns what the row's earlier results have to be
+/// multiplied with.
 #[inline(always)]
 pub(super) fn online_softmax<S: Simd>(
     simd: S,
     line: &mut [f32],
     seen: std::ops::Range<usize>,
     cap: Option<f32>,
+    bias: Option<&[f32]>,
     max: &mut f32,
     sum: &mut f32,
 ) -> f32 {
@@ -167,6 +171,9 @@ pub(super) fn online_softmax<S: Simd>(
         for x in vectors_mut::<S>(line) {
             *x = simd.mul_f32s(cap, tanh(simd, *x));
         }
+    }
+    if let Some(bias) = bias {
+        line[seen.clone()].iter_mut().zip(bias).for_each(|(x, b)| *x += b);
     }
     line[..seen.start].fill(f32::NEG_INFINITY);
     line[seen.end..].fill(f32::NEG_INFINITY);

@@ -4,6 +4,7 @@
 //! (FlashAttention-2, Dao 2023, arXiv 2307.08691) and one log-sum-exp per query and head for the backward.
 
 mod backward;
+mod bias;
 mod cpu;
 mod forward;
 mod narrow;
@@ -15,13 +16,13 @@ mod tests;
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{Result, Shape, Storage, Tensor};
 
 pub use plan::{AttentionPlan, SequenceSpan};
 
-use crate::cpu::View;
+use crate::cpu::{View, with};
 use crate::diff_op::{DiffOp, apply, is_cpu_f32};
-use crate::tape::Keeps;
+use crate::tape::{Keeps, is_recording};
 
 /// `softmax(scale · q·kᵀ) · v` within each sequence of `plan`, heads side by side.
 ///
@@ -34,13 +35,79 @@ use crate::tape::Keeps;
 /// own keys, a window of 0, a soft cap that is not positive.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) -> Result<Tensor> {
     plan.validate(q, k, v)?;
-    apply(Attention { plan: plan.clone(), lse: OnceLock::new() }, &[q, k, v])
+    apply(Attention { plan: plan.clone(), bias: None, lse: OnceLock::new() }, &[q, k, v])
+}
+
+/// [`attention`] whose logits get a bias for the distance of query and key: row `zero + (key − query)` of `bias`
+/// `[distances, heads]`, with the positions of [`AttentionPlan`]. `bias` has the type of `q`.
+///
+/// A tracked bias gets its gradient in a recording ([`crate::record`]) only, since candle's graph has no operation of four
+/// tensors.
+///
+/// # Errors
+/// As [`attention`]; when the bias lacks a distance that the plan has, when the plan has a soft cap, and for a tracked bias
+/// outside a recording.
+pub fn biased_attention(
+    [q, k, v]: [&Tensor; 3],
+    bias: &Tensor,
+    zero: usize,
+    plan: &Arc<AttentionPlan>,
+) -> Result<Tensor> {
+    plan.validate(q, k, v)?;
+    bias::validate(plan, bias, zero)?;
+    if bias.dtype() != q.dtype() {
+        candle_core::bail!("attention: q is {:?}, the bias {:?}", q.dtype(), bias.dtype());
+    }
+    let op = |held| Attention { plan: plan.clone(), bias: Some(Bias { zero, held }), lse: OnceLock::new() };
+    match (bias.track_op(), is_recording()) {
+        (false, _) => apply(op(Some(bias.contiguous()?)), &[q, k, v]),
+        (true, true) => apply(op(None), &[q, k, v, bias]),
+        (true, false) => candle_core::bail!("attention: a bias is trained in a recording only"),
+    }
 }
 
 struct Attention {
     plan: Arc<AttentionPlan>,
+    bias: Option<Bias>,
     /// What the fused forward saves for the fused backward.
     lse: OnceLock<Vec<f32>>,
+}
+
+/// A relative bias.
+struct Bias {
+    zero: usize,
+    /// The table, where it is not the fourth argument.
+    held: Option<Tensor>,
+}
+
+impl Attention {
+    /// Runs `f` on the problem that fused kernels solve.
+    fn with_problem<R>(
+        &self,
+        [q, k, v]: [&[f32]; 3],
+        bias: Option<&[f32]>,
+        f: impl FnOnce(&cpu::Problem<'_>) -> R,
+    ) -> Result<R> {
+        let table = |bias: &[f32], zero| bias::Table::new(bias, self.plan.heads, zero);
+        let table = match (&self.bias, bias) {
+            (None, _) => None,
+            (Some(Bias { zero, held: Some(held) }), _) => Some(with(held, |bias| Ok(table(bias.data, *zero)))?),
+            (Some(Bias { zero, held: None }), Some(bias)) => Some(table(bias, *zero)),
+            (Some(_), None) => candle_core::bail!("attention: the bias is missing"),
+        };
+        let problem = cpu::Problem { bias: table.as_ref(), ..cpu::Problem::new(&self.plan, q, k, v)? };
+        Ok(f(&problem))
+    }
+
+    /// The bias as the neutral form takes it, for what follows q, k and v among the arguments.
+    fn neutral_bias<'a>(&'a self, rest: &'a [Tensor]) -> neutral::Bias<'a> {
+        let bias = self.bias.as_ref()?;
+        Some((bias.held.as_ref().or(rest.first())?, bias.zero))
+    }
+}
+
+fn missing<T>(args: &[T]) -> candle_core::Error {
+    candle_core::Error::Msg(format!("attention: {} arguments", args.len()))
 }
 
 impl DiffOp for Attention {
@@ -48,44 +115,50 @@ impl DiffOp for Attention {
     const KEEPS: Keeps = Keeps::All;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
-        let [q, k, v] = args else { candle_core::bail!("attention: {} arguments", args.len()) };
-        let problem = cpu::Problem::new(&self.plan, q.data, k.data, v.data)?;
-        let (out, lse) = forward::forward(&problem);
+        let [q, k, v, rest @ ..] = args else { return Err(missing(args)) };
+        let bias = rest.first().map(|bias| bias.data);
+        let (out, lse) = self.with_problem([q.data, k.data, v.data], bias, forward::forward)?;
         // A second forward of the same node gives the same values.
         let _ = self.lse.set(lse);
         Ok((out, q.shape.clone()))
     }
 
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
-        let [q, k, v] = args else { candle_core::bail!("attention: {} arguments", args.len()) };
-        neutral::forward(&self.plan, q, k, v)
+        let [q, k, v, rest @ ..] = args else { return Err(missing(args)) };
+        neutral::forward(&self.plan, q, k, v, self.neutral_bias(rest))
     }
 
     fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let ([q, k, v], [needs_q, needs_k, needs_v]) = (args, needs) else {
-            candle_core::bail!("attention: {} arguments", args.len())
+        let [q, k, v, rest @ ..] = args else { return Err(missing(args)) };
+        let needs = [0, 1, 2, 3].map(|i| needs.get(i).copied().unwrap_or(false));
+        let mut grads = match self.lse.get().filter(|_| is_cpu_f32(grad)) {
+            None => neutral::backward(&self.plan, [q, k, v], self.neutral_bias(rest), res, grad, needs)?.to_vec(),
+            Some(lse) => {
+                let found = with_all([q, k, v, res, grad, rest.first().unwrap_or(q)], |[q, k, v, out, grad, bias]| {
+                    let bias = rest.first().map(|_| bias);
+                    let up = backward::Upstream { out, grad, lse };
+                    self.with_problem([q, k, v], bias, |problem| backward::backward(problem, up, needs))
+                })?;
+                let tensor = |(g, x): (Option<Vec<f32>>, &Tensor)| {
+                    g.map(|g| crate::cpu::tensor(g, x.shape().clone())).transpose()
+                };
+                found.into_iter().zip(args).map(tensor).collect::<Result<Vec<_>>>()?
+            }
         };
-        let Some(lse) = self.lse.get().filter(|_| is_cpu_f32(grad)) else {
-            return neutral::backward(&self.plan, args, res, grad, needs);
-        };
-        use crate::cpu::with;
-        let grads = with(q, |q| {
-            with(k, |k| {
-                with(v, |v| {
-                    with(res, |out| {
-                        with(grad, |grad| {
-                            let problem = cpu::Problem::new(&self.plan, q.data, k.data, v.data)?;
-                            let up = backward::Upstream { out: out.data, grad: grad.data, lse };
-                            Ok(backward::backward(&problem, up, [*needs_q, *needs_k, *needs_v]))
-                        })
-                    })
-                })
-            })
-        })?;
-        grads
-            .into_iter()
-            .zip(args)
-            .map(|(g, x)| g.map(|g| crate::cpu::tensor(g, x.shape().clone())).transpose())
-            .collect()
+        grads.truncate(args.len());
+        Ok(grads)
     }
+}
+
+/// Lends the elements of several tensors.
+fn with_all<const N: usize, R>(tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
+    let storages = tensors.map(Tensor::storage_and_layout);
+    let mut slices: [&[f32]; N] = [&[]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&storages) {
+        *slice = match &**storage {
+            Storage::Cpu(storage) => View::new(storage, layout)?.data,
+            _ => candle_core::bail!("attention: a CPU kernel got a tensor of another device"),
+        };
+    }
+    f(slices)
 }

@@ -134,7 +134,10 @@ impl WithSimd for Chunk<'_> {
                 continue;
             }
             let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0);
-            online_softmax(simd, line, start..end, p.cap, &mut max, &mut sum);
+            let first = item.keys.start - item.offset;
+            let (head, position) = (item.kv * p.group + row / n, item.sight.position(row % n));
+            let bias = p.bias.map(|b| b.of(head, position, &(first + start..first + end)));
+            online_softmax(simd, line, start..end, p.cap, bias, &mut max, &mut sum);
             (part[row * width], part[row * width + 1]) = (max, sum);
         }
         let out = room(&mut s.out, rows * dim);

@@ -15,15 +15,20 @@ struct Sequence<'a> {
     v: Tensor,
     /// 1 where a query sees a key, `[nq, n]`; `None` if it is 1 everywhere.
     mask: Option<Tensor>,
+    /// What is added to logits, `[heads, nq, n]`, and the rows of the table that it is made of, pair by pair.
+    bias: Option<(Tensor, Vec<u32>)>,
     /// Rows of the batch's queries and keys.
     q_rows: Vec<u32>,
     k_rows: Vec<u32>,
 }
 
+/// A relative bias `[distances, heads]`, and its row for distance 0.
+pub(super) type Bias<'a> = Option<(&'a Tensor, usize)>;
+
 /// The result, `[q_tokens, heads·head_dim]`.
-pub(super) fn forward(plan: &AttentionPlan, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+pub(super) fn forward(plan: &AttentionPlan, q: &Tensor, k: &Tensor, v: &Tensor, bias: Bias<'_>) -> Result<Tensor> {
     let mut rows = Rows::default();
-    for s in sequences(plan, q, k, v) {
+    for s in sequences(plan, q, k, v, bias) {
         let s = s?;
         let (probabilities, _) = s.probabilities()?;
         rows.push(s.queries(&probabilities.matmul(&s.v)?)?, &s.q_rows);
@@ -31,25 +36,25 @@ pub(super) fn forward(plan: &AttentionPlan, q: &Tensor, k: &Tensor, v: &Tensor) 
     rows.assemble(q)
 }
 
-/// Gradients of q, k and v as far as `needs` asks for them.
+/// Gradients of q, k, v and the bias as far as `needs` asks for them.
 pub(super) fn backward(
     plan: &AttentionPlan,
-    args: &[Tensor],
+    [q, k, v]: [&Tensor; 3],
+    bias: Bias<'_>,
     res: &Tensor,
     grad: &Tensor,
-    needs: &[bool],
-) -> Result<Vec<Option<Tensor>>> {
-    let [q, k, v] = args else { candle_core::bail!("attention: {} arguments", args.len()) };
-    let needs = |i: usize| needs.get(i).copied().unwrap_or(false);
-    let (mut dq, mut dk, mut dv) = (Rows::default(), Rows::default(), Rows::default());
-    for s in sequences(plan, q, k, v) {
+    needs: [bool; 4],
+) -> Result<[Option<Tensor>; 4]> {
+    let [needs_q, needs_k, needs_v, needs_bias] = needs;
+    let (mut dq, mut dk, mut dv, mut d_bias) = (Rows::default(), Rows::default(), Rows::default(), Rows::default());
+    for s in sequences(plan, q, k, v, bias) {
         let s = s?;
         let (p, d_cap) = s.probabilities()?;
         let d_out = s.heads_first(grad)?;
-        if needs(2) {
+        if needs_v {
             dv.push(s.keys(&p.t()?.contiguous()?.matmul(&d_out)?)?, &s.k_rows);
         }
-        if !needs(0) && !needs(1) {
+        if !needs_q && !needs_k && !needs_bias {
             continue;
         }
         let delta = (&d_out * s.heads_first(res)?)?.sum_keepdim(D::Minus1)?;
@@ -58,16 +63,21 @@ pub(super) fn backward(
         if let Some(d_cap) = d_cap {
             ds = (ds * d_cap)?;
         }
+        if needs_bias && let Some((_, rows)) = &s.bias {
+            let pairs = ds.reshape((plan.heads, s.nq * s.n))?.t()?.contiguous()?;
+            d_bias.push(pairs, rows);
+        }
         let ds = (ds * f64::from(plan.scale))?;
-        if needs(0) {
+        if needs_q {
             dq.push(s.queries(&ds.matmul(&s.k)?)?, &s.q_rows);
         }
-        if needs(1) {
+        if needs_k {
             dk.push(s.keys(&ds.t()?.contiguous()?.matmul(&s.q)?)?, &s.k_rows);
         }
     }
     let finish = |needed: bool, rows: Rows, like: &Tensor| needed.then(|| rows.assemble(like)).transpose();
-    Ok(vec![finish(needs(0), dq, q)?, finish(needs(1), dk, k)?, finish(needs(2), dv, v)?])
+    let d_bias = bias.filter(|_| needs_bias).map(|(bias, _)| d_bias.assemble(bias)).transpose()?;
+    Ok([finish(needs_q, dq, q)?, finish(needs_k, dk, k)?, finish(needs_v, dv, v)?, d_bias])
 }
 
 /// The sequences that have queries and keys, made when they are asked for.
@@ -76,6 +86,7 @@ fn sequences<'a>(
     q: &'a Tensor,
     k: &'a Tensor,
     v: &'a Tensor,
+    bias: Bias<'a>,
 ) -> impl Iterator<Item = Result<Sequence<'a>>> {
     let busy = |s: &&SequenceSpan| !s.queries.is_empty() && s.keys.len() + s.prefix.len() > 0;
     plan.sequences.iter().filter(busy).map(move |span| {
@@ -92,12 +103,26 @@ fn sequences<'a>(
             k: keys(k)?,
             v: keys(v)?,
             mask: mask(plan, span, q.device())?,
+            bias: bias.map(|(bias, zero)| biases(plan, span, bias, zero)).transpose()?,
             q_rows: span.queries.clone().map(|i| i as u32).collect(),
             k_rows: span.prefix.clone().chain(span.keys.clone()).map(|i| i as u32).collect(),
         };
         s.q = s.heads_first(q)?;
         Ok(s)
     })
+}
+
+/// The biases of all pairs of one sequence. Pairs that do not see each other have any row of the table: the mask hides them.
+fn biases(plan: &AttentionPlan, span: &SequenceSpan, bias: &Tensor, zero: usize) -> Result<(Tensor, Vec<u32>)> {
+    let (nq, n) = (span.queries.len(), span.prefix.len() + span.keys.len());
+    let last = bias.dim(0)?.saturating_sub(1) as isize;
+    let row = |query: usize, key: usize| {
+        let position = (query + n) as isize - nq as isize;
+        (zero as isize + key as isize - position).clamp(0, last) as u32
+    };
+    let rows: Vec<u32> = (0..nq).flat_map(|i| (0..n).map(move |j| row(i, j))).collect();
+    let pairs = bias.index_select(&Tensor::new(rows.as_slice(), bias.device())?, 0)?.to_dtype(DType::F32)?;
+    Ok((pairs.t()?.contiguous()?.reshape((plan.heads, nq, n))?, rows))
 }
 
 fn mask(plan: &AttentionPlan, span: &SequenceSpan, device: &Device) -> Result<Option<Tensor>> {
@@ -152,6 +177,10 @@ impl Sequence<'_> {
             logits = (t * f64::from(cap))?;
         }
         let logits = logits.reshape((plan.heads, self.nq, self.n))?;
+        let logits = match &self.bias {
+            Some((bias, _)) => (logits + bias)?,
+            None => logits,
+        };
         let logits = match &self.mask {
             Some(mask) => logits.broadcast_add(&((mask - 1.0)? * 1e30)?)?,
             None => logits,

@@ -169,10 +169,16 @@ impl Sight {
         Self { queries: queries as isize, keys: keys as isize, behind: behind as isize, left, right }
     }
 
+    /// Where query `i` stands, counted in keys from the first of the range.
+    #[inline]
+    pub(super) fn position(&self, i: usize) -> isize {
+        i as isize + self.keys + self.behind - self.queries
+    }
+
     /// The keys that query `i` sees; empty ranges have `start == end`.
     #[inline]
     pub(super) fn keys_of(&self, i: usize) -> Range<usize> {
-        let p = i as isize + self.keys + self.behind - self.queries;
+        let p = self.position(i);
         let start = (p - self.left).clamp(0, self.keys);
         let end = (p + self.right + 1).clamp(start, self.keys);
         start as usize..end as usize

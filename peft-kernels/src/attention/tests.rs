@@ -5,16 +5,17 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use proptest::prelude::*;
 
-use super::{AttentionPlan, SequenceSpan, attention, backward, cpu, forward, neutral};
+use super::{AttentionPlan, SequenceSpan, attention, backward, biased_attention, cpu, forward, neutral};
 use crate::seed;
 use crate::testing::{check_gradients_with, close, randn};
 
-/// The definition, in f64 and one logit at a time: the result and the gradients of q, k and v.
-fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
-    let [q, k, v, d_out] = args;
+/// The definition, in f64 and one logit at a time: the result and the gradients of q, k, v and the bias, whose row `zero` is
+/// for distance 0.
+fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 5], zero: usize) -> [Vec<f64>; 5] {
+    let [q, k, v, d_out, bias] = args;
     let (d, qw, kw) = (plan.head_dim, plan.heads * plan.head_dim, plan.kv_heads * plan.head_dim);
-    let mut result = [vec![0f64; q.len()], vec![0f64; q.len()], vec![0f64; k.len()], vec![0f64; v.len()]];
-    let [out, dq, dk, dv] = &mut result;
+    let mut result = [q, q, k, v, bias].map(|x| vec![0f64; x.len()]);
+    let [out, dq, dk, dv, d_bias] = &mut result;
     for s in &plan.sequences {
         for h in 0..plan.heads {
             let kv = h / (plan.heads / plan.kv_heads);
@@ -31,11 +32,16 @@ fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
                 let prefix = s.prefix.clone().filter(|j| seen(*j as i64 - s.prefix.end as i64));
                 let keys: Vec<usize> =
                     prefix.chain(s.keys.clone().filter(|j| seen((j - s.keys.start) as i64))).collect();
+                let place = |j: usize| {
+                    if s.prefix.contains(&j) { j as i64 - s.prefix.end as i64 } else { (j - s.keys.start) as i64 }
+                };
+                let of_bias = |j: usize| (zero as i64 + place(j) - p) as usize * plan.heads + h;
                 let qi = &q[token * qw + h * d..][..d];
                 let head = |t: &[f64], j: usize| t[j * kw + kv * d..][..d].to_vec();
                 let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
                 let scale = f64::from(plan.scale);
-                let raw: Vec<f64> = keys.iter().map(|j| dot(qi, &head(k, *j)) * scale).collect();
+                let added = |j: usize| if bias.is_empty() { 0.0 } else { bias[of_bias(j)] };
+                let raw: Vec<f64> = keys.iter().map(|j| dot(qi, &head(k, *j)) * scale + added(*j)).collect();
                 let cap = plan.softcap.map(f64::from);
                 let logits: Vec<f64> = raw.iter().map(|x| cap.map_or(*x, |c| c * (x / c).tanh())).collect();
                 let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -46,7 +52,11 @@ fn reference(plan: &AttentionPlan, args: &[Vec<f64>; 4]) -> [Vec<f64>; 4] {
                 let delta = dot(&probs, &dp);
                 for (n, j) in keys.iter().enumerate() {
                     let d_cap = cap.map_or(1.0, |c| 1.0 - (raw[n] / c).tanh().powi(2));
-                    let ds = probs[n] * (dp[n] - delta) * d_cap * scale;
+                    let d_logit = probs[n] * (dp[n] - delta) * d_cap;
+                    if !bias.is_empty() {
+                        d_bias[of_bias(*j)] += d_logit;
+                    }
+                    let ds = d_logit * scale;
                     for e in 0..d {
                         let (at, to) = (token * qw + h * d + e, *j * kw + kv * d + e);
                         out[at] += probs[n] * v[to];
@@ -72,6 +82,12 @@ fn to_f64(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
+/// [`reference`] without a bias.
+fn unbiased(plan: &AttentionPlan, args: &[Tensor; 4]) -> [Vec<f64>; 5] {
+    let [q, k, v, d_out] = args.each_ref().map(to_f64);
+    reference(plan, &[q, k, v, d_out, Vec::new()], 0)
+}
+
 /// Result and gradients through the graph.
 fn run(plan: &Arc<AttentionPlan>, args: &[Tensor; 4]) -> [Tensor; 4] {
     let [q, k, v] = [0, 1, 2].map(|i| Var::from_tensor(&args[i]).unwrap());
@@ -81,21 +97,47 @@ fn run(plan: &Arc<AttentionPlan>, args: &[Tensor; 4]) -> [Tensor; 4] {
     [y.detach(), grad(&q), grad(&k), grad(&v)]
 }
 
+/// Result and gradients, those of the bias too, through a recording.
+fn recorded(plan: &Arc<AttentionPlan>, args: &[Tensor; 4], bias: &Tensor, zero: usize) -> Vec<Tensor> {
+    let [q, k, v, bias] = [&args[0], &args[1], &args[2], bias].map(|t| Var::from_tensor(t).unwrap());
+    let (y, record) = crate::record(|| biased_attention([&q, &k, &v], &bias, zero, plan)).unwrap();
+    let grads: std::collections::HashMap<_, _> = record.backward(&args[3]).unwrap().into_iter().collect();
+    std::iter::once(y.detach()).chain([&q, &k, &v, &bias].map(|v| grads[&v.as_tensor().id()].clone())).collect()
+}
+
 /// Tokens that a plan's ranges reach.
 fn tokens(plan: &AttentionPlan) -> (usize, usize) {
     let of = |f: fn(&SequenceSpan) -> usize| plan.sequences.iter().map(f).max().unwrap_or(0);
     (of(|s| s.queries.end), of(|s| s.keys.end.max(s.prefix.end)))
 }
 
-const NAMES: [&str; 4] = ["result", "dq", "dk", "dv"];
+const NAMES: [&str; 5] = ["result", "dq", "dk", "dv", "d_bias"];
 
 /// Holds the fused form on every instruction set, and the neutral form, against the definition.
 fn check(plan: AttentionPlan) {
     let (q_tokens, k_tokens) = tokens(&plan);
+    if plan.softcap.is_none() {
+        // Rows for distances that no pair has must get no gradient.
+        let (before, after) = (2 * k_tokens + 3, q_tokens + k_tokens + 2);
+        check_with(plan.clone(), Some((randn(5, (before + after, plan.heads), 1.0).unwrap(), before)));
+    }
+    check_with(plan, None);
+}
+
+fn check_with(plan: AttentionPlan, bias: Option<(Tensor, usize)>) {
+    let (q_tokens, k_tokens) = tokens(&plan);
     let plan = Arc::new(plan);
     // Rows that belong to no sequence must give zeros.
     let args = tensors(&plan, q_tokens + 1, k_tokens + 1);
-    let want = reference(&plan, &args.each_ref().map(to_f64));
+    let neutral_bias = bias.as_ref().map(|(bias, zero)| (bias, *zero));
+    let want = match &bias {
+        None => unbiased(&plan, &args),
+        Some((bias, zero)) => {
+            let [q, k, v, d_out] = args.each_ref().map(to_f64);
+            reference(&plan, &[q, k, v, d_out, to_f64(bias)], *zero)
+        }
+    };
+    let needs = [true, true, true, bias.is_some()];
     let compare = |what: &str, got: &[f64], i: usize| {
         let tolerance = 2e-5 * (1.0 + (k_tokens as f64).sqrt() / 4.0);
         for (at, (x, y)) in got.iter().zip(&want[i]).enumerate() {
@@ -104,29 +146,36 @@ fn check(plan: AttentionPlan) {
         }
         assert_eq!(got.len(), want[i].len());
     };
-    for (i, t) in run(&plan, &args).iter().enumerate() {
+    let fused = match &bias {
+        None => run(&plan, &args).to_vec(),
+        Some((bias, zero)) => recorded(&plan, &args, bias, *zero),
+    };
+    for (i, t) in fused.iter().enumerate() {
         compare("fused", &to_f64(t), i);
     }
     let [q, k, v, g] = &args;
-    let y = neutral::forward(&plan, q, k, v).unwrap();
+    let y = neutral::forward(&plan, q, k, v, neutral_bias).unwrap();
     compare("neutral", &to_f64(&y), 0);
-    let grads = neutral::backward(&plan, &args[..3], &y, g, &[true; 3]).unwrap();
-    for (i, t) in grads.iter().enumerate() {
-        compare("neutral", &to_f64(t.as_ref().unwrap()), i + 1);
+    let grads = neutral::backward(&plan, [q, k, v], neutral_bias, &y, g, needs).unwrap();
+    for (i, t) in grads.iter().flatten().enumerate() {
+        compare("neutral", &to_f64(t), i + 1);
     }
     let flat = args.each_ref().map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
     let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
     let mut machines = vec![("scalar", pulp::Arch::Scalar)];
     #[cfg(target_arch = "x86_64")]
     machines.extend(pulp::x86::V3::try_new().map(|v3| ("AVX2", pulp::Arch::V3(v3))));
+    let flat_bias = bias.as_ref().map(|(b, zero)| (b.flatten_all().unwrap().to_vec1::<f32>().unwrap(), *zero));
+    let table = flat_bias.map(|(bias, zero)| super::bias::Table::new(&bias, plan.heads, zero));
     for (name, arch) in machines {
         let mut problem = cpu::Problem::new(&plan, &flat[0], &flat[1], &flat[2]).unwrap();
         problem.arch = arch;
+        problem.bias = table.as_ref();
         let (out, lse) = forward::forward(&problem);
         compare(name, &wide(&out), 0);
         let up = backward::Upstream { out: &out, grad: &flat[3], lse: &lse };
-        for (i, g) in backward::backward(&problem, up, [true; 3]).iter().enumerate() {
-            compare(name, &wide(g.as_ref().unwrap()), i + 1);
+        for (i, g) in backward::backward(&problem, up, needs).iter().flatten().enumerate() {
+            compare(name, &wide(g), i + 1);
         }
     }
 }
@@ -240,6 +289,44 @@ fn gradients_match_finite_differences() {
 }
 
 #[test]
+fn gradients_under_a_bias_match_finite_differences() {
+    let sequences = vec![span(0..9, 4..13, 0..4), span(9..12, 13..20, 0..4)];
+    for causal in [true, false] {
+        let plan = AttentionPlan { sequences: sequences.clone(), causal, ..AttentionPlan::causal(4, 2, 8, &[]) };
+        let plan = Arc::new(plan);
+        let [q, k, v, _] = tensors(&plan, 12, 20);
+        let bias = randn(6, (24, 4), 1.0).unwrap();
+        check_gradients_with(&[q, k, v], 3e-3, 1e-2, |a| biased_attention([&a[0], &a[1], &a[2]], &bias, 14, &plan))
+            .unwrap();
+    }
+}
+
+#[test]
+fn biases_that_do_not_fit_are_errors() {
+    let plan = AttentionPlan { causal: false, ..AttentionPlan::causal(4, 2, 8, &[5, 3]) };
+    let [q, k, v, _] = tensors(&plan, 8, 8);
+    let run = |plan: &AttentionPlan, bias: &Tensor, zero| {
+        biased_attention([&q, &k, &v], bias, zero, &Arc::new(plan.clone())).map_err(|e| e.to_string())
+    };
+    let bias = |rows: usize, heads: usize| randn(7, (rows, heads), 1.0).unwrap();
+    assert!(run(&plan, &bias(9, 4), 4).is_ok());
+    for (rows, heads, zero, says) in
+        [(9, 2, 4, "4 heads"), (8, 4, 4, "too short"), (9, 4, 3, "too short"), (9, 4, usize::MAX, "too short")]
+    {
+        let e = run(&plan, &bias(rows, heads), zero).unwrap_err();
+        assert!(e.contains(says), "{e}");
+    }
+    let causal = AttentionPlan { causal: true, ..plan.clone() };
+    assert!(run(&causal, &bias(5, 4), 4).is_ok());
+    assert!(
+        run(&AttentionPlan { softcap: Some(2.0), ..plan.clone() }, &bias(9, 4), 4).unwrap_err().contains("soft cap")
+    );
+    let tracked = Var::from_tensor(&bias(9, 4)).unwrap();
+    assert!(run(&plan, &tracked, 4).unwrap_err().contains("recording"));
+    assert!(run(&plan, &bias(9, 4).to_dtype(DType::BF16).unwrap(), 4).unwrap_err().contains("BF16"));
+}
+
+#[test]
 fn only_tracked_arguments_get_gradients() {
     let plan = Arc::new(AttentionPlan::causal(4, 2, 16, &[70, 9]));
     let args = tensors(&plan, 79, 79);
@@ -316,7 +403,7 @@ fn a_nan_is_not_hidden() {
 fn large_logits_do_not_overflow() {
     let plan = Arc::new(AttentionPlan { scale: 50.0, ..AttentionPlan::causal(2, 1, 64, &[90]) });
     let args = tensors(&plan, 90, 90);
-    let want = reference(&plan, &args.each_ref().map(to_f64));
+    let want = unbiased(&plan, &args);
     for (got, want) in run(&plan, &args).iter().zip(&want).take(1) {
         for (x, y) in to_f64(got).iter().zip(want) {
             // Logits of ±2000 in f32 are right to 1e-4.

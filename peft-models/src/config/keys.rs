@@ -6,7 +6,7 @@ use candle_core::DType;
 use peft_core::suggest::did_you_mean;
 use serde_json::{Map, Value};
 
-use super::{ACTIVATIONS, Activation, ConfigError, ENCODER_FAMILIES, FAMILIES};
+use super::{ACTIVATIONS, Activation, ConfigError, ENCODER_FAMILIES, FAMILIES, SEQ2SEQ_FAMILIES};
 
 /// A `config.json` is a few kilobytes; anything larger than this is not one.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -129,7 +129,9 @@ pub(super) fn family<F>(
     let model_type = keys.model_type()?;
     families.iter().find(|family| model_type_of(family) == model_type).ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
-        let known: Vec<&str> = decoders.chain(ENCODER_FAMILIES.iter().map(|family| family.model_type)).collect();
+        let encoders = ENCODER_FAMILIES.iter().map(|family| family.model_type);
+        let both = SEQ2SEQ_FAMILIES.iter().map(|family| family.model_type);
+        let known: Vec<&str> = decoders.chain(encoders).chain(both).collect();
         keys.invalid(
             "model_type",
             format!(
@@ -153,8 +155,12 @@ pub(super) fn refuse_quantized(keys: &Keys<'_>) -> Result<(), ConfigError> {
 
 /// The activation that `key` names.
 pub(super) fn activation(keys: &Keys<'_>, key: &str) -> Result<Option<Activation>, ConfigError> {
-    let Some(name) = keys.text(key)? else { return Ok(None) };
-    Activation::from_name(name).map(Some).ok_or_else(|| {
+    keys.text(key)?.map(|name| named_activation(keys, key, name)).transpose()
+}
+
+/// The activation called `name`, which is the value of `key` or a part of it.
+pub(super) fn named_activation(keys: &Keys<'_>, key: &str, name: &str) -> Result<Activation, ConfigError> {
+    Activation::from_name(name).ok_or_else(|| {
         let known: Vec<&str> = ACTIVATIONS.iter().map(|(known, _)| *known).collect();
         keys.invalid(
             key,

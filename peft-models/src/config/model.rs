@@ -7,7 +7,7 @@ use peft_core::Task;
 use serde_json::{Map, Value};
 
 use super::keys::{Keys, read_json};
-use super::{ConfigError, DecoderConfig, ENCODER_FAMILIES, EncoderConfig};
+use super::{ConfigError, DecoderConfig, ENCODER_FAMILIES, EncoderConfig, SEQ2SEQ_FAMILIES, Seq2SeqConfig};
 
 /// A configuration of one of the skeletons.
 #[derive(Debug, Clone)]
@@ -16,19 +16,24 @@ pub enum ModelConfig {
     Decoder(Box<DecoderConfig>),
     /// An encoder with a class head.
     Encoder(Box<EncoderConfig>),
+    /// An encoder–decoder that writes a target for a source.
+    Seq2Seq(Box<Seq2SeqConfig>),
 }
 
 impl ModelConfig {
     /// Reads a `config.json`, or the one in a model folder; its `model_type` says what it is.
     ///
     /// # Errors
-    /// As [`DecoderConfig::from_hf_json`] and [`EncoderConfig::from_hf_map`].
+    /// As [`DecoderConfig::from_hf_json`], [`EncoderConfig::from_hf_map`] and [`Seq2SeqConfig::from_hf_map`].
     pub fn from_hf_json(path: impl AsRef<Path>) -> Result<Self, ConfigError> {
         let (raw, path) = read_json(path.as_ref())?;
         let keys = Keys { map: &raw, path: &path, prefix: "" };
         let model_type = keys.model_type()?;
         if ENCODER_FAMILIES.iter().any(|family| family.model_type == model_type) {
             return EncoderConfig::from_hf_map(raw, &path).map(|c| Self::Encoder(Box::new(c)));
+        }
+        if SEQ2SEQ_FAMILIES.iter().any(|family| family.model_type == model_type) {
+            return Seq2SeqConfig::from_hf_map(raw, &path).map(|c| Self::Seq2Seq(Box::new(c)));
         }
         DecoderConfig::from_hf_map(raw, &path).map(|c| Self::Decoder(Box::new(c)))
     }
@@ -38,6 +43,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.model_type(),
             Self::Encoder(c) => c.family.model_type,
+            Self::Seq2Seq(c) => c.family.model_type,
         }
     }
 
@@ -46,6 +52,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.task(),
             Self::Encoder(c) => c.task(),
+            Self::Seq2Seq(c) => c.task(),
         }
     }
 
@@ -54,6 +61,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.vocab_size,
             Self::Encoder(c) => c.vocab_size,
+            Self::Seq2Seq(c) => c.vocab_size,
         }
     }
 
@@ -62,6 +70,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.learned_positions(),
             Self::Encoder(c) => Some(c.max_length()),
+            Self::Seq2Seq(_) => None,
         }
     }
 
@@ -70,6 +79,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.dtype,
             Self::Encoder(c) => c.dtype,
+            Self::Seq2Seq(c) => c.dtype,
         }
     }
 
@@ -78,18 +88,21 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.labels.as_deref(),
             Self::Encoder(c) => Some(&c.labels),
+            Self::Seq2Seq(_) => None,
         }
     }
 
-    /// Names the classes of a class head.
+    /// Names the classes of a class head; other models are left as they are.
     pub(crate) fn set_labels(&mut self, labels: Vec<String>) {
         match self {
             Self::Decoder(c) => c.labels = Some(labels),
             Self::Encoder(c) => c.labels = labels,
+            Self::Seq2Seq(_) => {}
         }
     }
 
-    /// The `config.json` to write beside weights; `tied` says whether the head of a decoder shares its embedding there.
+    /// The `config.json` to write beside weights; `tied` says whether the head of a language model shares its embedding
+    /// there.
     pub fn to_hf_json(&self, tied: bool) -> Map<String, Value> {
         match self {
             Self::Decoder(c) => {
@@ -98,6 +111,7 @@ impl ModelConfig {
                 map
             }
             Self::Encoder(c) => c.to_hf_json(),
+            Self::Seq2Seq(c) => c.to_hf_json(tied),
         }
     }
 }

@@ -4,11 +4,11 @@ use candle_core::Tensor;
 use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, Result, SiteId};
 
 use super::attention::Attention;
-use super::mlp::Mlp;
-use super::{DecoderInput, norm};
+use super::{DecoderInput, linear, norm};
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
 use crate::loader::Loader;
+use crate::mlp::Mlp;
 
 /// One block.
 #[derive(Debug)]
@@ -46,7 +46,10 @@ impl Block {
         let attention = Attention::load(l, c, layer, path)?;
         let attention_norms = Norms { before, after: optional(l, layout.attention_norms.after)? };
         let before = optional(l, layout.mlp_norms.before)?;
-        let mlp = Mlp::load(l, c, path)?;
+        let mlp =
+            Mlp::load(layout.mlp, [c.hidden_size, c.intermediate_size], c.hidden_act.into(), |name, inp, out| {
+                linear(l, c, &format!("{path}.{name}"), inp, out, c.mlp_bias)
+            })?;
         let mlp_norms = Norms { before, after: optional(l, layout.mlp_norms.after)? };
         Ok(Self { attention_norms, attention, mlp_norms, mlp, parallel: c.parallel_residual })
     }

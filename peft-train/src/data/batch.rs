@@ -1,9 +1,12 @@
 //! Packed batches: sequences one after another, without padding.
 
+use std::ops::Range;
+
 use super::dataset::Dataset;
 use super::encode::{IGNORE_INDEX, Predictor};
 
-/// Rows as the model takes them. Sequence `i` is `bounds[i]..bounds[i + 1]` of every token-wise field.
+/// Rows as the model takes them. Sequence `i` is `bounds[i]..bounds[i + 1]` of every token-wise field; for an
+/// encoder–decoder these are what its decoder reads of all rows, then the source of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// `[tokens]`.
@@ -35,10 +38,11 @@ impl Batch {
     /// Packs rows of a data set, in the order given.
     pub fn new(dataset: &Dataset, rows: &[usize]) -> Self {
         let tokens = rows.iter().map(|&r| dataset.row_length(r)).sum();
+        let sequences = if dataset.is_paired() { 2 * rows.len() } else { rows.len() };
         let mut batch = Self {
             input_ids: Vec::with_capacity(tokens),
             position_ids: Vec::with_capacity(tokens),
-            bounds: Vec::with_capacity(rows.len() + 1),
+            bounds: Vec::with_capacity(sequences + 1),
             labels: Vec::with_capacity(tokens),
             rows: rows.to_vec(),
             types: Vec::new(),
@@ -46,13 +50,21 @@ impl Batch {
         };
         batch.bounds.push(0);
         for &row in rows {
-            batch.input_ids.extend_from_slice(dataset.input_ids(row));
-            batch.labels.extend_from_slice(dataset.labels(row));
-            batch.types.extend_from_slice(dataset.types(row));
-            batch.position_ids.extend((0u32..).take(dataset.row_length(row)));
-            batch.bounds.push(batch.input_ids.len());
+            batch.push(dataset, row, dataset.source_tokens(row)..dataset.row_length(row));
+        }
+        if dataset.is_paired() {
+            rows.iter().for_each(|&row| batch.push(dataset, row, 0..dataset.source_tokens(row)));
         }
         batch
+    }
+
+    /// Adds tokens of a row as a sequence.
+    fn push(&mut self, dataset: &Dataset, row: usize, tokens: Range<usize>) {
+        self.position_ids.extend((0u32..).take(tokens.len()));
+        self.input_ids.extend_from_slice(dataset.input_ids(row).get(tokens.clone()).unwrap_or_default());
+        self.labels.extend_from_slice(dataset.labels(row).get(tokens.clone()).unwrap_or_default());
+        self.types.extend_from_slice(dataset.types(row).get(tokens).unwrap_or_default());
+        self.bounds.push(self.input_ids.len());
     }
 
     /// Number of sequences.
@@ -66,7 +78,7 @@ impl Batch {
     }
 
     /// Which positions predict a counted label of their own sequence: position `t` predicts `labels[t + 1]`, or `labels[t]`
-    /// for a class head.
+    /// for a class head and for a decoder that reads shifted targets.
     pub fn targets(&self) -> Targets {
         let mut targets = Targets::default();
         let distance = self.predictor.distance();

@@ -22,6 +22,8 @@ pub struct Dataset {
     labels: Vec<i32>,
     /// Aligned with `input_ids`, or empty where all are 0.
     types: Vec<u32>,
+    /// How many tokens of each row are the source of an encoder–decoder, or empty where rows are one sequence.
+    source_tokens: Vec<u32>,
     predictor: Predictor,
     bounds: Vec<usize>,
     sources: Vec<(u32, u64)>,
@@ -136,6 +138,10 @@ impl Dataset {
             self.types.extend_from_slice(&example.types);
             self.types.resize(self.input_ids.len(), 0);
         }
+        if !(self.source_tokens.is_empty() && example.source_tokens == 0) {
+            self.source_tokens.resize(self.len(), 0);
+            self.source_tokens.push(example.source_tokens as u32);
+        }
         self.predictor = example.predictor;
         self.bounds.push(self.input_ids.len());
         let at = &example.source;
@@ -184,6 +190,16 @@ impl Dataset {
     /// Token types of a row, aligned with its ids; empty where all are 0.
     pub fn types(&self, row: usize) -> &[u32] {
         self.types.get(self.range(row)).unwrap_or_default()
+    }
+
+    /// How many tokens of a row, in front, are the source of an encoder–decoder; 0 where the row is one sequence.
+    pub fn source_tokens(&self, row: usize) -> usize {
+        self.source_tokens.get(row).map_or(0, |&n| n as usize)
+    }
+
+    /// Whether rows are a source and what a decoder reads.
+    pub fn is_paired(&self) -> bool {
+        !self.source_tokens.is_empty()
     }
 
     /// Whose hidden state predicts a label.

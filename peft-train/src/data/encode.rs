@@ -9,10 +9,10 @@
 //!   `apply_chat_template` does. Every token that shares a byte with an assistant turn counts, end of turn included.
 //! - `tokens`: as they are.
 //!
-//! Rows for a class head are in `classes.rs`.
+//! Rows for a class head are in `classes.rs`, those for an encoder–decoder in `pairs.rs`.
 //!
 //! Labels are aligned with the ids: the label at `t` is what position `t − 1` predicts, so that of position 0 never counts.
-//! With a class head it is what position `t` itself predicts ([`Predictor`]).
+//! With a class head or a decoder that reads shifted targets it is what position `t` itself predicts ([`Predictor`]).
 
 use std::collections::BTreeMap;
 
@@ -20,6 +20,7 @@ use super::chat::ChatTemplate;
 use super::classes::ClassHead;
 use super::error::{DataError, Location};
 use super::format::Format;
+use super::pairs::DecoderInputs;
 use super::render::{Rendered, Renderer};
 use super::source::Row;
 use super::template::RowTemplate;
@@ -47,6 +48,8 @@ pub struct EncodeOptions {
     pub vocab_size: Option<usize>,
     /// The classes of a model with a class head; rows then hold one class each.
     pub class_head: Option<ClassHead>,
+    /// What the decoder of an encoder–decoder reads; rows then hold a source and a target each.
+    pub decoder: Option<DecoderInputs>,
 }
 
 impl EncodeOptions {
@@ -61,6 +64,7 @@ impl EncodeOptions {
             text_eos: false,
             vocab_size: None,
             class_head: None,
+            decoder: None,
         }
     }
 }
@@ -71,7 +75,7 @@ pub enum Predictor {
     /// That of the position before: causal language models.
     #[default]
     Previous,
-    /// That of the position itself: class heads.
+    /// That of the position itself: class heads, and decoders that read shifted targets.
     Own,
 }
 
@@ -94,6 +98,8 @@ pub struct Example {
     pub labels: Vec<i32>,
     /// Token types, aligned with `input_ids`; empty where all are 0.
     pub types: Vec<u32>,
+    /// How many tokens in front are the source of an encoder–decoder; the others are what its decoder reads.
+    pub source_tokens: usize,
     /// Whose hidden state predicts a label.
     pub predictor: Predictor,
     /// File and line.
@@ -170,6 +176,7 @@ impl<'a> Encoder<'a> {
             chat,
             label_words: options.label_words.clone(),
             class_head: options.class_head.clone(),
+            decoder: options.decoder,
             vocab_size: options.vocab_size,
         };
         renderer.check()?;
@@ -204,6 +211,9 @@ impl<'a> Encoder<'a> {
         if let Some(head) = &self.renderer.class_head {
             return self.classified(row, head);
         }
+        if let Some(decoder) = self.renderer.decoder {
+            return self.paired(row, decoder);
+        }
         let (mut input_ids, mut labels) = match self.renderer.render(row)? {
             Rendered::Tokens { input_ids, labels } => (input_ids, labels),
             rendered => self.tokenise(rendered, row)?,
@@ -232,7 +242,7 @@ impl<'a> Encoder<'a> {
             ));
         }
         let (types, predictor) = (Vec::new(), Predictor::Previous);
-        Ok(Example { input_ids, labels, types, predictor, source: row.at.clone(), truncation })
+        Ok(Example { input_ids, labels, types, source_tokens: 0, predictor, source: row.at.clone(), truncation })
     }
 
     /// Refuses a token of the tokenizer that the model has no embedding for.

@@ -1,7 +1,7 @@
 //! From rows on disk to packed batches: row → tokens + label mask → batch.
 //!
 //! [`source`] reads rows with their place in a file, [`mod@format`] says what columns mean, [`render`] turns a row into text
-//! parts ([`classes`] those for a class head; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
+//! parts ([`classes`] those for a class head, [`pairs`] those for an encoder–decoder; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
 //! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`mod@preview`] shows the
 //! result to a person.
 
@@ -12,6 +12,7 @@ pub mod dataset;
 pub mod encode;
 pub mod error;
 pub mod format;
+pub mod pairs;
 pub mod preview;
 pub mod render;
 pub mod sampler;
@@ -30,6 +31,7 @@ pub use dataset::{Dataset, DatasetStats};
 pub use encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor, Truncation};
 pub use error::{DataError, Location};
 pub use format::Format;
+pub use pairs::DecoderInputs;
 pub use preview::{RowPreview, preview};
 pub use sampler::{Sampler, SamplerOptions, SamplerState};
 pub use source::{DataSpec, MixturePart, Row};

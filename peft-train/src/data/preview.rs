@@ -19,6 +19,7 @@ pub struct RowPreview {
 /// The first `rows` rows of a data set. `decode` gives the text of one token.
 pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String) -> Vec<RowPreview> {
     let distance = dataset.predictor().distance();
+    let has_class = distance == 0 && !dataset.is_paired();
     (0..dataset.len().min(rows))
         .map(|row| RowPreview {
             source: dataset.source(row).map(|s| s.to_string()).unwrap_or_default(),
@@ -27,9 +28,13 @@ pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String
                 .iter()
                 .zip(dataset.labels(row))
                 .enumerate()
-                .map(|(t, (&id, &label))| (id, decode(&[id]), t >= distance && label != IGNORE_INDEX))
+                .map(|(t, (&id, &label))| {
+                    // A decoder reads its target one place later; a person sees the target itself.
+                    let id = u32::try_from(label).ok().filter(|_| dataset.is_paired()).unwrap_or(id);
+                    (id, decode(&[id]), t >= distance && label != IGNORE_INDEX)
+                })
                 .collect(),
-            class: dataset.labels(row).iter().copied().find(|l| distance == 0 && *l != IGNORE_INDEX),
+            class: dataset.labels(row).iter().copied().find(|l| has_class && *l != IGNORE_INDEX),
         })
         .collect()
 }

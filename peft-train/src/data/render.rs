@@ -10,6 +10,7 @@ use super::classes::{ClassHead, row_class};
 use super::encode::IGNORE_INDEX;
 use super::error::{DataError, nearest};
 use super::format::Format;
+use super::pairs::DecoderInputs;
 use super::source::{Row, kind_of};
 use super::template::RowTemplate;
 
@@ -25,7 +26,7 @@ const ALPACA: &str = "Below is an instruction that describes a task. Write a res
 pub enum Rendered {
     /// All of it counts.
     Text(String),
-    /// Tokenised apart and joined; the completion and the end token count.
+    /// Tokenised apart and joined; the completion and the end token count. On an encoder–decoder, source and target.
     Prompted {
         /// Context.
         prompt: String,
@@ -43,7 +44,7 @@ pub enum Rendered {
     Tokens {
         /// Token ids.
         input_ids: Vec<u32>,
-        /// Aligned with `input_ids`.
+        /// Aligned with `input_ids`; on an encoder–decoder, the target.
         labels: Vec<i32>,
     },
     /// For a class head: tokenised and framed as one sequence.
@@ -72,6 +73,7 @@ pub(crate) struct Renderer {
     pub(crate) chat: Option<ChatTemplate>,
     pub(crate) label_words: BTreeMap<String, String>,
     pub(crate) class_head: Option<ClassHead>,
+    pub(crate) decoder: Option<DecoderInputs>,
     pub(crate) vocab_size: Option<usize>,
 }
 
@@ -82,8 +84,12 @@ impl Renderer {
         if self.class_head.is_some() {
             return self.check_classes();
         }
+        if self.decoder.is_some() {
+            self.check_pairs()?;
+        }
         match self.format {
             Format::Text | Format::Completion | Format::Alpaca => {}
+            Format::Seq2seq if self.decoder.is_some() => {}
             Format::Chat if self.template.is_some() => {
                 return config(
                     "format chat takes no `data.template`; the conversation goes through the chat template \
@@ -157,6 +163,7 @@ impl Renderer {
             Format::Chat => self.chat(row),
             Format::Classification => self.classification(row),
             Format::Tokens => self.tokens(row),
+            Format::Seq2seq if self.decoder.is_some() => self.pair(row),
             Format::Seq2seq | Format::Preference => {
                 self.check()?;
                 Err(DataError::row(&row.at, format!("format {} is not available here", self.format)))
@@ -204,6 +211,14 @@ impl Renderer {
         let completion =
             scalar_text(value).ok_or_else(|| row.wrong_type(target, "a string, number or boolean", value))?;
         Ok(Rendered::Prompted { prompt: prompt_of(template, target, row)?, completion })
+    }
+
+    fn pair(&self, row: &Row) -> Result<Rendered, DataError> {
+        let prompt = match &self.template {
+            Some(template) => prompt_of(template, "target", row)?,
+            None => row.string("source")?.to_string(),
+        };
+        Ok(Rendered::Prompted { prompt, completion: row.string("target")?.to_string() })
     }
 
     fn alpaca(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -332,8 +347,8 @@ impl Renderer {
         let input_ids = self.input_ids(row)?;
         let labels =
             match row.fields.get("labels") {
-                None | Some(Value::Null) => input_ids.iter().map(|&id| id as i32).collect(),
-                Some(_) => integers(row, "labels")?
+                None | Some(Value::Null) if self.decoder.is_none() => input_ids.iter().map(|&id| id as i32).collect(),
+                _ => integers(row, "labels")?
                     .into_iter()
                     .enumerate()
                     .map(|(i, id)| {
@@ -345,7 +360,7 @@ impl Renderer {
                     })
                     .collect::<Result<Vec<i32>, _>>()?,
             };
-        if labels.len() != input_ids.len() {
+        if self.decoder.is_none() && labels.len() != input_ids.len() {
             return Err(DataError::row(
                 &row.at,
                 format!(

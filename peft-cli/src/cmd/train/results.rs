@@ -98,13 +98,7 @@ impl Finished<'_> {
         let prompts = &self.recipe.sample.prompts;
         let (false, Some(tokenizer)) = (prompts.is_empty(), self.tokenizer) else { return Ok(Vec::new()) };
         let set = AdapterSet::one("trained", self.adapter.clone());
-        let after = sample::continuations(
-            self.model.as_language_model()?,
-            tokenizer,
-            &set,
-            prompts,
-            self.recipe.sample.max_new_tokens,
-        )?;
+        let after = sample::continuations(self.model, tokenizer, &set, prompts, self.recipe.sample.max_new_tokens)?;
         let both = prompts.iter().zip(&self.before).zip(after);
         Ok(both
             .map(|((prompt, before), after)| Sample { prompt: prompt.clone(), before: before.clone(), after })
@@ -113,7 +107,7 @@ impl Finished<'_> {
 
     fn next(&self, output: &Path) -> Vec<String> {
         let out = output.display();
-        let writes = self.model.task() == Task::CausalLm;
+        let writes = !matches!(self.model.task(), Task::Classification { .. });
         if self.facts.method == "full" && !writes {
             return vec![format!("peft-cli inspect {out}/model")];
         }

@@ -1,16 +1,14 @@
-//! The MLP of a decoder's block.
+//! The MLP of a block, as its [`MlpLayout`] says.
 
 use candle_core::Tensor;
 use peft_core::kernels::{self, Columns, activation, columns, gated_activation};
 use peft_core::{Ctx, FrozenLinear, Result};
 
-use super::linear;
-use crate::config::{DecoderConfig, MlpLayout};
-use crate::loader::Loader;
+use crate::config::MlpLayout;
 
 /// The MLP of one block.
 #[derive(Debug)]
-pub(super) struct Mlp {
+pub(crate) struct Mlp {
     inner: Inner,
     down: FrozenLinear,
     act: kernels::Activation,
@@ -26,27 +24,33 @@ enum Inner {
 }
 
 impl Mlp {
-    pub(super) fn load(l: &mut Loader<'_>, c: &DecoderConfig, path: &str) -> Result<Self> {
-        let (hidden, width, bias) = (c.hidden_size, c.intermediate_size, c.mlp_bias);
-        let mut into = |name: &str, out: usize| linear(l, c, &format!("{path}.{name}"), hidden, out, bias);
-        let (inner, down) = match c.family.layout.mlp {
-            MlpLayout::Gated([gate, up, down]) => (Inner::Gated([into(gate, width)?, into(up, width)?]), down),
+    /// Loads the layers of `layout` in the order of the forward pass; `linear` loads one of so many inputs and outputs by its
+    /// name.
+    pub(crate) fn load(
+        layout: MlpLayout,
+        [hidden, width]: [usize; 2],
+        act: kernels::Activation,
+        mut linear: impl FnMut(&str, usize, usize) -> Result<FrozenLinear>,
+    ) -> Result<Self> {
+        let (inner, down) = match layout {
+            MlpLayout::Gated([gate, up, down]) => {
+                (Inner::Gated([linear(gate, hidden, width)?, linear(up, hidden, width)?]), down)
+            }
             MlpLayout::FusedGate([both, down]) => {
                 let parts = [0, width].map(|start| Columns { stride: 2 * width, start, width });
-                (Inner::FusedGate(into(both, 2 * width)?, parts), down)
+                (Inner::FusedGate(linear(both, hidden, 2 * width)?, parts), down)
             }
-            MlpLayout::Plain([up, down]) => (Inner::Plain(into(up, width)?), down),
+            MlpLayout::Plain([up, down]) => (Inner::Plain(linear(up, hidden, width)?), down),
         };
-        let down = linear(l, c, &format!("{path}.{down}"), width, hidden, bias)?;
-        Ok(Self { inner, down, act: c.hidden_act.into() })
+        Ok(Self { inner, down: linear(down, width, hidden)?, act })
     }
 
     /// The last layer.
-    pub(super) fn end(&self) -> &FrozenLinear {
+    pub(crate) fn end(&self) -> &FrozenLinear {
         &self.down
     }
 
-    pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
+    pub(crate) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
         let inner = match &self.inner {
             Inner::Gated(layers) => layers.as_slice(),
             Inner::FusedGate(layer, _) | Inner::Plain(layer) => std::slice::from_ref(layer),
@@ -55,7 +59,7 @@ impl Mlp {
     }
 
     /// `[tokens, hidden]` to the same shape.
-    pub(super) fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let inner = match &self.inner {
             Inner::Gated(layers) => {
                 let [gate, up] = FrozenLinear::forward_siblings(layers.each_ref(), x, ctx)?;
@@ -68,5 +72,19 @@ impl Mlp {
             Inner::Plain(layer) => activation(&layer.forward(x, ctx)?, self.act)?,
         };
         self.down.forward(&inner, ctx)
+    }
+}
+
+impl From<crate::config::Activation> for kernels::Activation {
+    fn from(a: crate::config::Activation) -> Self {
+        use crate::config::Activation as A;
+        match a {
+            A::Silu => Self::Silu,
+            A::Gelu => Self::Gelu,
+            A::GeluTanh => Self::GeluTanh,
+            A::Relu => Self::Relu,
+            A::ReluSquared => Self::ReluSquared,
+            A::QuickGelu => Self::QuickGelu,
+        }
     }
 }

@@ -1,0 +1,421 @@
+//! The shared encoder–decoder skeleton: an encoder of the source, and a decoder of the target that attends to it
+//! (Raffel et al. 2019, arXiv:1910.10683). Every linear, norm and embedding is a site under the name that transformers
+//! gives it.
+//!
+//! Both are one chain of segments. The hidden states are the rows of all targets, then those of all sources; blocks of the
+//! encoder change the latter and hand the former on, blocks of the decoder the other way round. So the block-wise backward
+//! pass needs to know nothing of it, and the gradient of the encoder's result gathers on its rows from block to block.
+//!
+//! Virtual tokens stand where PEFT puts them: prompts in front of sources, where the encoder sees the source from them too, so
+//! that every sequence has rows of its own for them; prefixes in the decoder's self-attention.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan};
+use peft_core::{
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, PromptDims, Result, Route,
+    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
+};
+
+use self::attention::{Earlier, RelativeBias, SelfInput};
+use self::block::{Block, Encoded, norm};
+use self::sources::{Sources, halves, span};
+use crate::config::Seq2SeqConfig;
+use crate::kv_cache::LayerCache;
+use crate::loader::Loader;
+use crate::source::{Placement, WeightSource};
+use crate::virtual_rows::VirtualRows;
+
+mod attention;
+mod block;
+mod sources;
+
+/// A model that writes a target for a source.
+#[derive(Debug)]
+pub struct EncoderDecoder {
+    config: Seq2SeqConfig,
+    sites: Arc<SiteTable>,
+    embed: FrozenEmbedding,
+    encoder: Stack,
+    decoder: Stack,
+    head: FrozenLinear,
+    tied: bool,
+    /// What hidden states are multiplied with in front of the head, `[hidden]`.
+    output_scale: Option<Tensor>,
+    device: Device,
+    dtype: DType,
+}
+
+/// The encoder or the decoder.
+#[derive(Debug)]
+struct Stack {
+    bias: RelativeBias,
+    blocks: Vec<Block>,
+    norm: FrozenNorm,
+}
+
+/// What all blocks share of one batch.
+#[derive(Debug, Clone)]
+pub struct EncoderDecoderInput {
+    /// How many rows of the hidden states are targets.
+    targets: usize,
+    /// How many are sources, with the prompts in front of them.
+    sources: usize,
+    /// Self-attention within targets.
+    own: SelfInput,
+    /// Self-attention within sources.
+    of_sources: SelfInput,
+    /// Attention of targets to sources.
+    cross: Arc<AttentionPlan>,
+    virtual_rows: VirtualRows,
+    /// The routes of targets and of sources, where they are not that of the batch.
+    routes: Option<[Route; 2]>,
+}
+
+/// What a decoder sees of sources that were encoded once.
+#[derive(Debug)]
+pub struct EncodedSources {
+    /// Keys and values of each block of the decoder.
+    keys_values: Vec<[Tensor; 2]>,
+    /// Which rows of these each source has.
+    rows: Vec<Range<usize>>,
+}
+
+impl EncodedSources {
+    /// The rows of a source.
+    #[must_use]
+    pub fn rows(&self, source: usize) -> Range<usize> {
+        self.rows.get(source).cloned().unwrap_or(0..0)
+    }
+}
+
+impl Stack {
+    /// Loads the encoder or decoder under `path`; its first block is segment `first`. The norm behind the encoder belongs to
+    /// its last block, that behind the decoder to the head.
+    fn load(l: &mut Loader<'_>, c: &Seq2SeqConfig, path: &str, first: usize, in_decoder: bool) -> Result<Self> {
+        let layers = if in_decoder { c.decoder_layers } else { c.encoder_layers };
+        let (mut blocks, mut bias) = (Vec::with_capacity(layers), None);
+        for i in 0..layers {
+            l.segment = first + i;
+            let (block, of_stack) = Block::load(l, c, &format!("{path}.block.{i}"), in_decoder, i == 0)?;
+            blocks.push(block);
+            bias = bias.or(of_stack);
+        }
+        l.segment += usize::from(in_decoder);
+        let norm = norm(l, c, &format!("{path}.final_layer_norm"))?;
+        let bias = bias.ok_or_else(|| Error::msg(format!("{path} has no blocks")))?;
+        Ok(Self { bias, blocks, norm })
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
+        self.blocks.iter().flat_map(Block::norms).chain([&self.norm])
+    }
+}
+
+impl EncoderDecoder {
+    /// Loads the model that `config` describes from `source`. The head shares the embedding where `source` has no weight of
+    /// its own for it, or the same one and `config` says so, as transformers 5 decides it.
+    ///
+    /// # Errors
+    /// A missing tensor or a wrong shape, by its name.
+    pub fn load(config: Seq2SeqConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
+        let c = &config;
+        let (vocab, dim) = (c.vocab_size, c.hidden_size);
+        let mut l = Loader::new(source, placement);
+        let embed = l.embedding("shared", vocab, dim)?;
+        let encoder = Stack::load(&mut l, c, "encoder", 1, false)?;
+        let decoder = Stack::load(&mut l, c, "decoder", 1 + c.encoder_layers, true)?;
+        let own = match source.contains("lm_head.weight") {
+            true => Some(source.weight("lm_head.weight", (vocab, dim))?),
+            false => None,
+        };
+        let own = match own {
+            Some(own) if c.tie_word_embeddings && is_same(&own, embed.weight())? => None,
+            own => own,
+        };
+        let tied = own.is_none();
+        let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
+        let site = l.sites.register("lm_head", kind, l.segment);
+        l.sites.mark_output_head(site);
+        let head = FrozenLinear::new(site, "lm_head", own.unwrap_or_else(|| embed.weight().clone()), None)?;
+        let output_scale = match c.scales_outputs {
+            true => Some(Tensor::full((dim as f64).powf(-0.5) as f32, dim, &placement.device)?),
+            false => None,
+        };
+        Ok(Self {
+            sites: Arc::new(l.sites),
+            embed,
+            encoder,
+            decoder,
+            head,
+            tied,
+            output_scale,
+            device: placement.device.clone(),
+            dtype: placement.activations,
+            config,
+        })
+    }
+
+    /// The model's configuration.
+    #[must_use]
+    pub fn config(&self) -> &Seq2SeqConfig {
+        &self.config
+    }
+
+    fn stacks(&self) -> [&Stack; 2] {
+        [&self.encoder, &self.decoder]
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = &Block> {
+        self.stacks().into_iter().flat_map(|s| &s.blocks)
+    }
+
+    fn embeddings(&self) -> impl Iterator<Item = &FrozenEmbedding> {
+        std::iter::once(&self.embed).chain(self.stacks().map(|s| s.bias.table()))
+    }
+
+    fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
+        self.stacks().into_iter().flat_map(Stack::norms)
+    }
+
+    /// Every matrix once: a tied head is the embedding's.
+    fn matrices(&self) -> impl Iterator<Item = &FrozenWeight> {
+        let head = Some(&self.head).filter(|_| !self.tied);
+        let linears = self.blocks().flat_map(Block::linears).chain(head).map(FrozenLinear::weight);
+        self.embeddings().map(FrozenEmbedding::weight).chain(linears)
+    }
+
+    /// Bytes of all frozen matrices; a tied table counts once.
+    #[must_use]
+    pub fn nbytes(&self) -> usize {
+        self.matrices().map(FrozenWeight::nbytes).sum()
+    }
+
+    /// Parameters of the base; a tied table counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.matrices().map(|w| w.out_features() * w.in_features()).sum::<usize>()
+            + self.norms().count() * self.config.hidden_size
+    }
+
+    /// Self-attention over `sequences`.
+    fn own_attention(&self, causal: bool, sequences: Vec<SequenceSpan>) -> SelfInput {
+        SelfInput::new(AttentionPlan { causal, ..self.attention_plan(sequences) }, &self.config.positions)
+    }
+
+    /// Attention of targets to their sources, which are the keys of `sequences`.
+    fn cross_attention(&self, sequences: Vec<SequenceSpan>) -> Arc<AttentionPlan> {
+        Arc::new(self.attention_plan(sequences))
+    }
+
+    fn attention_plan(&self, sequences: Vec<SequenceSpan>) -> AttentionPlan {
+        AttentionPlan {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_attention_heads,
+            head_dim: self.config.head_dim,
+            scale: 1.0,
+            causal: false,
+            window: None,
+            softcap: None,
+            sequences,
+        }
+    }
+
+    /// Self-attention within sources, each with its prompt.
+    fn source_attention(&self, rows: &[Range<usize>]) -> SelfInput {
+        self.own_attention(false, rows.iter().map(|rows| span(rows.clone(), rows.clone())).collect())
+    }
+
+    /// Encodes the sources of a batch that holds nothing else, each through its own adapter.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary or a tensor operation fails.
+    pub fn encode(&self, sources: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<EncodedSources> {
+        let tokens = sources.sequences()?.collect();
+        let virtual_tokens = VirtualSpans::of(sources.bounds, ctx)?;
+        let of_batch = Sources { tokens, virtual_tokens: &virtual_tokens };
+        let rows = of_batch.rows();
+        let own = self.source_attention(&rows);
+        let mut hidden = of_batch.with_prompts(self.embed.forward(sources.ids, ctx)?, ctx)?;
+        let route = of_batch.route(ctx.route, 0);
+        let ctx = Ctx { route: route.as_ref().unwrap_or(ctx.route), ..*ctx };
+        for i in 0..self.encoder.blocks.len() {
+            hidden = self.encoder_block(i, &hidden, &own, &ctx)?;
+        }
+        let seen = self.decoder.blocks.iter().filter_map(|block| block.keys_values(&hidden, &ctx).transpose());
+        Ok(EncodedSources { keys_values: seen.collect::<Result<_>>()?, rows })
+    }
+
+    /// Hidden states `[ids.len(), hidden]` of further target tokens behind the decoder's last block. The tokens are the
+    /// queries of `own`, at the end of whose keys, rows of `caches`, they are put; `cross` has the same queries and the
+    /// rows of their sources as keys.
+    ///
+    /// # Errors
+    /// When an id is outside the vocabulary or a tensor operation fails.
+    pub fn decode_cached(
+        &self,
+        ids: &[u32],
+        [own, cross]: [Vec<SequenceSpan>; 2],
+        sources: &EncodedSources,
+        caches: &mut [LayerCache],
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
+        let (own, cross) = (self.own_attention(true, own), self.cross_attention(cross));
+        let mut hidden = self.embed.forward(ids, ctx)?;
+        for ((block, keys_values), cache) in self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches) {
+            let encoder = Some((Encoded::KeysValues(keys_values), &cross));
+            hidden = block.forward(&hidden, (&own, &self.decoder.bias), encoder, ctx, Earlier::Cache(cache))?;
+        }
+        Ok(hidden)
+    }
+
+    /// Runs block `i` of the encoder on the rows of sources; the last one ends with the encoder's norm.
+    fn encoder_block(&self, i: usize, source: &Tensor, own: &SelfInput, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let stack = &self.encoder;
+        let block = stack.blocks.get(i).ok_or_else(|| Error::msg(format!("the encoder has no block {i}")))?;
+        let hidden = block.forward(source, (own, &stack.bias), None, ctx, Earlier::Nothing)?;
+        if i + 1 == stack.blocks.len() { stack.norm.forward(&hidden, ctx) } else { Ok(hidden) }
+    }
+}
+
+fn is_same(a: &FrozenWeight, b: &FrozenWeight) -> Result<bool> {
+    let difference = (a.to_dense(DType::F32)? - b.to_dense(DType::F32)?)?.abs()?.max_all()?;
+    Ok(difference.to_scalar::<f32>()? == 0.0)
+}
+
+impl BaseModel for EncoderDecoder {
+    fn sites(&self) -> &Arc<SiteTable> {
+        &self.sites
+    }
+
+    fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>> {
+        let mut linears = self.blocks().flat_map(Block::linears).chain([&self.head]);
+        let linear = linears.find(|l| l.site() == site).map(BaseLayer::Linear);
+        linear
+            .or_else(|| self.norms().find(|n| n.site() == site).map(BaseLayer::Norm))
+            .or_else(|| self.embeddings().find(|e| e.site() == site).map(BaseLayer::Embedding))
+            .ok_or_else(|| Error::msg(format!("site {} is not one of the model's", site.0)))
+    }
+
+    fn model_type(&self) -> &str {
+        self.config.family.model_type
+    }
+
+    fn device(&self) -> &Device {
+        &self.device
+    }
+
+    fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    fn tied_embedding(&self) -> Option<&str> {
+        self.tied.then(|| self.embed.path())
+    }
+
+    fn task(&self) -> Task {
+        self.config.task()
+    }
+
+    /// Of the decoder, where prefixes stand; none where it has not as many blocks as the encoder, whose number PEFT counts.
+    fn prompt_dims(&self) -> Option<PromptDims> {
+        let c = &self.config;
+        (c.encoder_layers == c.decoder_layers).then_some(PromptDims {
+            layers: c.encoder_layers,
+            hidden_size: c.hidden_size,
+            attention_heads: c.num_attention_heads,
+            key_value_heads: c.num_attention_heads,
+            head_dim: c.head_dim,
+            max_positions: usize::MAX,
+            submodules: 2,
+        })
+    }
+}
+
+impl Segmented for EncoderDecoder {
+    type Input = EncoderDecoderInput;
+
+    fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<EncoderDecoderInput> {
+        let (targets, sources, virtual_tokens) = halves(batch, ctx)?;
+        let of_batch = Sources { tokens: sources, virtual_tokens: &virtual_tokens };
+        let (source_rows, first) = (of_batch.rows(), targets.last().map_or(0, |t| t.end));
+        let routes =
+            of_batch.route(ctx.route, first).map(|route| [ctx.route.select(&(0..first).collect::<Vec<_>>()), route]);
+        let prefixes = virtual_tokens.prefix_rows(first);
+        let own = targets.iter().enumerate().map(|(i, target)| {
+            let prefix = virtual_tokens.of_sequence(i).and_then(|at| prefixes.get(at)).cloned();
+            SequenceSpan { prefix: prefix.unwrap_or(0..0), ..span(target.clone(), target.clone()) }
+        });
+        Ok(EncoderDecoderInput {
+            targets: first,
+            sources: source_rows.last().map_or(0, |rows| rows.end),
+            own: self.own_attention(true, own.collect()),
+            of_sources: self.source_attention(&source_rows),
+            cross: self.cross_attention(
+                targets.iter().zip(&source_rows).map(|(target, source)| span(target.clone(), source.clone())).collect(),
+            ),
+            virtual_rows: VirtualRows::prefixes(virtual_tokens),
+            routes,
+        })
+    }
+
+    fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let rows = self.embed.forward(batch.ids, ctx)?;
+        let (targets, tokens, virtual_tokens) = halves(batch, ctx)?;
+        if virtual_tokens.is_empty() {
+            return Ok(rows);
+        }
+        let first = targets.last().map_or(0, |t| t.end);
+        let sources = rows.narrow(0, first, batch.ids.len() - first)?;
+        let sources = Sources { tokens, virtual_tokens: &virtual_tokens }.with_prompts(sources, ctx)?;
+        Ok(Tensor::cat(&[rows.narrow(0, 0, first)?, sources], 0)?)
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.encoder.blocks.len() + self.decoder.blocks.len()
+    }
+
+    fn block(&self, i: usize, hidden: &Tensor, input: &EncoderDecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let target = hidden.narrow(0, 0, input.targets)?;
+        let source = hidden.narrow(0, input.targets, input.sources)?;
+        let [of_target, of_source] = match &input.routes {
+            Some(routes) => routes.each_ref().map(|route| Ctx { route, ..*ctx }),
+            None => [*ctx; 2],
+        };
+        let [target, source] = match i.checked_sub(self.encoder.blocks.len()) {
+            None => [target, self.encoder_block(i, &source, &input.of_sources, &of_source)?],
+            Some(i) => {
+                let stack = &self.decoder;
+                let block = stack.blocks.get(i).ok_or_else(|| Error::msg(format!("the decoder has no block {i}")))?;
+                let encoder = Some((Encoded::Hidden(&source, &of_source), &input.cross));
+                let earlier = Earlier::Prefixes(&input.virtual_rows, i);
+                let target = block.forward(&target, (&input.own, &stack.bias), encoder, &of_target, earlier);
+                [target.with_context(|| format!("decoder.block.{i}"))?, source]
+            }
+        };
+        Ok(kernels::stack_rows(&target, &source)?)
+    }
+
+    fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let normed = self.decoder.norm.forward(hidden, ctx)?;
+        match &self.output_scale {
+            Some(scale) => Ok(kernels::scale_columns(&normed, scale)?),
+            None => Ok(normed),
+        }
+    }
+
+    fn logits(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        if self.tied { self.embed.tied_logits(&self.head, hidden, ctx) } else { self.head.forward(hidden, ctx) }
+    }
+
+    fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)> {
+        let plain = self.head.is_plain(ctx) && !(self.tied && self.embed.changes_tied_head(ctx));
+        plain.then(|| (self.head.weight(), None))
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+}
