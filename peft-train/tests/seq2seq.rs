@@ -170,7 +170,7 @@ fn rows_of_a_batch_go_through_their_own_adapters() {
     ];
     let mut set = AdapterSet::empty();
     for (i, method) in methods.iter().enumerate() {
-        set = set.with(&i.to_string(), moved(&model, method));
+        set = set.with(i.to_string(), moved(&model, method));
     }
     let slots = [Some(0), Some(2), Some(1), None];
     let route = |rows: &[usize], batch: &Batch| {
@@ -224,7 +224,7 @@ fn a_batch_writes_what_each_source_gets_alone_and_by_definition() {
         json!({"type": "prompt", "num_virtual_tokens": 3}),
         json!({"type": "prefix", "num_virtual_tokens": 2}),
     ] {
-        set = set.with(&method["type"].to_string(), moved(&model, &method));
+        set = set.with(method["type"].to_string(), moved(&model, &method));
     }
     let requests: Vec<Request> = [(1, None), (9, Some(0)), (4, Some(1)), (6, Some(2)), (2, Some(1))]
         .map(|(n, slot)| Request { prompt: (0..n).map(|i| (i * 13 + n) % 37).collect(), slot })

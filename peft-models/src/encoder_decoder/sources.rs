@@ -6,6 +6,9 @@ use candle_core::Tensor;
 use peft_core::kernels::SequenceSpan;
 use peft_core::{Ctx, Error, Result, Route, TokenBatch, VirtualModule, VirtualSpan, VirtualSpans};
 
+/// Where each sequence lies.
+type Rows = Vec<Range<usize>>;
+
 /// A span of attention without a prefix.
 pub(super) fn span(queries: Range<usize>, keys: Range<usize>) -> SequenceSpan {
     SequenceSpan { queries, keys, prefix: 0..0 }
@@ -14,7 +17,7 @@ pub(super) fn span(queries: Range<usize>, keys: Range<usize>) -> SequenceSpan {
 /// The sources of a batch with the prompts of their adapters in front of them.
 pub(super) struct Sources<'a> {
     /// Each source's rows among the tokens of all sources.
-    pub(super) tokens: Vec<Range<usize>>,
+    pub(super) tokens: Rows,
     pub(super) virtual_tokens: &'a VirtualSpans,
 }
 
@@ -26,7 +29,7 @@ impl Sources<'_> {
     }
 
     /// Each source's rows with its prompt.
-    pub(super) fn rows(&self) -> Vec<Range<usize>> {
+    pub(super) fn rows(&self) -> Rows {
         let mut end = 0;
         let with_prompt = |(i, tokens): (usize, &Range<usize>)| {
             let start = end;
@@ -69,11 +72,8 @@ impl Sources<'_> {
 }
 
 /// The targets and sources of a batch, the latter counted from the first of them, and what virtual tokens belong to them.
-pub(super) fn halves(
-    batch: TokenBatch<'_>,
-    ctx: &Ctx<'_>,
-) -> Result<(Vec<Range<usize>>, Vec<Range<usize>>, VirtualSpans)> {
-    let mut targets: Vec<Range<usize>> = batch.sequences()?.collect();
+pub(super) fn halves(batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<(Rows, Rows, VirtualSpans)> {
+    let mut targets: Rows = batch.sequences()?.collect();
     if !targets.len().is_multiple_of(2) {
         return Err(Error::msg(format!("{} sequences are not as many targets as sources", targets.len())));
     }
