@@ -33,8 +33,9 @@ type Tile = [[f32; COLS]; ROWS];
 type Kernel = fn(&[[Pair; ROWS]], &[[Pair; COLS]], &mut Tile);
 
 thread_local! {
-    /// The laid-out factors, kept from one product to the next.
-    static BUFFERS: Cell<(Vec<[Pair; ROWS]>, Vec<[Pair; COLS]>)> = const { Cell::new((Vec::new(), Vec::new())) };
+    /// The factors as they are laid out, kept from one product to the next.
+    static PANELS: Cell<Vec<[Pair; ROWS]>> = const { Cell::new(Vec::new()) };
+    static SLABS: Cell<Vec<[Pair; COLS]>> = const { Cell::new(Vec::new()) };
 }
 
 /// Row-major `f32` activations `[tokens, width]`.
@@ -214,7 +215,7 @@ unsafe impl Sync for Target {}
 /// The result has `x.tokens` rows as long as the weight has columns; the factors fit each other.
 fn product(y: &Target, x: Activations<'_>, w: Weight<'_>, kernel: Kernel) {
     let (depth, columns) = w.sizes();
-    let (mut panels, mut slabs) = BUFFERS.take();
+    let (mut panels, mut slabs) = (PANELS.take(), SLABS.take());
     let (all_pairs, panel_count) = (depth.div_ceil(2), x.tokens.div_ceil(ROWS));
     // Parts of one length.
     let pairs = all_pairs.div_ceil(all_pairs.div_ceil(PAIRS).max(1));
@@ -234,7 +235,8 @@ fn product(y: &Target, x: Activations<'_>, w: Weight<'_>, kernel: Kernel) {
             });
         }
     }
-    BUFFERS.set((panels, slabs));
+    PANELS.set(panels);
+    SLABS.set(slabs);
 }
 
 /// Makes `count` parts of `pairs` words each, in parallel. `f` writes all of its part.

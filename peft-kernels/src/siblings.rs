@@ -337,7 +337,8 @@ mod tests {
                 assert_eq!(got_grads.len(), want_grads.len());
                 for (i, (got, want)) in got_grads.iter().zip(&want_grads).enumerate() {
                     match (got, want) {
-                        (Some(got), Some(want)) => close(&format!("gradient {i}"), got, want, 1e-4).unwrap(),
+                        // Sums over all tokens, added in another order.
+                        (Some(got), Some(want)) => close(&format!("gradient {i}"), got, want, 5e-4).unwrap(),
                         // A result that nothing reads gives its adapter no gradient, or one of zeros.
                         (Some(got), None) => close("zeros", got, &got.zeros_like().unwrap(), 0.0).unwrap(),
                         (got, want) => assert_eq!(got.is_some(), want.is_some(), "gradient {i}"),
