@@ -56,8 +56,12 @@ pub(crate) fn check(place: &Place) -> Verdict {
 }
 
 fn run(place: &Place) -> Result<(Vec<f64>, Vec<f64>, f64)> {
-    let at =
-        |device: &Device, activations| Placement { device: device.clone(), activations, weights: Some(place.dtype) };
+    let at = |device: &Device, activations| Placement {
+        device: device.clone(),
+        activations,
+        weights: Some(place.dtype),
+        narrow_products: false,
+    };
     let (ours, ms) = train(at(&place.device, place.dtype))?;
     let (cpu, _) = train(at(&Device::Cpu, DType::F32))?;
     Ok((ours, cpu, ms))

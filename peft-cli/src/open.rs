@@ -74,7 +74,7 @@ pub(crate) fn placement(device: &str, dtype: &str) -> Result<Placement> {
         return Ok(Placement::cpu(weights.filter(|&d| d != DType::F32)));
     }
     let activations = weights.unwrap_or(if device.supports_bf16() { DType::BF16 } else { DType::F16 });
-    Ok(Placement { device, activations, weights: Some(activations) })
+    Ok(Placement { device, activations, weights: Some(activations), narrow_products: false })
 }
 
 /// A type's name; `None` for `auto`.

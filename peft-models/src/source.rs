@@ -39,19 +39,22 @@ pub struct Placement {
     pub activations: DType,
     /// Type of weights, or `None` for as they lie in the file.
     pub weights: Option<DType>,
+    /// Whether products with `bf16` weights may round the activations ([`FrozenWeight::with_narrow_products`]): for training. Those
+    /// of few rows never do, so what a sequence generates would depend on the batch that it is in.
+    pub narrow_products: bool,
 }
 
 impl Placement {
     /// On a CPU, activations in `f32`, weights as they lie in the file or converted to `weights`.
     #[must_use]
     pub fn cpu(weights: Option<DType>) -> Self {
-        Self { device: Device::Cpu, activations: DType::F32, weights }
+        Self { device: Device::Cpu, activations: DType::F32, weights, narrow_products: false }
     }
 
-    /// A dense weight; where `bf16` was asked for, not only found, with products in it.
+    /// A dense weight.
     fn dense(&self, weight: &Tensor) -> Result<FrozenWeight> {
         let weight = FrozenWeight::dense(weight)?;
-        Ok(if self.weights == Some(DType::BF16) { weight.with_narrow_products() } else { weight })
+        Ok(if self.narrow_products { weight.with_narrow_products() } else { weight })
     }
 }
 

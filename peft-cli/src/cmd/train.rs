@@ -85,7 +85,9 @@ impl Run {
         let path = recipe.model.path.as_deref().unwrap_or_default();
         let random = recipe.model.init == "random";
         let mut files = if random { ModelFiles::open_random(Path::new(path))? } else { open::model(path)? };
-        let placement = open::placement(&recipe.model.device, &recipe.model.dtype)?;
+        let mut placement = open::placement(&recipe.model.device, &recipe.model.dtype)?;
+        // Where bf16 was asked for, not only found.
+        placement.narrow_products = placement.weights == Some(DType::BF16);
         let format = recipe.data.format.as_deref().map(str::parse::<Format>).transpose()?;
         let tokenizer = match format {
             // Rows of tokens need none, so a base without one will do.
