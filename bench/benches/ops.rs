@@ -45,9 +45,11 @@ fn linears(c: &mut Criterion<Bound>) {
     for (name, inp, out) in LINEARS {
         let x = randn(1, (TOKENS, inp), 1.0).unwrap();
         let flop = 2 * TOKENS * inp * out;
-        for dtype in [DType::F32, DType::BF16] {
-            let w = weight(out, inp, dtype);
-            let name = format!("{name} {}", dtype.as_str());
+        let narrow = weight(out, inp, DType::BF16).with_narrow_products();
+        for (how, w) in
+            [("f32", weight(out, inp, DType::F32)), ("bf16", weight(out, inp, DType::BF16)), ("bf16 in bf16", narrow)]
+        {
+            let name = format!("{name} {how}");
             both(&mut group, &name, &Work::flop(flop, flop), std::slice::from_ref(&x), |a| {
                 frozen_linear(&a[0], &w, None)
             });

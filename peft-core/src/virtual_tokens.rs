@@ -198,6 +198,13 @@ impl VirtualSpans {
         self.of_sequence.get(sequence).copied().flatten()
     }
 
+    /// The rows of a sequence's virtual tokens among `rows`, which are in the order of [`VirtualSpans::iter`]; empty where it has
+    /// none.
+    #[must_use]
+    pub fn rows_of_sequence(&self, sequence: usize, rows: &[Range<usize>]) -> Range<usize> {
+        self.of_sequence(sequence).and_then(|at| rows.get(at)).cloned().unwrap_or(0..0)
+    }
+
     /// Keys and values of layer `layer` of all prefixes of this pass, in the order of their rows.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 //! registers while both go by. Blocking as in Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use candle_core::Result;
 use half::bf16;
@@ -13,7 +14,9 @@ use rayon::prelude::*;
 
 use crate::cpu::threads;
 use crate::narrow::nearest;
+use crate::shared::Shared;
 use crate::simd;
+use crate::thin::Tokens;
 
 /// Rows of a tile. With two vectors of columns it takes 28 of 32 registers.
 const ROWS: usize = 14;
@@ -36,14 +39,6 @@ thread_local! {
     /// The factors as they are laid out, kept from one product to the next.
     static PANELS: Cell<Vec<[Pair; ROWS]>> = const { Cell::new(Vec::new()) };
     static SLABS: Cell<Vec<[Pair; COLS]>> = const { Cell::new(Vec::new()) };
-}
-
-/// Row-major `f32` activations `[tokens, width]`.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Activations<'a> {
-    pub(crate) data: &'a [f32],
-    pub(crate) tokens: usize,
-    pub(crate) width: usize,
 }
 
 /// A row-major weight `[out, in]`, and which of its dimensions is contracted.
@@ -125,24 +120,22 @@ fn join(low: bf16, high: bf16) -> Pair {
     u32::from(high.to_bits()) << 16 | u32::from(low.to_bits())
 }
 
-impl Activations<'_> {
-    /// Lays out rows from `first` on, and pairs from `start` on, as many as `panel` holds; zeros beyond the matrix.
-    #[inline(always)]
-    fn lay_out(&self, first: usize, start: usize, panel: &mut [[Pair; ROWS]]) {
-        for r in 0..ROWS {
-            let row = if first + r < self.tokens { &self.data[(first + r) * self.width..][..self.width] } else { &[] };
-            let row = row.get(2 * start..).unwrap_or_default();
-            for (i, pairs) in panel.chunks_mut(CHUNK).enumerate() {
-                let row = row.get(2 * CHUNK * i..).unwrap_or_default();
-                let mut bits = [0u16; 2 * CHUNK];
-                if let Some(row) = row.first_chunk::<{ 2 * CHUNK }>() {
-                    bits = row.map(|x| nearest(x).to_bits());
-                } else {
-                    bits.iter_mut().zip(row).for_each(|(bits, &x)| *bits = nearest(x).to_bits());
-                }
-                for (pair, two) in pairs.iter_mut().zip(bits.as_chunks::<2>().0) {
-                    pair[r] = u32::from(two[1]) << 16 | u32::from(two[0]);
-                }
+/// Lays out rows of `x` from `first` on, and pairs from `start` on, as many as `panel` holds; zeros beyond the matrix.
+#[inline(always)]
+fn lay_out_rows(x: &Tokens<'_>, first: usize, start: usize, panel: &mut [[Pair; ROWS]]) {
+    for r in 0..ROWS {
+        let row = if first + r < x.count { &x.data[(first + r) * x.stride..][..x.width] } else { &[] };
+        let row = row.get(2 * start..).unwrap_or_default();
+        for (i, pairs) in panel.chunks_mut(CHUNK).enumerate() {
+            let row = row.get(2 * CHUNK * i..).unwrap_or_default();
+            let mut bits = [0u16; 2 * CHUNK];
+            if let Some(row) = row.first_chunk::<{ 2 * CHUNK }>() {
+                bits = row.map(|x| nearest(x).to_bits());
+            } else {
+                bits.iter_mut().zip(row).for_each(|(bits, &x)| *bits = nearest(x).to_bits());
+            }
+            for (pair, two) in pairs.iter_mut().zip(bits.as_chunks::<2>().0) {
+                pair[r] = u32::from(two[1]) << 16 | u32::from(two[0]);
             }
         }
     }
@@ -157,9 +150,12 @@ pub(crate) fn available() -> bool {
 ///
 /// # Errors
 /// When dimensions do not fit, or the processor does not multiply `bf16`.
-pub(crate) fn add_product(y: &mut [f32], x: Activations<'_>, w: Weight<'_>) -> Result<()> {
+pub(crate) fn add_product(y: &mut [f32], x: Tokens<'_>, w: Weight<'_>) -> Result<()> {
     let kernel = fitting(y.len(), x, w)?;
-    product(&Target { at: y.as_mut_ptr(), keep: true }, x, w, kernel);
+    #[allow(unsafe_code)]
+    // SAFETY: MaybeUninit<f32> has the layout of f32, and only values are written.
+    let y = unsafe { &mut *(std::ptr::from_mut(y) as *mut [MaybeUninit<f32>]) };
+    product(&Target { to: Shared::new(y), keep: true }, x, w, kernel);
     Ok(())
 }
 
@@ -167,15 +163,16 @@ pub(crate) fn add_product(y: &mut [f32], x: Activations<'_>, w: Weight<'_>) -> R
 ///
 /// # Errors
 /// As [`add_product`].
-pub(crate) fn new_product(x: Activations<'_>, w: Weight<'_>) -> Result<Vec<f32>> {
+pub(crate) fn new_product(x: Tokens<'_>, w: Weight<'_>) -> Result<Vec<f32>> {
     let (depth, columns) = w.sizes();
-    let len = x.tokens * columns;
+    let len = x.count * columns;
     let kernel = fitting(len, x, w)?;
     if depth == 0 {
         return Ok(vec![0.0; len]);
     }
     let mut y: Vec<f32> = Vec::with_capacity(len);
-    product(&Target { at: y.as_mut_ptr(), keep: false }, x, w, kernel);
+    let room = y.spare_capacity_mut().get_mut(..len).unwrap_or_default();
+    product(&Target { to: Shared::new(room), keep: false }, x, w, kernel);
     #[allow(unsafe_code)]
     // SAFETY: the capacity holds `len` elements, and a product whose contraction is not empty writes them all.
     unsafe {
@@ -185,13 +182,14 @@ pub(crate) fn new_product(x: Activations<'_>, w: Weight<'_>) -> Result<Vec<f32>>
 }
 
 /// The kernel for factors that fit each other and a result of `len` elements.
-fn fitting(len: usize, x: Activations<'_>, w: Weight<'_>) -> Result<Kernel> {
+fn fitting(len: usize, x: Tokens<'_>, w: Weight<'_>) -> Result<Kernel> {
     let (depth, columns) = w.sizes();
-    let enough = x.data.len() >= x.tokens * x.width && w.data.len() >= w.out * w.inp;
-    if x.width != depth || !enough || len != x.tokens * columns {
+    let reach = x.count.checked_sub(1).map_or(0, |rows| rows * x.stride + x.width);
+    let enough = x.data.len() >= reach && w.data.len() >= w.out * w.inp;
+    if x.width != depth || !enough || len != x.count * columns {
         candle_core::bail!(
             "bf16 product: [{}, {}] × [{depth}, {columns}] does not fit (slices of {}, {} and {len})",
-            x.tokens,
+            x.count,
             x.width,
             x.data.len(),
             w.data.len()
@@ -201,36 +199,31 @@ fn fitting(len: usize, x: Activations<'_>, w: Weight<'_>) -> Result<Kernel> {
 }
 
 /// Where a result goes.
-#[derive(Debug)]
-struct Target {
-    at: *mut f32,
+struct Target<'a> {
+    to: Shared<'a, MaybeUninit<f32>>,
     /// Whether it is added to what is there.
     keep: bool,
 }
 
-#[allow(unsafe_code)]
-// SAFETY: it stands for a mutable borrow; every thread writes tiles of its own.
-unsafe impl Sync for Target {}
-
-/// The result has `x.tokens` rows as long as the weight has columns; the factors fit each other.
-fn product(y: &Target, x: Activations<'_>, w: Weight<'_>, kernel: Kernel) {
+/// The result has `x.count` rows as long as the weight has columns; the factors fit each other.
+fn product(y: &Target<'_>, x: Tokens<'_>, w: Weight<'_>, kernel: Kernel) {
     let (depth, columns) = w.sizes();
     let (mut panels, mut slabs) = (PANELS.take(), SLABS.take());
-    let (all_pairs, panel_count) = (depth.div_ceil(2), x.tokens.div_ceil(ROWS));
+    let (all_pairs, panel_count) = (depth.div_ceil(2), x.count.div_ceil(ROWS));
     // Parts of one length.
     let pairs = all_pairs.div_ceil(all_pairs.div_ceil(PAIRS).max(1));
     for start in (0..all_pairs).step_by(pairs.max(1)) {
         let pairs = pairs.min(all_pairs - start);
-        lay_out(&mut panels, panel_count, pairs, |i, panel| x.lay_out(i * ROWS, start, panel));
+        lay_out(&mut panels, panel_count, pairs, |i, panel| lay_out_rows(&x, i * ROWS, start, panel));
         for first in (0..columns).step_by(BLOCK) {
             let slab_count = BLOCK.min(columns - first).div_ceil(COLS);
             lay_out(&mut slabs, slab_count, pairs, |i, slab| w.lay_out(first + i * COLS, start, slab));
             let block = Block { panels: &panels, slabs: &slabs, pairs, panel_count, slab_count };
             block.multiply(kernel, |panel, slab, tile| {
                 #[allow(unsafe_code)]
-                // SAFETY: the caller's result has these rows and columns, and each tile is made once.
+                // SAFETY: each tile is made once, and first written unless the caller's result is kept.
                 unsafe {
-                    y.put(tile, (panel * ROWS, x.tokens), (first + slab * COLS, columns), y.keep || start > 0);
+                    y.put(tile, (panel * ROWS, x.count), (first + slab * COLS, columns), y.keep || start > 0);
                 }
             });
         }
@@ -252,25 +245,22 @@ fn lay_out<T: Copy + Default + Send>(to: &mut Vec<T>, count: usize, pairs: usize
     });
 }
 
-impl Target {
+impl Target<'_> {
     /// Writes or adds a tile at `(first, end)` rows and columns, as much of it as lies below the ends.
     ///
     /// # Safety
-    /// The result has `rows.1` rows of `columns.1` elements, of which no other thread touches those of this tile; where
-    /// `add`, they are initialised.
+    /// No other thread touches this tile; where `add`, it is initialised.
     #[allow(unsafe_code)]
     #[inline(always)]
     unsafe fn put(&self, tile: &Tile, rows: (usize, usize), columns: (usize, usize), add: bool) {
         let width = COLS.min(columns.1 - columns.0);
         for (r, tile) in tile.iter().enumerate().take(rows.1 - rows.0) {
-            // SAFETY: inside the result, as the caller promises.
-            let to = unsafe { self.at.add((rows.0 + r) * columns.1 + columns.0) };
-            for (i, &sum) in tile.iter().enumerate().take(width) {
-                // SAFETY: as above; it is read only where it is initialised.
-                unsafe {
-                    let to = to.add(i);
-                    to.write(if add { to.read() + sum } else { sum });
-                }
+            // SAFETY: as the caller promises.
+            let to = unsafe { self.to.slice((rows.0 + r) * columns.1 + columns.0, width) };
+            for (to, &sum) in to.iter_mut().zip(tile) {
+                // SAFETY: read only where it is initialised, as the caller promises.
+                let before = if add { unsafe { to.assume_init() } } else { 0.0 };
+                to.write(before + sum);
             }
         }
     }
@@ -409,10 +399,12 @@ mod tests {
             let x = values(2, tokens * width);
             let w = Weight { data: &data, out, inp, contracted };
             for keep in [false, true] {
-                let mut y = vec![if keep { 1f32 } else { f32::NAN }; tokens * columns];
-                let target = Target { at: y.as_mut_ptr(), keep };
-                product(&target, Activations { data: &x, tokens, width }, w, kernel);
-                for (i, &y) in y.iter().enumerate() {
+                let mut y = vec![MaybeUninit::new(if keep { 1f32 } else { f32::NAN }); tokens * columns];
+                product(&Target { to: Shared::new(&mut y), keep }, Tokens::dense(&x, tokens, width), w, kernel);
+                for (i, y) in y.iter().enumerate() {
+                    #[allow(unsafe_code)]
+                    // SAFETY: made of values.
+                    let y = unsafe { y.assume_init() };
                     let (t, j) = (i / columns, i % columns);
                     let weight = |c: usize| data[if contracted == Contracted::In { j * inp + c } else { c * inp + j }];
                     let products = (0..width).map(|c| bf16::from_f32(x[t * width + c]).to_f64() * weight(c).to_f64());
@@ -464,8 +456,7 @@ mod tests {
     fn what_does_not_fit_is_an_error_and_nothing_is_zero() {
         let (data, x) = (vec![bf16::ONE; 64], vec![1f32; 64]);
         let run = |tokens, width, out, inp| {
-            let x = Activations { data: &x, tokens, width };
-            new_product(x, Weight { data: &data, out, inp, contracted: Contracted::In })
+            new_product(Tokens::dense(&x, tokens, width), Weight { data: &data, out, inp, contracted: Contracted::In })
         };
         assert!(run(16, 5, 4, 5).is_err());
         assert!(run(4, 16, 5, 16).is_err());

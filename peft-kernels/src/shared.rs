@@ -4,21 +4,21 @@ use std::marker::PhantomData;
 
 /// A buffer whose disjoint parts are written by different threads.
 #[derive(Debug)]
-pub(crate) struct Shared<'a> {
-    at: *mut f32,
+pub(crate) struct Shared<'a, T = f32> {
+    at: *mut T,
     len: usize,
-    life: PhantomData<&'a mut [f32]>,
+    life: PhantomData<&'a mut [T]>,
 }
 
 #[allow(unsafe_code)]
-// SAFETY: it is a mutable borrow of f32; writes go through `slice`, whose callers keep their parts disjoint.
-unsafe impl Sync for Shared<'_> {}
+// SAFETY: it is a mutable borrow; writes go through `slice`, whose callers keep their parts disjoint.
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
 #[allow(unsafe_code)]
 // SAFETY: as above.
-unsafe impl Send for Shared<'_> {}
+unsafe impl<T: Send> Send for Shared<'_, T> {}
 
-impl<'a> Shared<'a> {
-    pub(crate) fn new(data: &'a mut [f32]) -> Self {
+impl<'a, T> Shared<'a, T> {
+    pub(crate) fn new(data: &'a mut [T]) -> Self {
         Self { at: data.as_mut_ptr(), len: data.len(), life: PhantomData }
     }
 
@@ -26,7 +26,7 @@ impl<'a> Shared<'a> {
     /// No other part in use at the same time overlaps this one.
     #[allow(unsafe_code, clippy::mut_from_ref)]
     #[inline]
-    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn slice(&self, start: usize, len: usize) -> &mut [T] {
         assert!(start <= self.len && len <= self.len - start, "a write past the result");
         // SAFETY: inside the buffer, and exclusive as the caller promises.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(start), len) }

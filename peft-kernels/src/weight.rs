@@ -8,12 +8,12 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::bf16_gemm::{self, Activations, Contracted};
+use crate::bf16_gemm::{self, Contracted};
 use crate::cpu::{self, Mat};
 use crate::deferred::Deferred;
 use crate::diff_op::is_cpu_f32;
 use crate::stored::Stored;
-use crate::thin;
+use crate::thin::{self, Tokens};
 
 /// Elements of a widened panel. A panel stays in the last-level cache while a GEMM reads it; most matrices of a small model
 /// are one, so that their products are not cut into parts that add to each other.
@@ -287,9 +287,8 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
         }
-        if self.multiplies_narrow(tokens) {
-            return self
-                .with_narrow(Contracted::In, |w| bf16_gemm::new_product(Activations { data: x, tokens, width: k }, w));
+        if let Some(y) = self.narrow_product(Contracted::In, Tokens::dense(x, tokens, k), bf16_gemm::new_product)? {
+            return Ok(y);
         }
         if n == 0 || k == 0 || tokens <= thin::MAX_TOKENS {
             let mut y = vec![0f32; tokens * n];
@@ -313,12 +312,12 @@ impl FrozenWeight {
     pub(crate) fn add_matmul_t_cpu(&self, x: &[f32], tokens: usize, y: &mut [f32]) -> Result<()> {
         let (n, k) = (self.out_features, self.in_features);
         if tokens <= thin::MAX_TOKENS {
-            let x = thin::Tokens::dense(x, tokens, k);
+            let x = Tokens::dense(x, tokens, k);
             return self.with_stored(|w| thin::add_product(y, n, x, w, n, 1.0));
         }
-        if self.multiplies_narrow(tokens) {
-            let x = Activations { data: x, tokens, width: k };
-            return self.with_narrow(Contracted::In, |w| bf16_gemm::add_product(y, x, w));
+        let add = |x: Tokens<'_>, w: bf16_gemm::Weight<'_>| bf16_gemm::add_product(y, x, w);
+        if self.narrow_product(Contracted::In, Tokens::dense(x, tokens, k), add)?.is_some() {
+            return Ok(());
         }
         let x = Mat::new(x, tokens, k);
         self.for_panels(|first, panel| {
@@ -332,9 +331,8 @@ impl FrozenWeight {
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(dy, tokens, n), Mat::new(w.data, n, k), 1.0));
         }
-        if self.multiplies_narrow(tokens) {
-            let dy = Activations { data: dy, tokens, width: n };
-            return self.with_narrow(Contracted::Out, |w| bf16_gemm::new_product(dy, w));
+        if let Some(dx) = self.narrow_product(Contracted::Out, Tokens::dense(dy, tokens, n), bf16_gemm::new_product)? {
+            return Ok(dx);
         }
         let mut dx = vec![0f32; tokens * k];
         self.add_matmul_cpu(dy, tokens, &mut dx)?;
@@ -344,9 +342,9 @@ impl FrozenWeight {
     /// `dx += dy·W`.
     pub(crate) fn add_matmul_cpu(&self, dy: &[f32], tokens: usize, dx: &mut [f32]) -> Result<()> {
         let (n, k) = (self.out_features, self.in_features);
-        if self.multiplies_narrow(tokens) {
-            let dy = Activations { data: dy, tokens, width: n };
-            return self.with_narrow(Contracted::Out, |w| bf16_gemm::add_product(dx, dy, w));
+        let add = |dy: Tokens<'_>, w: bf16_gemm::Weight<'_>| bf16_gemm::add_product(dx, dy, w);
+        if self.narrow_product(Contracted::Out, Tokens::dense(dy, tokens, n), add)?.is_some() {
+            return Ok(());
         }
         self.for_panels(|first, panel| {
             let rows = panel.len().checked_div(k).unwrap_or(0);
@@ -355,17 +353,22 @@ impl FrozenWeight {
         })
     }
 
-    /// Whether a product with `tokens` rows is made in `bf16`. For a few rows reading the weight is the bound.
-    fn multiplies_narrow(&self, tokens: usize) -> bool {
-        let narrow = matches!(&self.storage, WeightStorage::Dense(w) if w.dtype() == DType::BF16);
-        self.narrow_products && narrow && tokens > thin::MAX_TOKENS && bf16_gemm::available()
-    }
-
-    fn with_narrow<R>(&self, contracted: Contracted, f: impl FnOnce(bf16_gemm::Weight<'_>) -> Result<R>) -> Result<R> {
+    /// What `f` makes of `x` and the weight where their product is to be made in `bf16`. For a few rows reading the weight is the
+    /// bound.
+    fn narrow_product<R>(
+        &self,
+        contracted: Contracted,
+        x: Tokens<'_>,
+        f: impl FnOnce(Tokens<'_>, bf16_gemm::Weight<'_>) -> Result<R>,
+    ) -> Result<Option<R>> {
+        let dense = matches!(self.storage, WeightStorage::Dense(_));
+        if !(self.narrow_products && dense && x.count > thin::MAX_TOKENS && bf16_gemm::available()) {
+            return Ok(None);
+        }
         let (out, inp) = (self.out_features, self.in_features);
         self.with_stored(|stored| match stored {
-            Stored::Bf16(data) => f(bf16_gemm::Weight { data, out, inp, contracted }),
-            _ => candle_core::bail!("a bf16 product with a weight in {}", self.dtype_name()),
+            Stored::Bf16(data) => f(x, bf16_gemm::Weight { data, out, inp, contracted }).map(Some),
+            _ => Ok(None),
         })
     }
 

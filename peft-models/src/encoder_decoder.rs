@@ -345,8 +345,8 @@ impl Segmented for EncoderDecoder {
             of_batch.route(ctx.route, first).map(|route| [ctx.route.select(&(0..first).collect::<Vec<_>>()), route]);
         let prefixes = virtual_tokens.prefix_rows(first);
         let own = targets.iter().enumerate().map(|(i, target)| {
-            let prefix = virtual_tokens.of_sequence(i).and_then(|at| prefixes.get(at)).cloned();
-            SequenceSpan { prefix: prefix.unwrap_or(0..0), ..span(target.clone(), target.clone()) }
+            let prefix = virtual_tokens.rows_of_sequence(i, &prefixes);
+            SequenceSpan { prefix, ..span(target.clone(), target.clone()) }
         });
         Ok(EncoderDecoderInput {
             targets: first,

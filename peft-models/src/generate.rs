@@ -7,7 +7,7 @@ use peft_core::{
 };
 
 use crate::decoder::Decoder;
-use crate::encoder_decoder::{EncodedSources, EncoderDecoder};
+use crate::encoder_decoder::EncoderDecoder;
 use crate::kv_cache::LayerCache;
 
 /// How tokens are chosen and when writing ends.
@@ -78,7 +78,7 @@ pub fn generate(
     let virtual_rows: Vec<_> = virtual_tokens.iter().map(|span| place(span.tokens.count)).collect();
     let mut open: Vec<Open> = Vec::with_capacity(requests.len());
     for (row, r) in requests.iter().enumerate() {
-        let prefix = virtual_tokens.of_sequence(row).and_then(|i| virtual_rows.get(i)).cloned().unwrap_or(0..0);
+        let prefix = virtual_tokens.rows_of_sequence(row, &virtual_rows);
         let region = place(r.prompt.len() + options.max_new_tokens);
         open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, last: 0 });
     }
@@ -140,7 +140,7 @@ pub fn generate_targets(
         }
     }
     let open = (0..requests.len()).map(|row| {
-        let prefix = virtual_tokens.of_sequence(row).and_then(|at| prefixes.get(at)).cloned().unwrap_or(0..0);
+        let prefix = virtual_tokens.rows_of_sequence(row, &prefixes);
         // The start token's key is the first.
         let start = first_key + row * region;
         Open { row, keys: start..start + 1, prefix, last: 0 }
@@ -148,13 +148,11 @@ pub fn generate_targets(
     let start = model.config().decoder_start_token_id;
     let first = Step { ids: vec![start; requests.len()], lengths: vec![1; requests.len()], prompts: Vec::new() };
     write(requests, options, on_token, open.collect(), first, |step, slots, open| {
-        let spans = |of: fn(&Open, &EncodedSources) -> SequenceSpan| {
-            let own = open.iter().enumerate().map(|(i, o)| SequenceSpan { queries: i..i + 1, ..of(o, &encoded) });
-            own.collect::<Vec<_>>()
-        };
-        let own =
-            spans(|o, _| SequenceSpan { keys: o.keys.clone(), prefix: o.prefix.clone(), ..SequenceSpan::default() });
-        let cross = spans(|o, sources| SequenceSpan { keys: sources.rows(o.row), ..SequenceSpan::default() });
+        let spans = open.iter().enumerate().map(|(i, o)| {
+            let span = |keys, prefix| SequenceSpan { queries: i..i + 1, keys, prefix };
+            (span(o.keys.clone(), o.prefix.clone()), span(encoded.rows(o.row), 0..0))
+        });
+        let (own, cross) = spans.unzip();
         let route = Route::rows(&(0..=open.len()).collect::<Vec<_>>(), slots);
         let ctx = Ctx::eval(adapters, &route);
         let hidden = model.decode_cached(&step.ids, [own, cross], &encoded, &mut caches, &ctx)?;

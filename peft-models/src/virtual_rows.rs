@@ -28,7 +28,7 @@ impl Layout {
         let mut positions = batch.positions.to_vec();
         let mut sequences = Vec::with_capacity(batch.bounds.len());
         for (i, own) in owns.enumerate() {
-            let prefix = spans.of_sequence(i).and_then(|at| rows.get(at)).cloned().unwrap_or(0..0);
+            let prefix = spans.rows_of_sequence(i, &rows);
             let shift = prefix.len() as u32;
             positions.iter_mut().take(own.end).skip(own.start).for_each(|p| *p = p.saturating_add(shift));
             sequences.push(SequenceSpan { queries: own.clone(), keys: own, prefix });

@@ -3,18 +3,22 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod model_support;
+
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::kernels::testing::{close, max_difference, randn};
-use peft_core::{Adapter, AdapterSet, BaseModel, Ctx, Mode, Parameter, Result, Route, Segmented, StepRng, TokenBatch};
+use peft_core::{AdapterSet, BaseModel, Ctx, Result, Route, Segmented, TokenBatch};
 use peft_models::Encoder;
 use peft_models::config::EncoderConfig;
 use peft_models::source::{Placement, RandomSource, WeightSource};
 use peft_train::data::{Batch, Predictor};
-use peft_train::{Checkpointing, Grads, checkpoint, forward_backward, methods, predict};
+use peft_train::{Checkpointing, checkpoint, methods, predict};
 use serde_json::{Value, json};
+
+use self::model_support::{adapter, gradients, moved};
 
 /// Random weights without those whose name begins with `absent`.
 #[derive(Debug)]
@@ -81,32 +85,8 @@ fn row(batch: &Batch, i: usize) -> Batch {
     }
 }
 
-fn adapter(model: &Encoder, method: &Value) -> Adapter {
-    methods::create(method.as_object().unwrap(), model, 1).unwrap().adapter
-}
-
-/// An adapter away from its start.
-fn moved(model: &Encoder, method: &Value) -> Arc<Adapter> {
-    let adapter = adapter(model, method);
-    for (i, p) in adapter.parameters().into_iter().enumerate() {
-        p.set(&(p.value() + randn(i as u64, p.value().dims().to_vec(), 0.2).unwrap()).unwrap()).unwrap();
-    }
-    Arc::new(adapter)
-}
-
 fn loss(model: &Encoder, set: &AdapterSet, batch: &Batch) -> f64 {
     predict(model, batch, &Ctx::eval(set, &Route::Uniform(0))).unwrap().0.nll
-}
-
-fn gradients(model: &Encoder, adapter: &Arc<Adapter>, checkpointing: Checkpointing) -> Vec<Option<Tensor>> {
-    let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
-    let set = AdapterSet::one("a", adapter.clone());
-    let route = Route::Uniform(0);
-    let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng: StepRng::default() };
-    let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
-    let lowest = adapter.lowest_segment(model.sites()).unwrap();
-    forward_backward(model, &batch(), &ctx, lowest, checkpointing, 1.0, &mut grads).unwrap();
-    grads.into_vec()
 }
 
 /// LoRA on every linear layer of the body. DistilBERT's `pre_classifier` is trained whole, as PEFT's rule by the end of a
@@ -168,7 +148,7 @@ fn gradients_are_those_of_the_loss() {
             let model = encoder(family, "-");
             let adapter = moved(&model, &method);
             let set = AdapterSet::one("a", adapter.clone());
-            let grads = gradients(&model, &adapter, Checkpointing::Off);
+            let grads = gradients(&model, &adapter, &batch(), Checkpointing::Off);
             for (i, (p, grad)) in adapter.parameters().into_iter().zip(&grads).enumerate() {
                 let grad = grad.as_ref().unwrap_or_else(|| panic!("{family} {method}: no gradient of {}", p.name()));
                 let direction = randn(100 + i as u64, p.value().dims().to_vec(), 1.0).unwrap();
@@ -200,9 +180,10 @@ fn gradients_do_not_depend_on_what_is_run_again() {
     for family in FAMILIES {
         let model = encoder(family, "-");
         let adapter = moved(&model, &all_linear(family, json!({"bias": "all"})));
-        let kept = gradients(&model, &adapter, Checkpointing::Off);
+        let kept = gradients(&model, &adapter, &batch(), Checkpointing::Off);
         for policy in [Checkpointing::Full, Checkpointing::KeepTop(1)] {
-            for ((p, a), b) in adapter.parameters().iter().zip(&kept).zip(gradients(&model, &adapter, policy)) {
+            for ((p, a), b) in adapter.parameters().iter().zip(&kept).zip(gradients(&model, &adapter, &batch(), policy))
+            {
                 close(p.name(), &b.unwrap(), a.as_ref().unwrap(), 1e-6).unwrap();
             }
         }

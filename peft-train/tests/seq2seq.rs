@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod model_support;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,15 +12,17 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use peft_core::kernels::FrozenWeight;
 use peft_core::kernels::testing::{close, randn};
-use peft_core::{Adapter, AdapterSet, BaseModel, Ctx, Mode, Parameter, Result, Route, Segmented, StepRng, TokenBatch};
+use peft_core::{AdapterSet, BaseModel, Ctx, Result, Route, Segmented, TokenBatch};
 use peft_models::EncoderDecoder;
 use peft_models::config::Seq2SeqConfig;
 use peft_models::generate::{GenerateOptions, Request, generate_targets};
 use peft_models::merge::Merged;
 use peft_models::source::{Placement, RandomSource, WeightSource};
 use peft_train::data::{Batch, Predictor};
-use peft_train::{Checkpointing, Grads, checkpoint, evaluate, forward_backward, methods};
+use peft_train::{Checkpointing, checkpoint, evaluate, methods};
 use serde_json::{Value, json};
+
+use self::model_support::{gradients, moved};
 
 fn config(changes: &Value) -> Seq2SeqConfig {
     let mut map = json!({
@@ -73,32 +77,8 @@ fn batch() -> Batch {
     batch_of(&[0, 1, 2, 3])
 }
 
-fn adapter(model: &EncoderDecoder, method: &Value) -> Adapter {
-    methods::create(method.as_object().unwrap(), model, 1).unwrap().adapter
-}
-
-/// An adapter away from its start.
-fn moved(model: &EncoderDecoder, method: &Value) -> Arc<Adapter> {
-    let adapter = adapter(model, method);
-    for (i, p) in adapter.parameters().into_iter().enumerate() {
-        p.set(&(p.value() + randn(i as u64, p.value().dims().to_vec(), 0.2).unwrap()).unwrap()).unwrap();
-    }
-    Arc::new(adapter)
-}
-
 fn loss(model: &EncoderDecoder, set: &AdapterSet, batch: &Batch, route: &Route) -> f64 {
     evaluate(model, batch, &Ctx::eval(set, route)).unwrap().nll
-}
-
-fn gradients(model: &EncoderDecoder, adapter: &Arc<Adapter>, checkpointing: Checkpointing) -> Vec<Option<Tensor>> {
-    let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
-    let set = AdapterSet::one("a", adapter.clone());
-    let route = Route::Uniform(0);
-    let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng: StepRng::default() };
-    let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
-    let lowest = adapter.lowest_segment(model.sites()).unwrap();
-    forward_backward(model, &batch(), &ctx, lowest, checkpointing, 1.0, &mut grads).unwrap();
-    grads.into_vec()
 }
 
 /// Methods at every place that training can reach: linear layers of one stack and of both, the shared table, the tables of
@@ -124,9 +104,9 @@ fn gradients_are_those_of_finite_differences_however_blocks_are_kept() {
     let model = model_with(&json!({"feed_forward_proj": "gelu"}));
     for method in places() {
         let adapter = moved(&model, &method);
-        let whole = gradients(&model, &adapter, Checkpointing::Off);
+        let whole = gradients(&model, &adapter, &batch(), Checkpointing::Off);
         for again in [Checkpointing::Full, Checkpointing::KeepTop(2)] {
-            for (a, b) in whole.iter().zip(gradients(&model, &adapter, again)) {
+            for (a, b) in whole.iter().zip(gradients(&model, &adapter, &batch(), again)) {
                 close("recomputed", a.as_ref().unwrap(), &b.unwrap(), 1e-6).unwrap();
             }
         }

@@ -45,6 +45,18 @@ fn undisturbed() -> Vec<u8> {
     dir.read("out/adapter_model.safetensors")
 }
 
+/// Trains to the end, and elsewhere again, where the result is lost and resumed from the checkpoint: it has to be the same.
+/// Gives the first folder, and what the first run and the resumed one said.
+fn whole_and_resumed(settings: &[&str]) -> (Dir, Ran, Ran) {
+    let (whole, dir, file) = (Dir::new(), Dir::new(), "out/adapter_model.safetensors");
+    let first = whole.train(settings).ok();
+    dir.train(settings).ok();
+    std::fs::remove_file(dir.path(file)).unwrap();
+    let resumed = dir.train(&[settings, &["--resume"]].concat()).ok();
+    assert!(dir.read(file) == whole.read(file), "the adapter differs");
+    (whole, first, resumed)
+}
+
 fn assert_one_row_a_step(dir: &Dir) {
     let numbers: Vec<_> = steps(dir, "out").iter().map(|s| s["step"].as_u64().unwrap() as usize).collect();
     assert_eq!(numbers, (1..=STEPS).collect::<Vec<_>>());
@@ -138,36 +150,18 @@ fn moving_ranks_resume() {
         "--set",
         "output.save_every=3",
     ];
-    let whole = Dir::new();
-    whole.train(&adalora).ok();
-    let config: serde_json::Value = serde_json::from_slice(&whole.read("out/adapter_config.json")).unwrap();
+    let (dir, ..) = whole_and_resumed(&adalora);
+    let config: serde_json::Value = serde_json::from_slice(&dir.read("out/adapter_config.json")).unwrap();
     let flags = config["rank_pattern"].as_object().unwrap().values().flat_map(|kept| kept.as_array().unwrap());
     let (kept, dropped): (Vec<_>, Vec<_>) = flags.partition(|kept| kept.as_bool().unwrap());
     assert_eq!(kept.len(), dropped.len());
-    let dir = Dir::new();
-    dir.train(&adalora).ok();
-    let file = dir.path("out/adapter_model.safetensors");
-    std::fs::remove_file(&file).unwrap();
-    let mut more = adalora.to_vec();
-    more.push("--resume");
-    dir.train(&more).ok();
-    assert!(std::fs::read(&file).unwrap() == whole.read("out/adapter_model.safetensors"));
 }
 
 /// What EVA found in the data, ranks included, comes from the checkpoint: the data is not looked at again.
 #[test]
 fn a_start_from_data_resumes() {
     let eva = ["--set", "method.init_lora_weights=eva", "--set", "output.save_every=2"];
-    let whole = Dir::new();
-    let first = whole.train(&eva).ok();
+    let (_, first, resumed) = whole_and_resumed(&eva);
     assert!(first.stderr.contains("eva: principal components"), "{}", first.stderr);
-    let dir = Dir::new();
-    dir.train(&eva).ok();
-    let file = dir.path("out/adapter_model.safetensors");
-    std::fs::remove_file(&file).unwrap();
-    let mut more = eva.to_vec();
-    more.push("--resume");
-    let resumed = dir.train(&more).ok();
     assert!(!resumed.stderr.contains("eva: principal components"), "{}", resumed.stderr);
-    assert!(std::fs::read(&file).unwrap() == whole.read("out/adapter_model.safetensors"));
 }
