@@ -15,8 +15,9 @@ use peft_core::{Ctx, Error, ReadRows, Result, Segmented, TokenBatch};
 use crate::data::Batch;
 use crate::grads::Grads;
 
-/// Rows of logits that are held at a time.
-const LOGIT_ROWS: usize = 256;
+/// Rows of logits that are held at a time: enough for the head's weight to be laid out for many of them. Twice as many made
+/// a step no faster, and its peak 5 % larger.
+pub const LOGIT_ROWS: usize = 128;
 
 /// Which blocks keep their record between forward and backward; the others are run again (gradient checkpointing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
