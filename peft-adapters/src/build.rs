@@ -5,8 +5,8 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use peft_core::kernels::Stream;
 use peft_core::{
-    Adapter, BaseModel, Error, Parameter, Result, Role, SiteAdapter, SiteModule, SublayerKind, SublayerSite,
-    parameter_name,
+    Adapter, BaseModel, Built, Error, Parameter, Result, Role, SiteAdapter, SiteModule, SublayerKind, SublayerSite,
+    Unmatched, candidates, insert_saved, parameter_name, select_saved,
 };
 
 use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling};
@@ -16,8 +16,9 @@ impl BottleneckConfig {
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
     ///
     /// # Errors
-    /// When the model does not say where its sublayers end, or nothing would be trained.
-    pub fn build(&self, base: &dyn BaseModel, seed: u64) -> Result<Adapter> {
+    /// When the model does not say where its sublayers end, or no block would get an adapter; with [`Unmatched::Error`], a name
+    /// in `modules_to_save` that no module has.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
         let sublayers = base.sublayers();
         if sublayers.is_empty() {
             let message = format!("bottleneck adapters are not supported on model type `{}`", base.model_type());
@@ -36,7 +37,9 @@ impl BottleneckConfig {
         if adapter.trainable_elements() == 0 {
             return Err(Error::config("leave_out", "names every block: nothing would be trained"));
         }
-        Ok(adapter)
+        let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
+        insert_saved(&mut adapter, &selection, base)?;
+        Ok(Built { adapter, selection })
     }
 
     fn stands_behind(&self, kind: SublayerKind) -> bool {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::kernels::Activation;
 use peft_core::suggest::did_you_mean;
-use peft_core::{ConfigKeys, Error, Result};
+use peft_core::{BaseModel, ConfigKeys, Error, Result, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::bottleneck::{Placement, Residual};
@@ -87,6 +87,8 @@ pub struct BottleneckConfig {
     pub(crate) dropout: f32,
     /// Blocks without an adapter.
     pub(crate) leave_out: Vec<usize>,
+    /// Modules that are trained whole, such as a class head.
+    pub(crate) saved: TargetSpec,
     raw: Map<String, Value>,
 }
 
@@ -103,7 +105,7 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "mh_adapter": false, "output_adapter": true, "reduction_factor": 16, "non_linearity": "relu",
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
-        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0
+        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null
     });
     let changes = match preset {
         "double_seq_bn" => json!({"mh_adapter": true, "non_linearity": "swish"}),
@@ -152,7 +154,9 @@ impl BottleneckConfig {
             Some(other) => return Err(Error::config(PRESET, format!("{other} is not a name"))),
         };
         let mut known = defaults(base);
-        let settings = completed(known.clone(), &own);
+        let mut settings = completed(known.clone(), &own);
+        // Left to the base ([`BottleneckConfig::for_base`]) where the recipe does not say it.
+        settings.insert("task_type".into(), own.get("task_type").cloned().unwrap_or(Value::Null));
         known.extend(WITHOUT_EFFECT.map(|key| (key.to_string(), Value::Null)));
         known.insert(PRESET.into(), Value::Null);
         ConfigKeys(&own).refuse_unknown("bottleneck", &known)?;
@@ -199,8 +203,19 @@ impl BottleneckConfig {
                 p => return Err(Error::config("dropout", format!("{p} is outside [0, 1)"))),
             },
             leave_out: leave_out(keys)?,
+            saved: saved(keys)?,
             raw,
         })
+    }
+
+    /// This config for the task of `base`: a class head is trained and stored whole ([`task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        raw.extend(task_keys(&self.saved, base)?);
+        Self::from_adapter_config(&raw)
     }
 
     /// Width of the bottleneck in a block.
@@ -287,6 +302,12 @@ fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
     }
 }
 
+/// What is trained whole beside the adapters.
+fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
+    let own = ["modules_to_save", "task_type"].into_iter();
+    TargetSpec::from_config(&own.filter_map(|key| Some((key.to_owned(), keys.get(key)?.clone()))).collect())
+}
+
 fn leave_out(keys: ConfigKeys<'_>) -> Result<Vec<usize>> {
     let wrong = |v: &Value| Error::config("leave_out", format!("{v} is not a list of blocks, counted from 0"));
     match keys.get("leave_out") {
@@ -324,7 +345,9 @@ mod tests {
 
     #[test]
     fn a_written_config_is_read_as_what_it_was() {
-        let one = recipe(json!({"preset": "scaled_par_bn", "leave_out": [0], "dropout": 0.1})).unwrap();
+        let one =
+            recipe(json!({"preset": "scaled_par_bn", "leave_out": [0], "dropout": 0.1, "task_type": "CAUSAL_LM"}))
+                .unwrap();
         let written = one.to_adapter_config();
         assert_eq!(written["peft_type"], PEFT_TYPE);
         assert!(!written.contains_key(PRESET));

@@ -73,7 +73,7 @@ pub use checkpoint::Checkpoint;
 pub use config_keys::ConfigKeys;
 pub use error::{Context, Error, Result};
 pub use safetensors_file::{SafetensorsFile, write_safetensors};
-pub use select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, select};
+pub use select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, select, select_saved};
 pub use select_spec::{TargetModules, TargetSpec};
 pub use shard_writer::{PlannedTensor, ShardWriter};
 pub use st_header::TensorMeta;

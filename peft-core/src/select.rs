@@ -368,6 +368,21 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
     Ok(out)
 }
 
+/// The modules of `modules_to_save` alone, for methods that have no targets.
+///
+/// # Errors
+/// A name that is the end of no module's, unless `unmatched` says otherwise.
+pub fn select_saved(spec: &TargetSpec, candidates: &[Candidate<'_>], unmatched: Unmatched) -> Result<Selection> {
+    let modules = Modules::new(candidates);
+    let (mut out, mut missed) = (Selection::default(), Missed { modules: &modules, list: Vec::new() });
+    out.saved = saved_modules(spec, &modules, &mut out.hits, &mut missed);
+    if unmatched == Unmatched::Error && !missed.list.is_empty() {
+        return Err(Error::Unmatched { patterns: missed.list });
+    }
+    out.unmatched = missed.list;
+    Ok(out)
+}
+
 /// Modules that one pattern matched.
 #[derive(Clone, Default)]
 struct Hits {

@@ -108,7 +108,7 @@ impl Config {
     /// Refuses a class head where the method does not train and store it.
     fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
         if !matches!(base.task(), Task::Classification { .. })
-            || !matches!(self, Self::Bottleneck(_) | Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_))
+            || !matches!(self, Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_))
         {
             return Ok(());
         }
@@ -130,7 +130,7 @@ impl Config {
             Self::Ln(config) => selected(config.for_base(base)?.build(base, strict)?),
             Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
-            Self::Bottleneck(config) => (config.build(base, seed)?, None),
+            Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
             Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
             Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
@@ -155,7 +155,7 @@ impl Config {
                 let names = files.keys().map(str::to_owned).collect();
                 selected(config.build(base, 0, report, &names)?)
             }
-            Self::Bottleneck(config) => (config.build(base, 0)?, None),
+            Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
             Self::Prompt(config) => {

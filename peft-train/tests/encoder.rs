@@ -104,6 +104,10 @@ fn query_only(family: &str) -> Value {
     json!({"r": 2, "target_modules": [if family == "distilbert" { "q_lin" } else { "query" }]})
 }
 
+fn bottleneck() -> Value {
+    json!({"type": "bottleneck", "preset": "double_seq_bn", "reduction_factor": 4})
+}
+
 fn all_methods(family: &str) -> Vec<Value> {
     vec![
         all_linear(family, json!({})),
@@ -111,6 +115,7 @@ fn all_methods(family: &str) -> Vec<Value> {
         all_linear(family, json!({"use_dora": true})),
         json!({"r": 2, "target_modules": ".*_embeddings", "modules_to_save": ["LayerNorm"]}),
         json!({"type": "full"}),
+        bottleneck(),
     ]
 }
 
@@ -198,12 +203,14 @@ fn the_head_is_trained_and_stored_whole() {
         ("distilbert", vec!["pre_classifier.weight", "classifier.weight"]),
     ] {
         let model = encoder(family, "-");
-        let adapter = adapter(&model, &query_only(family));
-        assert_eq!(adapter.config["task_type"], "SEQ_CLS");
-        assert_eq!(adapter.config["modules_to_save"], json!(["classifier", "score"]));
-        for layer in layers {
-            let key = format!("base_model.model.{layer}");
-            assert!(adapter.parameters().iter().any(|p| p.name() == key), "{family}: {key}");
+        for method in [query_only(family), bottleneck()] {
+            let adapter = adapter(&model, &method);
+            assert_eq!(adapter.config["task_type"], "SEQ_CLS");
+            assert_eq!(adapter.config["modules_to_save"], json!(["classifier", "score"]));
+            for layer in &layers {
+                let key = format!("base_model.model.{layer}");
+                assert!(adapter.parameters().iter().any(|p| p.name() == key), "{family}: {key}");
+            }
         }
     }
     let wrong = methods::create(json!({"task_type": "CAUSAL_LM"}).as_object().unwrap(), &encoder("bert", "-"), 0);
@@ -221,12 +228,14 @@ fn what_the_checkpoint_lacks_is_stored_with_the_adapter() {
     ] {
         let model = encoder(family, absent);
         assert_eq!(model.fresh_layers(), [fresh]);
-        let adapter = moved(&model, &query_only(family));
-        let dir = tempfile::tempdir().unwrap();
-        checkpoint::write_adapter_files(dir.path(), &adapter).unwrap();
-        let loaded = Arc::new(methods::open(dir.path(), &model).unwrap().adapter);
-        let (a, b) = (AdapterSet::one("a", adapter), AdapterSet::one("b", loaded));
-        assert!((loss(&model, &a, &batch()) - loss(&model, &b, &batch())).abs() < 1e-6);
+        for method in [query_only(family), bottleneck()] {
+            let adapter = moved(&model, &method);
+            let dir = tempfile::tempdir().unwrap();
+            checkpoint::write_adapter_files(dir.path(), &adapter).unwrap();
+            let loaded = Arc::new(methods::open(dir.path(), &model).unwrap().adapter);
+            let (a, b) = (AdapterSet::one("a", adapter), AdapterSet::one("b", loaded));
+            assert!((loss(&model, &a, &batch()) - loss(&model, &b, &batch())).abs() < 1e-6);
+        }
     }
 }
 
