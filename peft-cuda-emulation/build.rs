@@ -28,7 +28,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         std::fs::write(&wrapper, format!("#include \"{name}.cu\"\n"))?;
         build.file(wrapper);
     }
-    build.file("emulator/fibers.cpp");
+    build.file("emulator/fibers.cpp").file("emulator/faulty.cpp");
     // Kernels register themselves by static constructors, which a linker would leave out of an archive.
     println!("cargo::rustc-cfg=emulated");
     build.link_lib_modifier("+whole-archive").compile("peft_cuda_kernels");
