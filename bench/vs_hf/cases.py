@@ -43,8 +43,9 @@ class Ratio:
 class Bench:
     """Where programs, models and results are, and how much is measured."""
 
-    def __init__(self, root, python, binaries, options):
-        self.root, self.python, self.binaries, self.options = root, python, binaries, options
+    def __init__(self, root, pythons, binaries, options):
+        """`pythons` are those of the peers: with PEFT, and with AdapterHub's package."""
+        self.root, self.pythons, self.binaries, self.options = root, pythons, binaries, options
         self.work = root / "target/bench"
         self.tmp = self.work / "tmp"
         self.tmp.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,9 @@ class Bench:
     def ours(self, program, *arguments):
         return measure([self.binaries / program, *arguments], self.tmp / "ours.log")
 
-    def peer(self, *arguments):
-        return measure([self.python, self.root / "bench/vs_hf/peer.py", *arguments], self.tmp / "hf.log")
+    def peer(self, *arguments, method="lora"):
+        python = self.pythons[METHODS[method].adapterhub]
+        return measure([python, self.root / "bench/vs_hf/peer.py", *arguments], self.tmp / "hf.log")
 
     def rows(self, model, batch, seq, name):
         """`batch` rows of `seq` random tokens; both sides read them from this file."""
@@ -74,7 +76,7 @@ class Bench:
         if not folder.exists():
             self.peer(
                 "adapter", "--model", self.folder(model), "--classes", model.classes, "--method", method, "--dtype", dtype,
-                "--output", folder, *(["--random"] if random else []),
+                "--output", folder, *(["--random"] if random else []), method=method,
             )
         return folder
 
@@ -93,6 +95,7 @@ class Case:
     """One comparison. `sides` are measured one after another in every round; `hf` is the peer."""
 
     name: str
+    method: str | None = None
     ratios: tuple[Ratio, ...]
     sides: tuple[str, ...] = ("hf", "ours")
 
@@ -135,7 +138,7 @@ class Train(Case):
         if side == "hf":
             result = bench.peer(
                 "train", "--model", bench.folder(model), "--classes", model.classes, "--rows", rows, "--dtype", self.dtype,
-                "--method", self.method, "--steps", steps, *(["--checkpointing"] if self.checkpointing else []),
+                "--method", self.method, "--steps", steps, *(["--checkpointing"] if self.checkpointing else []), method=self.method,
             )
             seconds, tokens = result["step_seconds"], result["tokens"]
         else:
@@ -273,7 +276,8 @@ def cases(model, catalogue):
     ]
     for name, method in METHODS.items():
         if name != "lora" and method.peft_type in catalogue:
-            found.append(("methods", Train(model, name, f"{name} train", method=name)))
+            beside = " beside AdapterHub's" if method.adapterhub else ""
+            found.append(("methods", Train(model, name, f"{name} train{beside}", method=name)))
     found += [("decode", Decode(model, batch)) for batch in (1, 8)]
     found += [("start", Start(model)), ("merge", Merge(model))]
     return found

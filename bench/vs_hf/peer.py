@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One measurement of Hugging Face PEFT on the CPU, for bench/vs_hf_peft: a process of its own that prints one line of JSON.
+"""One measurement of Hugging Face PEFT (of AdapterHub's `adapters` where the method is its own) on the CPU, for bench/vs_hf_peft: a process of its own that prints one line of JSON.
 
     peer.py train --model DIR --rows ROWS.jsonl --method lora …     losses and seconds of each step
     peer.py decode --model DIR --rows PROMPTS.jsonl --new-tokens N  tokens of each row, seconds
@@ -13,10 +13,9 @@ import json
 import pathlib
 import time
 
-import peft
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from methods import METHODS
 
@@ -30,7 +29,10 @@ def read_rows(path):
 def load(args):
     dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if not getattr(args, "classes", 0):
-        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        config = AutoConfig.from_pretrained(args.model)
+        # transformers 4, which AdapterHub's package needs, has another place for it.
+        config.rope_theta = json.loads((args.model / "config.json").read_text())["rope_parameters"]["rope_theta"]
+        return AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=dtype)
     # The head is new, and the same in every process; the base's own dropout would make losses incomparable.
     torch.manual_seed(1)
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -39,8 +41,18 @@ def load(args):
 
 def attach(model, args, **changes):
     """The adapter of the method, the same in every process."""
-    kind, keys = METHODS[args.method].peft
+    method = METHODS[args.method]
+    kind, keys = method.config
     torch.manual_seed(0)
+    if method.adapterhub:
+        import adapters
+
+        adapters.init(model)
+        model.add_adapter("a", config=getattr(adapters, kind)(**keys))
+        model.train_adapter("a")
+        return model
+    import peft
+
     task = "SEQ_CLS" if args.classes else "CAUSAL_LM"
     return peft.get_peft_model(model, getattr(peft, kind)(task_type=task, **{**keys, **changes}))
 
@@ -109,6 +121,8 @@ def start(args):
 
 
 def merge(args):
+    import peft
+
     model = peft.PeftModel.from_pretrained(load(args), args.adapter)
     model.merge_and_unload().save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
@@ -118,8 +132,27 @@ def merge(args):
 def adapter(args):
     # Away from its start where it is to be merged: an untrained one changes nothing.
     changes = {"init_lora_weights": False} if args.random else {}
-    attach(load(args), args, **changes).save_pretrained(args.output)
+    model = attach(load(args), args, **changes)
+    if METHODS[args.method].adapterhub:
+        save_bottleneck(model, args.output)
+    else:
+        model.save_pretrained(args.output)
     return {}
+
+
+def save_bottleneck(model, output):
+    """Adapters behind MLPs in our folder: PEFT's two files, tensors under the linear layer that each stands behind."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, tensor in model.named_parameters():
+        place, found, suffix = name.partition(".output_adapters.adapters.a.")
+        if found:
+            tensors[f"base_model.model.{place}.mlp.down_proj.{suffix}"] = tensor.detach().contiguous()
+    config = model.adapters_config.get("a").to_dict()
+    output.mkdir(parents=True)
+    save_file(tensors, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    (output / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "task_type": "CAUSAL_LM", **config}))
 
 
 def differ(args):

@@ -12,15 +12,16 @@ pub use mimalloc::MiMalloc;
 /// `mi_option_purge_delay` in `mimalloc.h` (versions 2 and 3), which the bindings leave out.
 const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
 
-/// Keeps freed pages for the next allocation for good. Call it first thing in `main`; `MIMALLOC_PURGE_DELAY`, in
-/// milliseconds, still has the last word.
+/// Gives back the pages that loading has freed, and keeps all that are freed from now on for the next allocation. Call it
+/// between loading and the steps; `MIMALLOC_PURGE_DELAY`, in milliseconds, still has the last word.
 pub fn keep_pages() {
     if std::env::var_os("MIMALLOC_PURGE_DELAY").is_some() {
         return;
     }
     #[allow(unsafe_code)]
-    // SAFETY: the option exists, takes any long, and may be set at any time.
+    // SAFETY: the option exists, takes any long, and may be set at any time, and so may pages be given back.
     unsafe {
+        libmimalloc_sys::mi_collect(true);
         libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
     }
 }

@@ -24,7 +24,6 @@ mod sample;
 static ALLOCATOR: peft_alloc::MiMalloc = peft_alloc::MiMalloc;
 
 fn main() -> ExitCode {
-    peft_alloc::keep_pages();
     let args = args::Args::parse();
     tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())

@@ -9,6 +9,7 @@ use peft_kernels::FrozenWeight;
 use crate::ctx::Ctx;
 use crate::error::{Error, Result};
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
+use crate::read_rows::ReadRows;
 use crate::site::{SiteId, SiteTable};
 use crate::sublayer::SublayerSite;
 use crate::virtual_tokens::PromptDims;
@@ -167,6 +168,16 @@ pub trait Segmented: BaseModel {
     /// # Errors
     /// When a tensor operation fails.
     fn block(&self, i: usize, hidden: &Tensor, input: &Self::Input, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// `rows` of what the last block makes, `[rows, hidden]`: only these reach [`Segmented::final_norm`], so that a model may
+    /// leave out what makes the others.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &Self::Input, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let last = self.num_blocks().checked_sub(1).ok_or_else(|| Error::msg("a model without blocks"))?;
+        rows.of(&self.block(last, hidden, input, ctx)?)
+    }
 
     /// What stands between the last block and the output layer, `[rows, hidden]` to the same shape: the final norm of a
     /// decoder, the pooler of an encoder with a class head. It sees only the rows that reach the head.

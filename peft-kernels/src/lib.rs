@@ -63,7 +63,7 @@ pub use narrow::convert;
 pub use norm::{layer_norm, rms_norm};
 pub use philox::{Stream, philox4x32};
 pub use rotary::{RotaryLayout, RotaryPlan, rotary};
-pub use rows::stack_rows;
+pub use rows::{select_rows, stack_rows};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
 pub use siblings::{Branch, LowRank, sibling_linears};
 pub use sparse::sparse_matrix;

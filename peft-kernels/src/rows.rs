@@ -1,9 +1,10 @@
-//! Rows of two tensors as those of one: what becomes of hidden states of which a block changes a part.
+//! Rows of hidden states: those of two tensors as those of one, where a block changes a part; some of one, where no more are read.
 
 use candle_core::{Result, Shape, Tensor};
 
 use crate::cpu::View;
 use crate::diff_op::{DiffOp, apply};
+use crate::embedding::embedding;
 use crate::tape::Keeps;
 
 /// The rows of `a: [n, width]`, then those of `b: [m, width]`: `[n + m, width]`. The backward pass reads nothing, and its
@@ -16,6 +17,14 @@ pub fn stack_rows(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         ([_, n], [_, m]) if n == m && a.dtype() == b.dtype() => apply(Stack, &[a, b]),
         (a, b) => candle_core::bail!("stack_rows: {a:?} and {b:?} are no matrices of one width and type"),
     }
+}
+
+/// `rows` of `x: [n, width]`, `[rows.len(), width]`. The backward pass reads nothing; other rows have a gradient of zero.
+///
+/// # Errors
+/// Names a row that `x` lacks.
+pub fn select_rows(x: &Tensor, rows: &[u32]) -> Result<Tensor> {
+    embedding(rows, x)
 }
 
 struct Stack;

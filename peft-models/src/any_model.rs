@@ -5,8 +5,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::{
-    AdapterSet, BaseLayer, BaseModel, Ctx, Error, PromptDims, Result, Segmented, SiteId, SiteTable, SublayerSite, Task,
-    TokenBatch,
+    AdapterSet, BaseLayer, BaseModel, Ctx, Error, PromptDims, ReadRows, Result, Segmented, SiteId, SiteTable,
+    SublayerSite, Task, TokenBatch,
 };
 
 use crate::decoder::{Decoder, DecoderInput};
@@ -227,6 +227,15 @@ impl Segmented for AnyModel {
             (Self::Decoder(m), AnyInput::Decoder(input)) => m.block(i, hidden, input, ctx),
             (Self::Encoder(m), AnyInput::Encoder(input)) => m.block(i, hidden, input, ctx),
             (Self::EncoderDecoder(m), AnyInput::EncoderDecoder(input)) => m.block(i, hidden, input, ctx),
+            _ => Err(Error::msg("the batch was prepared by another model")),
+        }
+    }
+
+    fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &AnyInput, ctx: &Ctx<'_>) -> Result<Tensor> {
+        match (self, input) {
+            (Self::Decoder(m), AnyInput::Decoder(input)) => m.last_block(hidden, rows, input, ctx),
+            (Self::Encoder(m), AnyInput::Encoder(input)) => m.last_block(hidden, rows, input, ctx),
+            (Self::EncoderDecoder(m), AnyInput::EncoderDecoder(input)) => m.last_block(hidden, rows, input, ctx),
             _ => Err(Error::msg("the batch was prepared by another model")),
         }
     }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan};
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims, Result,
-    Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task, TokenBatch, VirtualSpans, sublayer_sites,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims,
+    ReadRows, Result, Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task, TokenBatch, VirtualSpans,
+    sublayer_sites,
 };
 
 use self::block::Block;
@@ -266,6 +267,10 @@ impl Decoder {
         self.block_at(i)?.forward(hidden, input, ctx, Some(cache))
     }
 
+    fn block_path(&self, i: usize) -> String {
+        format!("{}.{}.{i}", self.config.family.layout.body, self.config.family.layout.blocks)
+    }
+
     fn block_at(&self, i: usize) -> Result<&Block> {
         self.blocks.get(i).ok_or_else(|| Error::msg(format!("block {i} of a model with {}", self.blocks.len())))
     }
@@ -363,7 +368,12 @@ impl Segmented for Decoder {
     fn block(&self, i: usize, hidden: &Tensor, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let ctx = input.virtual_rows.ctx(ctx);
         let block = self.block_at(i)?.forward(hidden, input, &ctx, None);
-        block.with_context(|| format!("{}.{}.{i}", self.config.family.layout.body, self.config.family.layout.blocks))
+        block.with_context(|| self.block_path(i))
+    }
+
+    fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let (last, ctx) = (self.blocks.len().saturating_sub(1), input.virtual_rows.ctx(ctx));
+        self.block_at(last)?.forward_rows(hidden, rows, input, &ctx).with_context(|| self.block_path(last))
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

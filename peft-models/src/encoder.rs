@@ -8,8 +8,8 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan, activation, attention};
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, Result,
-    Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch, sublayer_sites,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, ReadRows,
+    Result, Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch, sublayer_sites,
 };
 
 use crate::config::{EncoderConfig, HeadActivation};
@@ -236,7 +236,31 @@ impl Block {
 
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
-        let attended = self.o.forward(&attention(&q, &k, &v, &input.attention)?, ctx)?;
+        self.behind_attention(&attention(&q, &k, &v, &input.attention)?, hidden, c, ctx)
+    }
+
+    /// `rows` of what [`Block::forward`] makes.
+    fn forward_rows(
+        &self,
+        hidden: &Tensor,
+        rows: &ReadRows,
+        input: &EncoderInput,
+        c: &EncoderConfig,
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
+        let (own, of_own) = (rows.of(hidden)?, rows.ctx(ctx));
+        let q = self.q.forward(&own, &of_own)?;
+        let [k, v] = FrozenLinear::forward_siblings([&self.k, &self.v], hidden, ctx)?;
+        // Every query sees all keys of its sequence, wherever it stands.
+        let queries = |s: &SequenceSpan| SequenceSpan { queries: rows.within(&s.queries), ..s.clone() };
+        let sequences = input.attention.sequences.iter().map(queries).collect();
+        let plan = Arc::new(AttentionPlan { sequences, ..(*input.attention).clone() });
+        self.behind_attention(&attention(&q, &k, &v, &plan)?, &own, c, &of_own)
+    }
+
+    /// From what the heads of attention gave, `[tokens, hidden]`, and the block's input to its result.
+    fn behind_attention(&self, attended: &Tensor, hidden: &Tensor, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let attended = self.o.forward(attended, ctx)?;
         let norm = Some(&self.attention_norm);
         let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm }, ctx)?;
         let inner = activation(&self.up.forward(&hidden, ctx)?, c.hidden_act.into())?;
@@ -344,6 +368,11 @@ impl Segmented for Encoder {
         let block =
             self.blocks.get(i).ok_or_else(|| Error::msg(format!("block {i} of a model with {}", self.blocks.len())))?;
         block.forward(hidden, input, &self.config, ctx).with_context(|| format!("block {i}"))
+    }
+
+    fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &EncoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let block = self.blocks.last().ok_or_else(|| Error::msg("a model without blocks"))?;
+        block.forward_rows(hidden, rows, input, &self.config, ctx).context("the last block")
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

@@ -20,6 +20,6 @@ pub mod schedule;
 mod trainer;
 
 pub use classify::{Confusion, evaluate_classes};
-pub use driver::{Checkpointing, Keep, Measured, evaluate, forward_backward, predict, token_losses};
+pub use driver::{Checkpointing, Keep, LOGIT_ROWS, Measured, evaluate, forward_backward, predict, token_losses};
 pub use grads::Grads;
 pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset};

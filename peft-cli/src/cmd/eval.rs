@@ -29,6 +29,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         }
     };
     let ctx = Ctx::eval(&set, &route);
+    peft_alloc::keep_pages();
 
     let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
     // Rows of tokens need no tokenizer, so a base without one will do.

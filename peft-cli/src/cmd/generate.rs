@@ -47,6 +47,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         seed: args.seed,
         stop: tokenizer.eos_token_ids().to_vec(),
     };
+    peft_alloc::keep_pages();
     let session = Session { model: &model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
     if !args.chat {
         let prompt = args.prompt.as_deref().context("--prompt is missing")?;

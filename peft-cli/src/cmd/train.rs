@@ -278,6 +278,7 @@ impl Run {
     }
 
     fn train(self, args: &TrainArgs) -> Result<()> {
+        peft_alloc::keep_pages();
         let output = self.output();
         std::fs::create_dir_all(&output)
             .with_context(|| format!("cannot make the output folder {}", output.display()))?;

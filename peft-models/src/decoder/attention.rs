@@ -67,7 +67,7 @@ impl Attention {
         self.norms.iter().flatten()
     }
 
-    /// `[tokens, hidden]` to the same shape.
+    /// From `[tokens, hidden]` to what the heads give, `[tokens, heads · head_dim]`, which goes into the last layer.
     pub(super) fn forward(
         &self,
         x: &Tensor,
@@ -83,7 +83,7 @@ impl Attention {
         if let Some(plan) = &kind.rotary {
             (q, k) = (rotary(&q, plan)?, rotary(&k, plan)?);
         }
-        let out = match cache {
+        Ok(match cache {
             None => {
                 let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
                 attention(&q, &k, &v, &kind.attention)?
@@ -92,8 +92,7 @@ impl Attention {
                 cache.append(&k, &v, &kind.attention.sequences)?;
                 attention(&q, cache.keys(), cache.values(), &kind.attention)?
             }
-        };
-        self.output.forward(&out, ctx)
+        })
     }
 }
 

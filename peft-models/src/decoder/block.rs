@@ -1,7 +1,7 @@
 //! A block: attention and an MLP, each with the norms that its family puts around it, added to the residual stream.
 
 use candle_core::Tensor;
-use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, Result, SiteId};
+use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, ReadRows, Result, SiteId};
 
 use super::attention::Attention;
 use super::{DecoderInput, linear, norm};
@@ -83,6 +83,25 @@ impl Block {
     ) -> Result<Tensor> {
         let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
         let attended = self.attention.forward(&x, input, ctx, cache)?;
+        self.behind_attention(&attended, hidden, ctx)
+    }
+
+    /// `rows` of what [`Block::forward`] makes without a cache.
+    pub(super) fn forward_rows(
+        &self,
+        hidden: &Tensor,
+        rows: &ReadRows,
+        input: &DecoderInput,
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
+        let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
+        let attended = self.attention.forward(&x, input, ctx, None)?;
+        self.behind_attention(&rows.of(&attended)?, &rows.of(hidden)?, &rows.ctx(ctx))
+    }
+
+    /// From what the heads of attention gave, `[tokens, heads · head_dim]`, and the block's input to its result.
+    fn behind_attention(&self, attended: &Tensor, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let attended = self.attention.end().forward(attended, ctx)?;
         let attended = apply(self.attention_norms.after.as_ref(), attended, ctx)?;
         let join = Join { output: &attended, residual: hidden, norm: None };
         let sum = self.attention.end().join(&join, ctx)?;

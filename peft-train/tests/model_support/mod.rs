@@ -1,6 +1,8 @@
 //! What tests of the models have in common: adapters on them and gradients of one batch.
 
 #![allow(clippy::unwrap_used)]
+// Each test takes what it needs.
+#![allow(dead_code)]
 
 use std::sync::Arc;
 
