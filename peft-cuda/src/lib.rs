@@ -5,7 +5,7 @@ A function here checks nothing and touches no memory: it says which kernel runs 
 [`Launch`]. `peft-kernels` sends it to a card; `peft-cuda-emulation` runs the same kernel source with the same launch on the
 host, which is what the tests do. See `docs/cuda-kernels.md`.
 
-With the feature `cuda`, [`IMAGES`] holds the compiled kernels.
+With the feature `cuda`, `IMAGES` holds the compiled kernels.
 */
 
 pub mod norm;
