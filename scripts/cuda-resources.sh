@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles our CUDA kernels for sm_80 and sm_90 and prints what nvcc says each takes, as the table in docs/cuda-kernels.md:
+# Compiles our CUDA kernels for sm_80 and sm_90 and prints what nvcc says each takes, as the table in docs/cuda-resources.md:
 # registers, static shared memory, spills. Exit status 1 if a kernel spills.
 #
 #     scripts/cuda-resources.sh        # the toolkit of scripts/cuda-toolkit.sh, or NVCC
