@@ -40,11 +40,15 @@ fn weight(out: usize, inp: usize, dtype: DType) -> FrozenWeight {
     FrozenWeight::dense(&randn(7, (out, inp), 0.05).unwrap().to_dtype(dtype).unwrap()).unwrap()
 }
 
+/// The large layers of a Llama 3.2 1B, whose step has a quarter of the tokens.
+const LARGE: [(&str, usize, usize, usize); 2] =
+    [("large up_proj", 2048, 8192, TOKENS / 4), ("large down_proj", 8192, 2048, TOKENS / 4)];
+
 fn linears(c: &mut Criterion<Bound>) {
     let mut group = c.benchmark_group("frozen_linear");
-    for (name, inp, out) in LINEARS {
-        let x = randn(1, (TOKENS, inp), 1.0).unwrap();
-        let flop = 2 * TOKENS * inp * out;
+    for (name, inp, out, tokens) in LINEARS.map(|(name, inp, out)| (name, inp, out, TOKENS)).into_iter().chain(LARGE) {
+        let x = randn(1, (tokens, inp), 1.0).unwrap();
+        let flop = 2 * tokens * inp * out;
         let narrow = weight(out, inp, DType::BF16).with_narrow_products();
         for (how, w) in
             [("f32", weight(out, inp, DType::F32)), ("bf16", weight(out, inp, DType::BF16)), ("bf16 in bf16", narrow)]

@@ -5,8 +5,6 @@
 
 use candle_core::quantized::GgmlDType;
 
-use crate::simd;
-
 /// Elements of a block of the older types.
 const SMALL: usize = 32;
 /// Elements of a block of the K types.
@@ -24,30 +22,34 @@ macro_rules! each {
     }};
 }
 
+/// Whether [`widen`] knows the type.
+pub(crate) fn knows(dtype: GgmlDType) -> bool {
+    use GgmlDType as D;
+    !matches!(dtype, D::Q8_1 | D::Q2K | D::Q3K | D::Q8K)
+}
+
 /// Writes the elements of whole blocks to `out`; `false`, and nothing written, for a type that is not known here or where
-/// `out` has another length.
+/// `out` has another length. To be called inside of [`crate::simd::run`].
+#[inline(always)]
 pub(crate) fn widen(dtype: GgmlDType, bytes: &[u8], out: &mut [f32]) -> bool {
     use GgmlDType as D;
     if bytes.len() / dtype.type_size() * dtype.block_size() != out.len() {
         return false;
     }
-    simd::run(
-        #[inline(always)]
-        || match dtype {
-            D::F32 => each!(f32_bits, bytes, out),
-            D::F16 => each!(f16_bits, bytes, out),
-            D::BF16 => each!(bf16_bits, bytes, out),
-            D::Q4_0 => each!(q4_0, bytes, out),
-            D::Q4_1 => each!(q4_1, bytes, out),
-            D::Q5_0 => each!(q5_0, bytes, out),
-            D::Q5_1 => each!(q5_1, bytes, out),
-            D::Q8_0 => each!(q8_0, bytes, out),
-            D::Q4K => each!(q4_k, bytes, out),
-            D::Q5K => each!(q5_k, bytes, out),
-            D::Q6K => each!(q6_k, bytes, out),
-            D::Q8_1 | D::Q2K | D::Q3K | D::Q8K => false,
-        },
-    )
+    match dtype {
+        D::F32 => each!(f32_bits, bytes, out),
+        D::F16 => each!(f16_bits, bytes, out),
+        D::BF16 => each!(bf16_bits, bytes, out),
+        D::Q4_0 => each!(q4_0, bytes, out),
+        D::Q4_1 => each!(q4_1, bytes, out),
+        D::Q5_0 => each!(q5_0, bytes, out),
+        D::Q5_1 => each!(q5_1, bytes, out),
+        D::Q8_0 => each!(q8_0, bytes, out),
+        D::Q4K => each!(q4_k, bytes, out),
+        D::Q5K => each!(q5_k, bytes, out),
+        D::Q6K => each!(q6_k, bytes, out),
+        D::Q8_1 | D::Q2K | D::Q3K | D::Q8K => false,
+    }
 }
 
 #[inline(always)]
@@ -240,6 +242,7 @@ mod tests {
             let mut got = vec![f32::NAN; want.len()];
             let known = widen(dtype, &q.data().unwrap(), &mut got);
             assert_eq!(known, !matches!(dtype, D::Q2K | D::Q3K), "{dtype:?}");
+            assert_eq!(known, knows(dtype), "{dtype:?}");
             if known {
                 assert_eq!(got, want, "{dtype:?}");
             }

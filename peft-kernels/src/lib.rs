@@ -13,7 +13,6 @@ operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become 
 mod activation;
 mod argmax;
 mod attention;
-mod bf16_gemm;
 mod bias;
 mod blocks;
 mod columns;
@@ -23,6 +22,7 @@ mod deferred;
 mod diff_op;
 mod dropout;
 mod embedding;
+mod frozen_gemm;
 mod linear;
 mod lora;
 mod narrow;

@@ -1,6 +1,7 @@
 //! The elements of a weight as they lie in memory, and their values in `f32`.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use candle_core::{Device, Result};
@@ -30,6 +31,43 @@ impl Stored<'_> {
         }
     }
 
+    /// Elements that are stored together.
+    pub(crate) fn block(&self) -> usize {
+        match self {
+            Self::Blocks(_, dtype) => dtype.block_size(),
+            _ => 1,
+        }
+    }
+
+    /// Whether [`Self::widen_inline`] knows the storage.
+    pub(crate) fn widens_inline(&self) -> bool {
+        match self {
+            Self::Blocks(_, dtype) => blocks::knows(*dtype),
+            _ => true,
+        }
+    }
+
+    /// [`Self::widen`] of elements that there are, in a storage that it knows. To be called inside of [`simd::run`].
+    #[inline(always)]
+    pub(crate) fn widen_inline(&self, start: usize, out: &mut [f32]) {
+        let range = start..start + out.len();
+        match self {
+            Self::F32(x) => out.copy_from_slice(&x[range]),
+            Self::F16(x) => x[range].convert_to_f32_slice(out),
+            Self::Bf16(x) => Self::widen_bf16(&x[range], out),
+            Self::Blocks(bytes, dtype) => {
+                blocks::widen(*dtype, Self::bytes(bytes, *dtype, &range), out);
+            }
+        }
+    }
+
+    /// The blocks that hold the elements of `range`.
+    #[inline(always)]
+    fn bytes<'a>(bytes: &'a [u8], dtype: GgmlDType, range: &Range<usize>) -> &'a [u8] {
+        let (size, block) = (dtype.type_size(), dtype.block_size());
+        &bytes[range.start / block * size..range.end / block * size]
+    }
+
     /// Where element `i` lies, or its block.
     pub(crate) fn address(&self, i: usize) -> *const u8 {
         match self {
@@ -57,25 +95,18 @@ impl Stored<'_> {
         if range.end > self.len() {
             candle_core::bail!("a weight has {} elements, fewer than its shape says", self.len());
         }
-        match self {
-            Self::F32(x) => out.copy_from_slice(&x[range]),
-            Self::F16(x) => x[range].convert_to_f32_slice(out),
-            Self::Bf16(x) => simd::run(
+        if self.widens_inline() {
+            simd::run(
                 #[inline(always)]
-                || Self::widen_bf16(&x[range], out),
-            ),
-            Self::Blocks(bytes, dtype) => {
-                let (size, block) = (dtype.type_size(), dtype.block_size());
-                let bytes = &bytes[range.start / block * size..range.end / block * size];
-                if !blocks::widen(*dtype, bytes, out) {
-                    let storage = QStorage::from_data(Cow::Borrowed(bytes), &Device::Cpu, *dtype)?;
-                    let wide = QTensor::new(storage, out.len())?.dequantize(&Device::Cpu)?;
-                    cpu::with(&wide, |wide| {
-                        out.copy_from_slice(wide.data);
-                        Ok(())
-                    })?;
-                }
-            }
+                || self.widen_inline(start, out),
+            );
+        } else if let Self::Blocks(bytes, dtype) = self {
+            let storage = QStorage::from_data(Cow::Borrowed(Self::bytes(bytes, *dtype, &range)), &Device::Cpu, *dtype)?;
+            let wide = QTensor::new(storage, out.len())?.dequantize(&Device::Cpu)?;
+            cpu::with(&wide, |wide| {
+                out.copy_from_slice(wide.data);
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use crate::cpu::threads;
 use crate::shared::Shared;
+use crate::simd::prefetch;
 use crate::stored::Stored;
 
 /// Rows of `X` up to which a product is made here. With more, arithmetic and not memory is the bound, and a GEMM is faster.
@@ -119,22 +120,6 @@ impl Ahead {
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
-
-/// Asks for a cache line, into the second-level cache. Other processors are left to their own foresight.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        #[allow(unsafe_code)]
-        // SAFETY: the instruction is in every x86-64 and reads nothing; an address without memory is ignored.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at.cast());
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = at;
-}
 
 /// Sums of a group: `[token][row]`.
 type Sums = [[f32; GROUP]; MAX_TOKENS];

@@ -8,10 +8,10 @@ use candle_core::quantized::QTensor;
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
-use crate::bf16_gemm::{self, Contracted};
 use crate::cpu::{self, Mat};
 use crate::deferred::Deferred;
 use crate::diff_op::is_cpu_f32;
+use crate::frozen_gemm::{self, Contracted, Factor, Format, InBf16, InF32};
 use crate::stored::Stored;
 use crate::thin::{self, Tokens};
 
@@ -25,9 +25,9 @@ thread_local! {
 }
 
 /// A weight matrix `[out, in]` that never gets a gradient, as it lies in its file: dense in `f32`, `f16` or `bf16`, or
-/// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening one panel of rows at a
-/// time, or a few rows in the first-level cache for the few tokens of a decoding step (`thin.rs`), and in the activations'
-/// type elsewhere.
+/// in GGUF blocks. Products with it are made in `f32` on a CPU whatever the storage, widening elements on their way into a
+/// GEMM's order (`frozen_gemm`; a panel of rows at a time where the processor has no kernel there), or a few rows in the
+/// first-level cache for the few tokens of a decoding step (`thin.rs`), and in the activations' type elsewhere.
 ///
 /// Cloning shares the storage.
 #[derive(Debug, Clone)]
@@ -284,11 +284,11 @@ impl FrozenWeight {
 
     pub(crate) fn matmul_t_cpu(&self, x: &[f32], tokens: usize) -> Result<Vec<f32>> {
         let (n, k) = (self.out_features, self.in_features);
+        if let Some(y) = self.product(Contracted::In, x, tokens, frozen_gemm::new_product)? {
+            return Ok(y);
+        }
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(x, tokens, k), Mat::new(w.data, n, k).t(), 1.0));
-        }
-        if let Some(y) = self.narrow_product(Contracted::In, Tokens::dense(x, tokens, k), bf16_gemm::new_product)? {
-            return Ok(y);
         }
         if n == 0 || k == 0 || tokens <= thin::MAX_TOKENS {
             let mut y = vec![0f32; tokens * n];
@@ -315,8 +315,8 @@ impl FrozenWeight {
             let x = Tokens::dense(x, tokens, k);
             return self.with_stored(|w| thin::add_product(y, n, x, w, n, 1.0));
         }
-        let add = |x: Tokens<'_>, w: bf16_gemm::Weight<'_>| bf16_gemm::add_product(y, x, w);
-        if self.narrow_product(Contracted::In, Tokens::dense(x, tokens, k), add)?.is_some() {
+        let add = |x: Tokens<'_>, w: Factor, format: &dyn Format| frozen_gemm::add_product(y, x, w, format);
+        if self.product(Contracted::In, x, tokens, add)?.is_some() {
             return Ok(());
         }
         let x = Mat::new(x, tokens, k);
@@ -328,11 +328,11 @@ impl FrozenWeight {
 
     pub(crate) fn matmul_cpu(&self, dy: &[f32], tokens: usize) -> Result<Vec<f32>> {
         let (n, k) = (self.out_features, self.in_features);
+        if let Some(dx) = self.product(Contracted::Out, dy, tokens, frozen_gemm::new_product)? {
+            return Ok(dx);
+        }
         if let Some(w) = self.as_f32() {
             return cpu::with(w, |w| cpu::gemm(Mat::new(dy, tokens, n), Mat::new(w.data, n, k), 1.0));
-        }
-        if let Some(dx) = self.narrow_product(Contracted::Out, Tokens::dense(dy, tokens, n), bf16_gemm::new_product)? {
-            return Ok(dx);
         }
         let mut dx = vec![0f32; tokens * k];
         self.add_matmul_cpu(dy, tokens, &mut dx)?;
@@ -342,8 +342,8 @@ impl FrozenWeight {
     /// `dx += dy·W`.
     pub(crate) fn add_matmul_cpu(&self, dy: &[f32], tokens: usize, dx: &mut [f32]) -> Result<()> {
         let (n, k) = (self.out_features, self.in_features);
-        let add = |dy: Tokens<'_>, w: bf16_gemm::Weight<'_>| bf16_gemm::add_product(dx, dy, w);
-        if self.narrow_product(Contracted::Out, Tokens::dense(dy, tokens, n), add)?.is_some() {
+        let add = |dy: Tokens<'_>, w: Factor, format: &dyn Format| frozen_gemm::add_product(dx, dy, w, format);
+        if self.product(Contracted::Out, dy, tokens, add)?.is_some() {
             return Ok(());
         }
         self.for_panels(|first, panel| {
@@ -353,22 +353,31 @@ impl FrozenWeight {
         })
     }
 
-    /// What `f` makes of `x` and the weight where their product is to be made in `bf16`. For a few rows reading the weight is the
-    /// bound.
-    fn narrow_product<R>(
+    /// What `f` makes of activations and this weight where the processor has a kernel for products of so many tokens. For a few,
+    /// reading the weight is the bound.
+    fn product<R>(
         &self,
         contracted: Contracted,
-        x: Tokens<'_>,
-        f: impl FnOnce(Tokens<'_>, bf16_gemm::Weight<'_>) -> Result<R>,
+        x: &[f32],
+        tokens: usize,
+        f: impl FnOnce(Tokens<'_>, Factor, &dyn Format) -> Result<R>,
     ) -> Result<Option<R>> {
-        let dense = matches!(self.storage, WeightStorage::Dense(_));
-        if !(self.narrow_products && dense && x.count > thin::MAX_TOKENS && bf16_gemm::available()) {
+        if tokens <= thin::MAX_TOKENS || !InF32::available() {
             return Ok(None);
         }
-        let (out, inp) = (self.out_features, self.in_features);
-        self.with_stored(|stored| match stored {
-            Stored::Bf16(data) => f(x, bf16_gemm::Weight { data, out, inp, contracted }).map(Some),
-            _ => Ok(None),
+        let factor = Factor { out: self.out_features, inp: self.in_features, contracted };
+        let x = Tokens::dense(x, tokens, factor.depth());
+        self.with_stored(|stored| {
+            if let (true, Stored::Bf16(data)) = (self.narrow_products, stored)
+                && let Some(format) = InBf16::new(data)
+            {
+                return f(x, factor, &format).map(Some);
+            }
+            if matches!(stored, Stored::F32(_)) && stored.len() <= PANEL_ELEMENTS {
+                // The gemm crate is a little faster at a small matrix that needs no widening, and much slower at a large one.
+                return Ok(None);
+            }
+            InF32::new(stored).map(|format| f(x, factor, &format)).transpose()
         })
     }
 
@@ -420,7 +429,7 @@ impl FrozenWeight {
     }
 
     /// Calls `f` on the elements as they lie in memory, row by row.
-    fn with_stored<R>(&self, f: impl FnOnce(Stored<'_>) -> Result<R>) -> Result<R> {
+    pub(crate) fn with_stored<R>(&self, f: impl FnOnce(Stored<'_>) -> Result<R>) -> Result<R> {
         match &self.storage {
             WeightStorage::Dense(w) => {
                 let (storage, layout) = w.storage_and_layout();
