@@ -322,6 +322,7 @@ impl BaseModel for Decoder {
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
             submodules: 1,
+            prefixes: true,
         })
     }
 
