@@ -264,6 +264,7 @@ VARIANTS |= {
     "t5_tables": dict(r=4, lora_alpha=6, target_modules=["relative_attention_bias", "q"]),
     "t5_save": dict(r=4, target_modules=["q"], modules_to_save=["final_layer_norm"]),
     "t5_save_head": dict(r=4, target_modules=["q", "v"], modules_to_save=["lm_head"]),
+    "t5_prompt_save": ("PromptTuningConfig", dict(num_virtual_tokens=3, modules_to_save=["lm_head", "final_layer_norm"])),
     "t5_oft": ("OFTConfig", dict(oft_block_size=8, target_modules=["q", "v"])),
     "t5_road": ("RoadConfig", dict(group_size=8, target_modules=["k", "v"])),
 }
@@ -310,7 +311,7 @@ PLAN = {
     "smollm3": ["all_linear", "prefix", "prompt"],
     "qwen3_classes": ["all_linear", "prefix", "prompt", "p_tuning"],
     "t5": ["default_targets", "all_linear", "t5_lora", "t5_regex", "t5_dora", "ia3_defaults", "t5_tables", "t5_save", "ln", "t5_oft"],
-    "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "p_tuning", "p_tuning_lstm"],
+    "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "t5_prompt_save", "p_tuning", "p_tuning_lstm"],
     "t5_v1_1": ["all_linear", "t5_tables", "t5_save_head", "ia3_defaults", "prefix", "prompt"],
     "t5_unscaled": ["all_linear", "t5_road", "prompt"],
     "mt5": ["default_targets", "all_linear", "ia3_defaults", "prompt"],

@@ -46,12 +46,12 @@ pub fn parameter_name(path: &str, suffix: &str) -> String {
     format!("{KEY_PREFIX}{path}.{suffix}")
 }
 
-/// Puts a trained copy of its own at every site of `modules_to_save`.
+/// Puts a trained copy of its own at every site of `modules_to_save`. Where the adapter has virtual tokens, they must be set
+/// already: PEFT gives the copies other names beside them.
 ///
 /// # Errors
 /// When the base cannot be read, or a site is adapted already.
 pub fn insert_saved(adapter: &mut Adapter, selection: &Selection, base: &dyn BaseModel) -> Result<()> {
-    // What PEFT makes of the layers' names depends on whether the method wraps them.
     let prefix = if adapter.virtual_tokens().is_some() { SOFT_PROMPT_KEY_PREFIX } else { KEY_PREFIX };
     for &index in selection.saved.iter().flat_map(|saved| &saved.members) {
         let site = selected_site(base.sites(), index)?;

@@ -2,8 +2,8 @@
 
 use peft_core::config_keys::{completed, peft_defaults};
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, Built, ConfigKeys, Error, FrozenEmbedding, PromptDims, Result, Selection, TargetSpec, Unmatched,
-    VirtualModule, VirtualTokens, candidates, insert_saved, select_saved, task_keys,
+    Adapter, BaseLayer, BaseModel, Built, ConfigKeys, Error, FrozenEmbedding, PromptDims, Result, Selection,
+    TargetSpec, Unmatched, VirtualModule, VirtualTokens, candidates, insert_saved, select_saved, task_keys,
 };
 use serde_json::{Map, Value, json};
 

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::{
-    BaseModel, Built, ConfigKeys, Context, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result, Role, Unmatched,
-    VirtualModule,
+    BaseModel, Built, ConfigKeys, Context, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result, Role,
+    Unmatched, VirtualModule,
 };
 use serde_json::{Map, Value, json};
 

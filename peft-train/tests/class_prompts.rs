@@ -145,9 +145,8 @@ fn file_holds(model: &impl Segmented, batch: &Batch, method: &Value, head: &[&st
     expected.sort();
     assert_eq!(files.keys().collect::<Vec<_>>(), expected, "{method}");
     let opened = Arc::new(methods::open(dir.path(), model).unwrap().adapter);
-    let loss = |adapter: &Arc<Adapter>| {
-        losses(model, &AdapterSet::one("a", adapter.clone()), &Route::Uniform(0), batch)
-    };
+    let loss =
+        |adapter: &Arc<Adapter>| losses(model, &AdapterSet::one("a", adapter.clone()), &Route::Uniform(0), batch);
     near("opened", &loss(&opened), &loss(&written));
 }
 
@@ -156,7 +155,8 @@ fn the_head_is_stored_under_the_names_that_peft_gives_it_beside_a_prompt() {
     let prompt = json!({"type": "prompt", "num_virtual_tokens": 2});
     let prefix = json!({"type": "prefix", "num_virtual_tokens": 2, "prefix_projection": true});
     let bert = ["classifier.weight", "classifier.bias"];
-    let roberta = ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"];
+    let roberta =
+        ["classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias"];
     let distilbert = ["pre_classifier.weight", "pre_classifier.bias", "classifier.weight", "classifier.bias"];
     for method in [&prompt, &prefix] {
         file_holds(&encoder("bert", "-"), &batch(), method, &bert);
