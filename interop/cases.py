@@ -86,6 +86,7 @@ MODELS = {
     "phi4": dict(family="phi3", tie_word_embeddings=True, original_max_position_embeddings=4, rope_parameters=dict(rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, short_factor=[1.0, 1.2, 1.5], long_factor=[1.5, 3.0, 5.0])),
     "gemma": dict(family="gemma", head_dim=16, num_key_value_heads=1),
     "gemma2": dict(family="gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma2_classes": dict(family="gemma2_classes", final_logit_softcapping=3.0),
     "gemma3": dict(family="gemma3", layer_types=["sliding_attention", "full_attention", "sliding_attention"], rope_parameters=dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e4), sliding_attention=dict(rope_type="default", rope_theta=1e2))),
     "gpt2": dict(family="gpt2"),
     "gpt2_classes": dict(family="gpt2_classes"),
@@ -118,6 +119,7 @@ FAMILIES = {
     "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(SHAPE, **DECODER)),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", dict(SHAPE, **DECODER)),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", WINDOWED),
+    "gemma2_classes": ("Gemma2Config", "Gemma2ForSequenceClassification", dict(WINDOWED, num_labels=3)),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", WINDOWED),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gpt2_classes": ("GPT2Config", "GPT2ForSequenceClassification", dict(GPT2, num_labels=3)),
@@ -181,6 +183,8 @@ VARIANTS |= {
     "prompt_vocabulary": ("PromptTuningConfig", dict(num_virtual_tokens=7, prompt_tuning_init="SAMPLE_VOCAB")),
     "p_tuning": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=11)),
     "p_tuning_lstm": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=5, encoder_reparameterization_type="LSTM")),
+    "prefix_save": ("PrefixTuningConfig", dict(num_virtual_tokens=4, modules_to_save=["lm_head", "embed_tokens"])),
+    "prompt_save": ("PromptTuningConfig", dict(num_virtual_tokens=4, modules_to_save=["lm_head", "post_attention_layernorm"])),
     "ln": ("LNTuningConfig", dict()),
     "ln_some": ("LNTuningConfig", dict(target_modules=["input_layernorm", "model.norm"])),
     "trainable_tokens": ("TrainableTokensConfig", dict(token_indices=[3, 7, 11])),
@@ -235,6 +239,10 @@ VARIANTS |= {
     # peft refuses all-linear here: `pre_classifier` ends like `classifier`, so it is saved whole
     "distilbert_all_linear": dict(r=3, target_modules="all-linear", exclude_modules=["pre_classifier"]),
     "distilbert_bias_all": dict(r=4, target_modules=["q_lin", "v_lin"], bias="all"),
+    # peft does not know the names that DistilBERT's configuration has for its sizes, and has no place for a prefix
+    "distilbert_prompt": ("PromptTuningConfig", dict(num_virtual_tokens=5, token_dim=48, num_layers=3, num_attention_heads=4)),
+    "distilbert_p_tuning": ("PromptEncoderConfig", dict(num_virtual_tokens=3, encoder_hidden_size=11, token_dim=48, num_layers=3, num_attention_heads=4)),
+    "bert_prefix_save": ("PrefixTuningConfig", dict(num_virtual_tokens=4, prefix_projection=True, modules_to_save=["pooler"])),
 }
 
 # What fits every decoder, and what fits those with other names of layers.
@@ -258,6 +266,7 @@ VARIANTS |= {
     "t5_tables": dict(r=4, lora_alpha=6, target_modules=["relative_attention_bias", "q"]),
     "t5_save": dict(r=4, target_modules=["q"], modules_to_save=["final_layer_norm"]),
     "t5_save_head": dict(r=4, target_modules=["q", "v"], modules_to_save=["lm_head"]),
+    "t5_prompt_save": ("PromptTuningConfig", dict(num_virtual_tokens=3, modules_to_save=["lm_head", "final_layer_norm"])),
     "t5_oft": ("OFTConfig", dict(oft_block_size=8, target_modules=["q", "v"])),
     "t5_road": ("RoadConfig", dict(group_size=8, target_modules=["k", "v"])),
 }
@@ -265,7 +274,7 @@ VARIANTS |= {
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
     "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_"))],
-    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prompt", "p_tuning", "ln", "trainable_tokens"],
+    "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prefix_save", "prompt", "prompt_save", "p_tuning", "ln", "trainable_tokens"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected"],
     "mha": ["lora", "save_norm"],
@@ -279,13 +288,13 @@ PLAN = {
     "bf16": ["all_linear", "dora", "embeddings", "save_head", "ia3", "prefix", "prompt", "ln"],
     "f16_tied": ["lora", "tokens"],
     "sharded": ["lora", "save_head"],
-    "bert": ["default_targets", "all_linear"] + [name for name in VARIANTS if name.startswith("bert_")],
-    "bert_no_types": ["bert_lora", "all_linear"],
-    "bert_bf16": ["bert_lora", "bert_dora"],
-    "roberta": ["bert_lora", "bert_dora", "bert_bias_all", "all_linear"],
-    "xlm_roberta": ["default_targets", "all_linear"],
-    "distilbert": ["distilbert_lora", "distilbert_dora", "distilbert_all_linear", "distilbert_bias_all"],
-    "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm"],
+    "bert": ["default_targets", "all_linear", "prefix", "prompt", "p_tuning"] + [name for name in VARIANTS if name.startswith("bert_")],
+    "bert_no_types": ["bert_lora", "all_linear", "prefix_projected", "prompt_vocabulary", "p_tuning_lstm"],
+    "bert_bf16": ["bert_lora", "bert_dora", "prefix", "prompt"],
+    "roberta": ["bert_lora", "bert_dora", "bert_bias_all", "all_linear", "prefix", "prompt", "p_tuning"],
+    "xlm_roberta": ["default_targets", "all_linear", "prefix_zero", "prompt", "p_tuning"],
+    "distilbert": [name for name in VARIANTS if name.startswith("distilbert_")],
+    "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm", "prefix", "prefix_projected", "prompt", "p_tuning"],
     "mistral": ["default_targets", "all_linear", "ia3_defaults", "prefix"],
     "qwen2": ["any_bias_all", "tokens", "prompt"],
     "qwen2_window": ["all_linear", "prefix"],
@@ -296,15 +305,16 @@ PLAN = {
     "gemma2": ["all_linear", "embeddings_dora", "save_embeddings", "prompt", "ln"],
     "gemma3": ["any_dora", "head_norms", "prefix", "ln"],
     "gpt2": ["default_targets", "any_bias_all", "any_dora", "any_tokens", "gpt2_save", "gpt2_positions", "ia3_defaults", "prefix", "prompt", "ln", "trainable_tokens"],
-    "gpt2_classes": ["all_linear"],
+    "gemma2_classes": ["all_linear", "prefix", "prompt"],
+    "gpt2_classes": ["all_linear", "prefix", "prompt", "p_tuning"],
     "gpt_neox": ["default_targets", "any_bias_all", "neox_save_head", "ia3_neox", "prefix", "prompt"],
     "gpt_neox_sequential": ["any_dora"],
     "olmo2": ["any_dora", "head_norms", "prompt"],
     "stablelm": ["all_linear", "bias_lora_only", "prefix"],
     "smollm3": ["all_linear", "prefix", "prompt"],
-    "qwen3_classes": ["all_linear"],
+    "qwen3_classes": ["all_linear", "prefix", "prompt", "p_tuning"],
     "t5": ["default_targets", "all_linear", "t5_lora", "t5_regex", "t5_dora", "ia3_defaults", "t5_tables", "t5_save", "ln", "t5_oft"],
-    "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "p_tuning", "p_tuning_lstm"],
+    "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "t5_prompt_save", "p_tuning", "p_tuning_lstm"],
     "t5_v1_1": ["all_linear", "t5_tables", "t5_save_head", "ia3_defaults", "prefix", "prompt"],
     "t5_unscaled": ["all_linear", "t5_road", "prompt"],
     "mt5": ["default_targets", "all_linear", "ia3_defaults", "prompt"],
@@ -402,8 +412,19 @@ def make_rows(rng, classes=0, targets=False):
     return rows
 
 
+def reads_padding(model):
+    """Whether the class of a padded row would be read from its padding. transformers looks for the last token among ids, and
+    gets embeddings alone where peft puts a prompt in front."""
+    config = getattr(model, "active_peft_config", None)
+    is_prompt = config is not None and config.is_prompt_learning and config.peft_type != peft.PeftType.PREFIX_TUNING
+    return is_prompt and has_classes(model) and hasattr(model.base_model, "score")
+
+
 def summed_loss(model, rows):
     """Summed negative log likelihood of the counted tokens of a padded batch, and their number."""
+    if len(rows) > 1 and reads_padding(model):
+        parts = [summed_loss(model, [row]) for row in rows]
+        return sum(loss for loss, _ in parts), sum(count for _, count in parts)
     width = max(len(row["input_ids"]) for row in rows)
     pad = lambda values, fill: values + [fill] * (width - len(values))
     padding = model.config.pad_token_id or 0
@@ -488,6 +509,8 @@ def soft_prompt(model, adapter):
     """The soft prompt that `adapter` holds, to be trained as it is. peft itself does not train one that it has loaded."""
     loaded = PeftModel.from_pretrained(model, adapter)
     loaded.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or ".modules_to_save.default." in name)
     return loaded.eval()
 
 
@@ -497,8 +520,10 @@ def save_trained(trained, start, folder):
     # peft would run the network that made the prompt, which its file does not hold.
     folder.mkdir()
     shutil.copy(start / "adapter_config.json", folder)
-    prompt = trained.prompt_encoder["default"].embedding.weight.detach().contiguous()
-    save_file({"prompt_embeddings": prompt}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    state = peft.get_peft_model_state_dict(trained)
+    state["prompt_embeddings"] = trained.prompt_encoder["default"].embedding.weight
+    state = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def make_case(model_name, variant, out, rows, base_loss):

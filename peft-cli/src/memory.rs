@@ -31,13 +31,24 @@ fn input_bytes(model: &AnyModel, tokens: usize, dtype: DType) -> u64 {
     (tokens * model.block_widths().hidden * dtype.size_in_bytes()) as u64
 }
 
+/// The largest micro-batch of a run.
+pub(crate) struct LongestBatch {
+    pub(crate) tokens: usize,
+    /// Rows of data, where they are not packed.
+    pub(crate) sequences: usize,
+}
+
 /// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
 /// working memory of one block's backward pass and of the logits.
-pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, keep: Keep) -> u64 {
+pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, keep: Keep) -> u64 {
     let blocks = model.num_blocks() as u64;
     let (tokens, prefixed) = match adapter.virtual_tokens() {
-        Some(virtual_tokens) => (tokens + virtual_tokens.count, !virtual_tokens.is_prompt()),
-        None => (tokens, false),
+        // Where tokens look both ways, each sequence has rows of its own for a prompt.
+        Some(prompt) if prompt.is_prompt() && !matches!(model, AnyModel::Decoder(_)) => {
+            (batch.tokens.saturating_add(prompt.count.saturating_mul(batch.sequences)), false)
+        }
+        Some(virtual_tokens) => (batch.tokens + virtual_tokens.count, !virtual_tokens.is_prompt()),
+        None => (batch.tokens, false),
     };
     // Attention keeps a second copy of keys and values, with those of a prefix behind.
     let key_value_size = model.prompt_dims().map_or(0, |d| d.key_value_size());
@@ -72,11 +83,11 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, tokens: usize, keep:
 pub(crate) fn auto_checkpointing(
     model: &AnyModel,
     adapter: &Adapter,
-    tokens: usize,
+    batch: &LongestBatch,
     records: DType,
     budget: Option<&str>,
 ) -> Result<Checkpointing> {
-    let peak = |n| estimate(model, adapter, tokens, Keep { checkpointing: Checkpointing::KeepTop(n), records });
+    let peak = |n| estimate(model, adapter, batch, Keep { checkpointing: Checkpointing::KeepTop(n), records });
     let limit = match budget {
         Some(text) => parse_size(text)?,
         None => model.nbytes() as u64 + sample::available_memory().unwrap_or(u64::MAX / 2) / 2,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
-use peft_core::Task;
+use peft_core::{AdapterConfig, Task};
 use peft_hub::{Kind, Options};
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
@@ -49,9 +49,22 @@ pub(crate) fn decoder_inputs(files: &ModelFiles) -> Option<DecoderInputs> {
     }
 }
 
-/// The length that rows are cut to: what was asked for, or what the model has positions for.
-pub(crate) fn max_length(files: &ModelFiles, asked: usize) -> usize {
-    files.config().max_length().map_or(asked, |most| most.min(asked))
+/// The length that rows are cut to: what was asked for, or what the model has positions for behind `virtual_tokens`.
+pub(crate) fn max_length(files: &ModelFiles, asked: usize, virtual_tokens: usize) -> usize {
+    // A prompt that leaves no room is the adapter's to refuse.
+    let room = |most: usize| most.checked_sub(virtual_tokens).filter(|room| *room >= 2).unwrap_or(most);
+    files.config().max_length().map_or(asked, |most| room(most).min(asked))
+}
+
+/// How many virtual tokens stand in front of each row in a run of this `[method]` table. What is wrong with the table is found
+/// when the adapter is made.
+pub(crate) fn virtual_tokens(method: &toml::Table) -> Result<usize> {
+    let key = "num_virtual_tokens";
+    let count = match method.get("init_from").and_then(toml::Value::as_str) {
+        Some(from) => AdapterConfig::read(&adapter(from)?)?.get(key).and_then(serde_json::Value::as_u64),
+        None => method.get(key).and_then(toml::Value::as_integer).and_then(|n| u64::try_from(n).ok()),
+    };
+    Ok(count.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))
 }
 
 /// The folder of the adapter that `spec` names.

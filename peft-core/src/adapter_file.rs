@@ -136,7 +136,19 @@ impl AdapterFolder {
     /// [`Error::AdapterKeys`], which lists what is missing, unexpected and of another shape, with near misses and
     /// the known causes (a prefix too many or too few, another tool's format).
     pub fn check(&self, expected: &[ExpectedTensor]) -> Result<()> {
-        let found = self.keys().filter_map(|key| Some((key, self.shape(key)?))).collect();
+        self.compare(self.keys(), expected)
+    }
+
+    /// Compares one tensor with what is `expected` of it; others may be there.
+    ///
+    /// # Errors
+    /// [`Error::AdapterKeys`] when it is missing or of another shape.
+    pub fn check_one(&self, expected: &ExpectedTensor) -> Result<()> {
+        self.compare(self.keys().filter(|key| *key == expected.key), std::slice::from_ref(expected))
+    }
+
+    fn compare<'a>(&'a self, keys: impl Iterator<Item = &'a str>, expected: &[ExpectedTensor]) -> Result<()> {
+        let found = keys.filter_map(|key| Some((key, self.shape(key)?))).collect();
         let mismatch = compare(&found, expected);
         if mismatch.is_empty() {
             return Ok(());

@@ -7,6 +7,8 @@ use crate::suggest::nearest;
 
 /// What PEFT puts in front of a module's path in adapter files.
 pub const KEY_PREFIX: &str = "base_model.model.";
+/// What it puts there for a soft prompt, which is no wrapper around the layers of the model.
+pub const SOFT_PROMPT_KEY_PREFIX: &str = "base_model.";
 /// How many names of a kind a message lists.
 const LISTED: usize = 10;
 

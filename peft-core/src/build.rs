@@ -1,6 +1,6 @@
 //! What the build functions of methods share: from a config's selection to an adapter.
 
-use crate::adapter_keys::KEY_PREFIX;
+use crate::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
 use crate::error::{Error, Result};
 use crate::saved::trained_copy;
 use crate::segmented::{BaseModel, Task};
@@ -46,14 +46,16 @@ pub fn parameter_name(path: &str, suffix: &str) -> String {
     format!("{KEY_PREFIX}{path}.{suffix}")
 }
 
-/// Puts a trained copy of its own at every site of `modules_to_save`.
+/// Puts a trained copy of its own at every site of `modules_to_save`. Where the adapter has virtual tokens, they must be set
+/// already: PEFT gives the copies other names beside them.
 ///
 /// # Errors
 /// When the base cannot be read, or a site is adapted already.
 pub fn insert_saved(adapter: &mut Adapter, selection: &Selection, base: &dyn BaseModel) -> Result<()> {
+    let prefix = if adapter.virtual_tokens().is_some() { SOFT_PROMPT_KEY_PREFIX } else { KEY_PREFIX };
     for &index in selection.saved.iter().flat_map(|saved| &saved.members) {
         let site = selected_site(base.sites(), index)?;
-        let module = trained_copy(&format!("{KEY_PREFIX}{}", site.path), base.layer(site.id)?)?;
+        let module = trained_copy(&format!("{prefix}{}", site.path), base.layer(site.id)?)?;
         adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
     }
     Ok(())

@@ -29,6 +29,12 @@ impl ReadRows {
         Ok(peft_kernels::select_rows(hidden, &self.rows)?)
     }
 
+    /// The same rows where they lie at `place(row)` in hidden states that hold more than the batch's tokens; they stay in order.
+    #[must_use]
+    pub fn at(&self, place: impl Fn(u32) -> u32) -> Self {
+        Self { rows: self.rows.iter().map(|&row| place(row)).collect(), route: self.route.clone() }
+    }
+
     /// The context of these rows, for that of all.
     #[must_use]
     pub fn ctx<'b>(&'b self, ctx: &Ctx<'b>) -> Ctx<'b> {

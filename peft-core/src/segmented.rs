@@ -153,8 +153,9 @@ pub trait Segmented: BaseModel {
     /// When the batch is malformed or longer than the model's positions.
     fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Self::Input>;
 
-    /// Hidden states `[tokens, hidden]` before the first block. Where adapters of `ctx` put prompts in front of sequences,
-    /// the rows of these follow those of the batch's own tokens, all through the model.
+    /// Hidden states `[tokens, hidden]` before the first block. Where adapters of `ctx` put prompts in front of sequences, there
+    /// are rows of these too, up to the last block. In a causal model they follow those of the batch's own tokens; elsewhere
+    /// the model itself finds the rows that [`Segmented::last_block`] is asked for.
     ///
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.
@@ -170,7 +171,8 @@ pub trait Segmented: BaseModel {
     fn block(&self, i: usize, hidden: &Tensor, input: &Self::Input, ctx: &Ctx<'_>) -> Result<Tensor>;
 
     /// `rows` of what the last block makes, `[rows, hidden]`: only these reach [`Segmented::final_norm`], so that a model may
-    /// leave out what makes the others.
+    /// leave out what makes the others. They are counted among the batch's own tokens; behind a prompt an encoder takes the same
+    /// place of the sequence, its prompt included.
     ///
     /// # Errors
     /// When a tensor operation fails.

@@ -2,8 +2,9 @@
 //!
 //! There are two kinds. A *prefix* is keys and values for each layer, which the sequence's queries see and which see nothing
 //! (prefix tuning). A *prompt* is embeddings that run through the model like tokens (prompt tuning, P-tuning). Nothing
-//! comes before them, so what they become does not depend on the sequence behind them: a pass computes them once for each
-//! adapter, however many sequences use it, and the sequences share their keys and values.
+//! comes before them, so in a causal model what they become does not depend on the sequence behind them: a pass computes them
+//! once for each adapter, however many sequences use it, and the sequences share their keys and values. An encoder looks both
+//! ways, and each of its sequences has rows of its own for a prompt.
 
 use std::fmt::Debug;
 use std::ops::Range;
@@ -124,6 +125,9 @@ pub struct PromptDims {
     pub max_positions: usize,
     /// Transformers that the model is made of, as PEFT counts them: 2 for an encoder–decoder.
     pub submodules: usize,
+    /// Whether its layers take keys and values in front of their own. PEFT hands them over as a cache, for which the model in
+    /// transformers must have a place.
+    pub prefixes: bool,
 }
 
 impl PromptDims {

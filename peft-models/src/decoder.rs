@@ -267,6 +267,11 @@ impl Decoder {
         self.block_at(i)?.forward(hidden, input, ctx, Some(cache))
     }
 
+    /// The cap on logits over the vocabulary; transformers caps no class head's.
+    fn logit_cap(&self) -> Option<f64> {
+        self.config.final_logit_softcapping.filter(|_| self.config.labels.is_none())
+    }
+
     fn block_path(&self, i: usize) -> String {
         format!("{}.{}.{i}", self.config.family.layout.body, self.config.family.layout.blocks)
     }
@@ -322,6 +327,7 @@ impl BaseModel for Decoder {
             head_dim: c.head_dim,
             max_positions: c.max_position_embeddings,
             submodules: 1,
+            prefixes: true,
         })
     }
 
@@ -386,7 +392,7 @@ impl Segmented for Decoder {
         } else {
             self.head.forward(hidden, ctx)?
         };
-        match self.config.final_logit_softcapping {
+        match self.logit_cap() {
             Some(cap) => Ok(((logits / cap)?.tanh()? * cap)?),
             None => Ok(logits),
         }
@@ -394,7 +400,7 @@ impl Segmented for Decoder {
 
     fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)> {
         let plain = self.head.is_plain(ctx) && !(self.tied && self.embed.changes_tied_head(ctx));
-        plain.then(|| (self.head.weight(), self.config.final_logit_softcapping.map(|c| c as f32)))
+        plain.then(|| (self.head.weight(), self.logit_cap().map(|c| c as f32)))
     }
 
     fn vocab_size(&self) -> usize {

@@ -1,6 +1,10 @@
 //! The shared encoder skeleton: summed embeddings, post-norm blocks of bidirectional attention and an MLP, and a class
 //! head on the first token (Devlin et al. 2018, arXiv:1810.04805). Every linear, norm and embedding is a site under the
 //! name that transformers gives it.
+//!
+//! Virtual tokens stand where PEFT puts them. A prompt is put in front of the words' embeddings and takes the first positions, so
+//! that the class is read from its first row instead of that of `[CLS]`; tokens see it both ways, and every sequence has rows of
+//! its own for it. A prefix moves positions alone.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -8,13 +12,15 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan, activation, attention};
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, ReadRows,
-    Result, Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch, sublayer_sites,
+    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, Join, NormKind, PromptDims,
+    ReadRows, Result, Segmented, SiteId, SiteTable, SublayerSite, Task, TokenBatch, VirtualSpans, sublayer_sites,
 };
 
 use crate::config::{EncoderConfig, HeadActivation};
 use crate::loader::Loader;
+use crate::prompted::Prompted;
 use crate::source::{Placement, RandomSource, WeightSource};
+use crate::virtual_rows::VirtualRows;
 
 /// An encoder with a class head.
 #[derive(Debug)]
@@ -35,6 +41,7 @@ pub struct Encoder {
 
 #[derive(Debug)]
 struct Block {
+    layer: usize,
     q: FrozenLinear,
     k: FrozenLinear,
     v: FrozenLinear,
@@ -49,6 +56,20 @@ struct Block {
 #[derive(Debug, Clone)]
 pub struct EncoderInput {
     attention: Arc<AttentionPlan>,
+    virtual_rows: VirtualRows,
+    /// The first token of each sequence, and how many rows of prompts stand in front of the sequence's own.
+    moved: Vec<(u32, u32)>,
+}
+
+impl EncoderInput {
+    /// `rows` of the batch, each at the same place of its sequence with the prompt.
+    fn with_prompts(&self, rows: &ReadRows) -> ReadRows {
+        rows.at(|row| {
+            let behind = self.moved.partition_point(|(first, _)| *first <= row);
+            let by = behind.checked_sub(1).and_then(|sequence| self.moved.get(sequence)).map_or(0, |(_, by)| *by);
+            row.saturating_add(by)
+        })
+    }
 }
 
 /// A checkpoint's names beside those of the sequence classification model: encoders that were saved alone leave the
@@ -120,7 +141,7 @@ impl Encoder {
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
             l.segment = i + 1;
-            blocks.push(Block::load(&mut l, c, &format!("{body}.{}.{i}", names.blocks))?);
+            blocks.push(Block::load(&mut l, c, i, &format!("{body}.{}.{i}", names.blocks))?);
         }
 
         l.segment = c.num_hidden_layers + 1;
@@ -185,31 +206,50 @@ impl Encoder {
             + self.norms().count() * 2 * self.config.hidden_size
     }
 
-    /// The row of the position table for each token. RoBERTa counts from behind the padding token's, which padding
-    /// tokens have themselves (`create_position_ids_from_input_ids`).
-    fn position_ids(&self, batch: TokenBatch<'_>) -> Result<Vec<u32>> {
-        if !self.config.family.positions_after_padding {
-            return Ok(batch.positions.to_vec());
-        }
-        let padding = self.config.pad_token_id;
-        let mut ids = Vec::with_capacity(batch.ids.len());
-        for sequence in batch.sequences()? {
-            let mut last = padding;
-            for &id in batch.ids.get(sequence).unwrap_or_default() {
-                last += u32::from(id != padding);
-                ids.push(if id == padding { padding } else { last });
+    /// The row of the position table for each row of the sequences. RoBERTa counts from behind the padding token's, which
+    /// padding tokens have themselves (`create_position_ids_from_input_ids`); behind a prompt it cannot tell them apart
+    /// (`create_position_ids_from_inputs_embeds`).
+    fn position_ids(&self, batch: TokenBatch<'_>, sequences: &Prompted<'_>) -> Vec<u32> {
+        let (first, padding) = (self.config.first_position() as u32, self.config.pad_token_id);
+        let mut positions = Vec::with_capacity(batch.ids.len());
+        for (i, own) in sequences.tokens.iter().enumerate() {
+            let prompt = sequences.prompt_length(i);
+            if prompt > 0 {
+                positions.extend((first..).take(prompt + own.len()));
+                continue;
+            }
+            let mut next = first + sequences.prefix_length(i) as u32;
+            for &id in batch.ids.get(own.clone()).unwrap_or_default() {
+                let is_padding = self.config.family.positions_after_padding && id == padding;
+                positions.push(if is_padding { padding } else { next });
+                next += u32::from(!is_padding);
             }
         }
-        Ok(ids)
+        positions
     }
 }
 
+/// The type of each row of the sequences: 0 for those of prompts, and where the batch says none.
+fn token_types(batch: TokenBatch<'_>, sequences: &Prompted<'_>) -> Vec<u32> {
+    let mut types = Vec::with_capacity(batch.ids.len());
+    for (i, own) in sequences.tokens.iter().enumerate() {
+        types.extend(std::iter::repeat_n(0, sequences.prompt_length(i)));
+        match batch.types.get(own.clone()) {
+            Some(of_tokens) => types.extend_from_slice(of_tokens),
+            None => types.extend(std::iter::repeat_n(0, own.len())),
+        }
+    }
+    types
+}
+
 impl Block {
-    fn load(l: &mut Loader<'_>, c: &EncoderConfig, path: &str) -> Result<Self> {
+    /// Loads layer `layer`, whose modules are under `path`, in the order of the forward pass.
+    fn load(l: &mut Loader<'_>, c: &EncoderConfig, layer: usize, path: &str) -> Result<Self> {
         let (hidden, inner, names) = (c.hidden_size, c.intermediate_size, &c.family.names);
         let [q, k, v, o] = names.attention;
         let [up, down] = names.mlp;
         Ok(Self {
+            layer,
             q: l.linear(&format!("{path}.{q}"), hidden, hidden, true)?,
             k: l.linear(&format!("{path}.{k}"), hidden, hidden, true)?,
             v: l.linear(&format!("{path}.{v}"), hidden, hidden, true)?,
@@ -236,6 +276,7 @@ impl Block {
 
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
+        let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
         self.behind_attention(&attention(&q, &k, &v, &input.attention)?, hidden, c, ctx)
     }
 
@@ -251,6 +292,7 @@ impl Block {
         let (own, of_own) = (rows.of(hidden)?, rows.ctx(ctx));
         let q = self.q.forward(&own, &of_own)?;
         let [k, v] = FrozenLinear::forward_siblings([&self.k, &self.v], hidden, ctx)?;
+        let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
         // Every query sees all keys of its sequence, wherever it stands.
         let queries = |s: &SequenceSpan| SequenceSpan { queries: rows.within(&s.queries), ..s.clone() };
         let sequences = input.attention.sequences.iter().map(queries).collect();
@@ -302,6 +344,20 @@ impl BaseModel for Encoder {
         self.config.task()
     }
 
+    fn prompt_dims(&self) -> Option<PromptDims> {
+        let c = &self.config;
+        Some(PromptDims {
+            layers: c.num_hidden_layers,
+            hidden_size: c.hidden_size,
+            attention_heads: c.num_attention_heads,
+            key_value_heads: c.num_attention_heads,
+            head_dim: c.head_dim(),
+            max_positions: c.max_length(),
+            submodules: 1,
+            prefixes: c.family.prefixes,
+        })
+    }
+
     fn sublayers(&self) -> Vec<SublayerSite> {
         let ends = self.blocks.iter().map(|b| (b.o.site(), b.down.site()));
         sublayer_sites(ends, self.config.hidden_size)
@@ -315,20 +371,31 @@ impl BaseModel for Encoder {
 impl Segmented for Encoder {
     type Input = EncoderInput;
 
-    fn prepare(&self, batch: TokenBatch<'_>, _: &Ctx<'_>) -> Result<EncoderInput> {
+    fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<EncoderInput> {
         let c = &self.config;
-        let mut sequences = Vec::with_capacity(batch.bounds.len());
-        for tokens in batch.sequences()? {
-            if tokens.len() > c.max_length() {
+        let virtual_tokens = VirtualSpans::of(batch.bounds, ctx)?;
+        let prompted = Prompted { tokens: batch.sequences()?.collect(), virtual_tokens: &virtual_tokens };
+        let rows = prompted.rows();
+        let prefixes = virtual_tokens.prefix_rows(rows.last().map_or(0, |last| last.end));
+        let mut sequences = Vec::with_capacity(rows.len());
+        let mut moved = Vec::with_capacity(rows.len());
+        for (i, (tokens, rows)) in prompted.tokens.iter().zip(&rows).enumerate() {
+            let prefix = virtual_tokens.rows_of_sequence(i, &prefixes);
+            let (length, most) = (prefix.len() + rows.len(), c.max_length());
+            if length > most {
+                let (of_them, room) = match length - tokens.len() {
+                    0 => (String::new(), most),
+                    n => (format!(" ({n} virtual ones among them)"), most.saturating_sub(n)),
+                };
                 return Err(Error::msg(format!(
-                    "a sequence of {} tokens is longer than the model's {} positions; cut rows to data.max_length = {}",
-                    tokens.len(),
-                    c.max_length(),
-                    c.max_length()
+                    "a sequence of {length} tokens{of_them} is longer than the model's {most} positions; cut rows to \
+                     data.max_length = {room}"
                 )));
             }
-            sequences.push(SequenceSpan { queries: tokens.clone(), keys: tokens, prefix: 0..0 });
+            moved.push((tokens.start as u32, (rows.start - tokens.start) as u32));
+            sequences.push(SequenceSpan { queries: rows.clone(), keys: rows.clone(), prefix });
         }
+        let route = prompted.route(ctx.route, 0);
         let attention = AttentionPlan {
             heads: c.num_attention_heads,
             kv_heads: c.num_attention_heads,
@@ -339,25 +406,25 @@ impl Segmented for Encoder {
             softcap: None,
             sequences,
         };
-        Ok(EncoderInput { attention: Arc::new(attention) })
+        Ok(EncoderInput {
+            attention: Arc::new(attention),
+            virtual_rows: VirtualRows::new(virtual_tokens, route),
+            moved,
+        })
     }
 
     fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let mut sum = kernels::add(
-            &self.words.forward(batch.ids, ctx)?,
-            &self.positions.forward(&self.position_ids(batch)?, ctx)?,
-        )?;
+        let virtual_tokens = VirtualSpans::of(batch.bounds, ctx)?;
+        let prompted = Prompted { tokens: batch.sequences()?.collect(), virtual_tokens: &virtual_tokens };
+        let words = prompted.with_prompts(self.words.forward(batch.ids, ctx)?, ctx)?;
+        let route = prompted.route(ctx.route, 0);
+        let ctx = Ctx { route: route.as_ref().unwrap_or(ctx.route), ..*ctx };
+        let positions = self.position_ids(batch, &prompted);
+        let mut sum = kernels::add(&words, &self.positions.forward(&positions, &ctx)?)?;
         if let Some(types) = &self.types {
-            let zeros: Vec<u32>;
-            let ids = if batch.types.is_empty() {
-                zeros = vec![0; batch.ids.len()];
-                zeros.as_slice()
-            } else {
-                batch.types
-            };
-            sum = kernels::add(&sum, &types.forward(ids, ctx)?)?;
+            sum = kernels::add(&sum, &types.forward(&token_types(batch, &prompted), &ctx)?)?;
         }
-        self.norm.forward(&sum, ctx)
+        self.norm.forward(&sum, &ctx)
     }
 
     fn num_blocks(&self) -> usize {
@@ -367,12 +434,14 @@ impl Segmented for Encoder {
     fn block(&self, i: usize, hidden: &Tensor, input: &EncoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let block =
             self.blocks.get(i).ok_or_else(|| Error::msg(format!("block {i} of a model with {}", self.blocks.len())))?;
-        block.forward(hidden, input, &self.config, ctx).with_context(|| format!("block {i}"))
+        let ctx = input.virtual_rows.ctx(ctx);
+        block.forward(hidden, input, &self.config, &ctx).with_context(|| format!("block {i}"))
     }
 
     fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &EncoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let block = self.blocks.last().ok_or_else(|| Error::msg("a model without blocks"))?;
-        block.forward_rows(hidden, rows, input, &self.config, ctx).context("the last block")
+        let (rows, ctx) = (input.with_prompts(rows), input.virtual_rows.ctx(ctx));
+        block.forward_rows(hidden, &rows, input, &self.config, &ctx).context("the last block")
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

@@ -21,10 +21,11 @@ use peft_core::{
 
 use self::attention::{Earlier, RelativeBias, SelfInput};
 use self::block::{Block, Encoded, norm};
-use self::sources::{Sources, halves, span};
+use self::sources::{halves, span};
 use crate::config::Seq2SeqConfig;
 use crate::kv_cache::LayerCache;
 use crate::loader::Loader;
+use crate::prompted::Prompted;
 use crate::source::{Placement, WeightSource};
 use crate::virtual_rows::VirtualRows;
 
@@ -235,7 +236,7 @@ impl EncoderDecoder {
     pub fn encode(&self, sources: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<EncodedSources> {
         let tokens = sources.sequences()?.collect();
         let virtual_tokens = VirtualSpans::of(sources.bounds, ctx)?;
-        let of_batch = Sources { tokens, virtual_tokens: &virtual_tokens };
+        let of_batch = Prompted { tokens, virtual_tokens: &virtual_tokens };
         let rows = of_batch.rows();
         let own = self.source_attention(&rows);
         let mut hidden = of_batch.with_prompts(self.embed.forward(sources.ids, ctx)?, ctx)?;
@@ -330,6 +331,7 @@ impl BaseModel for EncoderDecoder {
             head_dim: c.head_dim,
             max_positions: usize::MAX,
             submodules: 2,
+            prefixes: true,
         })
     }
 }
@@ -339,7 +341,7 @@ impl Segmented for EncoderDecoder {
 
     fn prepare(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<EncoderDecoderInput> {
         let (targets, sources, virtual_tokens) = halves(batch, ctx)?;
-        let of_batch = Sources { tokens: sources, virtual_tokens: &virtual_tokens };
+        let of_batch = Prompted { tokens: sources, virtual_tokens: &virtual_tokens };
         let (source_rows, first) = (of_batch.rows(), targets.last().map_or(0, |t| t.end));
         let routes =
             of_batch.route(ctx.route, first).map(|route| [ctx.route.select(&(0..first).collect::<Vec<_>>()), route]);
@@ -356,7 +358,7 @@ impl Segmented for EncoderDecoder {
             cross: self.cross_attention(
                 targets.iter().zip(&source_rows).map(|(target, source)| span(target.clone(), source.clone())).collect(),
             ),
-            virtual_rows: VirtualRows::prefixes(virtual_tokens),
+            virtual_rows: VirtualRows::new(virtual_tokens, None),
             routes,
         })
     }
@@ -369,7 +371,7 @@ impl Segmented for EncoderDecoder {
         }
         let first = targets.last().map_or(0, |t| t.end);
         let sources = rows.narrow(0, first, batch.ids.len() - first)?;
-        let sources = Sources { tokens, virtual_tokens: &virtual_tokens }.with_prompts(sources, ctx)?;
+        let sources = Prompted { tokens, virtual_tokens: &virtual_tokens }.with_prompts(sources, ctx)?;
         Ok(Tensor::cat(&[rows.narrow(0, 0, first)?, sources], 0)?)
     }
 

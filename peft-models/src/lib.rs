@@ -15,6 +15,7 @@ mod loader;
 pub mod merge;
 mod mlp;
 mod model_files;
+mod prompted;
 pub mod rope;
 pub mod source;
 pub mod tokenizer;

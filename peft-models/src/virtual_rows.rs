@@ -1,4 +1,5 @@
-//! The rows of virtual tokens in one pass of a decoder: where they lie, who sees them, which adapter they go through.
+//! The rows of virtual tokens in one pass: where those of a decoder lie and who sees them, which adapter they go through, and
+//! the keys and values of prefixes.
 
 use candle_core::Tensor;
 use peft_core::kernels::SequenceSpan;
@@ -53,9 +54,9 @@ pub(crate) struct VirtualRows {
 }
 
 impl VirtualRows {
-    /// Those of a pass in which prompts have no rows behind the batch's own.
-    pub(crate) fn prefixes(spans: VirtualSpans) -> Self {
-        Self { spans, route: None }
+    /// Those of a pass whose hidden rows go through `route`, where that is not the one of the batch's own tokens.
+    pub(crate) fn new(spans: VirtualSpans, route: Option<Route>) -> Self {
+        Self { spans, route }
     }
 
     /// The context of the hidden rows, for a context of the batch's own tokens.

@@ -1,7 +1,10 @@
 //! The config keys that all soft prompts share (`PromptLearningConfig` in `peft/config.py`).
 
 use peft_core::config_keys::{completed, peft_defaults};
-use peft_core::{BaseModel, ConfigKeys, Error, PromptDims, Result};
+use peft_core::{
+    Adapter, BaseLayer, BaseModel, Built, ConfigKeys, Error, FrozenEmbedding, PromptDims, Result, Selection,
+    TargetSpec, Unmatched, VirtualModule, VirtualTokens, candidates, insert_saved, select_saved, task_keys,
+};
 use serde_json::{Map, Value, json};
 
 /// Width of an encoder's hidden layer, at most.
@@ -11,6 +14,8 @@ pub(crate) const MAX_ENCODER_WIDTH: usize = 1 << 16;
 #[derive(Debug, Clone)]
 pub(crate) struct SoftPrompt {
     count: usize,
+    /// `modules_to_save` and `task_type`.
+    saved: TargetSpec,
     raw: Map<String, Value>,
 }
 
@@ -56,15 +61,19 @@ impl Shape {
 
 impl SoftPrompt {
     pub(crate) fn read(config: &Map<String, Value>) -> Result<Self> {
-        let keys = ConfigKeys(config);
-        if let Some(saved) = keys.get("modules_to_save").filter(|v| v.as_array().is_none_or(|list| !list.is_empty())) {
-            let message = format!("{saved}: soft prompts train nothing else here; leave it out, or use LoRA");
-            return Err(Error::config("modules_to_save", message));
-        }
-        let Some(count) = keys.count("num_virtual_tokens", 1 << 24)? else {
+        let Some(count) = ConfigKeys(config).count("num_virtual_tokens", 1 << 24)? else {
             return Err(Error::config("num_virtual_tokens", "is not given; 20 is usual"));
         };
-        Ok(Self { count, raw: config.clone() })
+        let saved = ["modules_to_save", "task_type"].into_iter();
+        let saved = saved.filter_map(|key| Some((key.to_owned(), config.get(key)?.clone()))).collect();
+        Ok(Self { count, saved: TargetSpec::from_config(&saved)?, raw: config.clone() })
+    }
+
+    /// As PEFT completes it for the task of `base` ([`task_keys`]).
+    pub(crate) fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        let mut raw = self.raw.clone();
+        raw.extend(task_keys(&self.saved, base)?);
+        Self::read(&raw)
     }
 
     /// Checks the config against a base; `by_key_heads` counts the width of keys as prefixes do, else that of embeddings.
@@ -73,6 +82,14 @@ impl SoftPrompt {
             let message = format!("a model of type `{}` takes no virtual tokens here", base.model_type());
             return Err(Error::config("num_virtual_tokens", message));
         };
+        if by_key_heads && !dims.prefixes {
+            let message = format!(
+                "prefix tuning is not for `{}`, whose layers take no keys and values in front of their own in transformers; use \
+                 prompt or p_tuning",
+                base.model_type()
+            );
+            return Err(Error::config("type", message));
+        }
         if self.count >= dims.max_positions {
             let message = format!("{} leaves no room in the {} positions of the model", self.count, dims.max_positions);
             return Err(Error::config("num_virtual_tokens", message));
@@ -99,7 +116,9 @@ impl SoftPrompt {
     /// The config as PEFT writes it.
     pub(crate) fn written(&self, shape: &Shape, defaults: Map<String, Value>) -> Map<String, Value> {
         let mut out = completed(defaults, &self.raw);
-        out.insert("task_type".into(), shape.task.into());
+        if self.saved.task_type.is_none() {
+            out.insert("task_type".into(), shape.task.into());
+        }
         for (key, value) in [
             ("num_layers", shape.dims.layers),
             ("num_attention_heads", shape.heads),
@@ -110,4 +129,49 @@ impl SoftPrompt {
         }
         out
     }
+
+    /// The adapter that puts `module` in front of every sequence and trains what `modules_to_save` names.
+    ///
+    /// # Errors
+    /// With [`Unmatched::Error`], a name that no module has.
+    pub(crate) fn adapter(
+        &self,
+        config: Map<String, Value>,
+        module: VirtualModule,
+        base: &dyn BaseModel,
+        unmatched: Unmatched,
+    ) -> Result<Built> {
+        let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
+        let mut adapter = Adapter::new(config, base.sites());
+        let tokens = VirtualTokens { count: self.count, module };
+        if tokens.is_prompt() {
+            refuse_table(&selection, word_embedding(base)?)?;
+        }
+        adapter.set_virtual_tokens(tokens);
+        insert_saved(&mut adapter, &selection, base)?;
+        Ok(Built { adapter, selection })
+    }
+}
+
+/// Refuses a trained copy of the token embedding beside a prompt: PEFT takes the embeddings of the sequence from the base.
+fn refuse_table(selection: &Selection, table: &FrozenEmbedding) -> Result<()> {
+    let Some(saved) = selection.saved.iter().find(|saved| saved.members.contains(&table.site().index())) else {
+        return Ok(());
+    };
+    let message = format!(
+        "`{}` is or holds the token embedding, of which PEFT stores a copy beside a prompt and neither reads nor trains it; \
+         leave it out, or use prefix",
+        saved.path
+    );
+    Err(Error::config("modules_to_save", message))
+}
+
+/// The token embedding of a base.
+pub(crate) fn word_embedding(base: &dyn BaseModel) -> Result<&FrozenEmbedding> {
+    for site in base.sites().iter() {
+        if let BaseLayer::Embedding(e) = base.layer(site.id)? {
+            return Ok(e);
+        }
+    }
+    Err(Error::config("num_virtual_tokens", "the base model has no token embedding to put a prompt beside"))
 }

@@ -6,6 +6,9 @@ Soft prompts: virtual tokens in front of every sequence, the base untouched. Wit
 * [`PromptConfig`]: prompt tuning (Lester et al. 2021, arXiv:2104.08691), embeddings in front of each sequence's own.
 * [`PTuningConfig`]: P-tuning (Liu et al. 2021, arXiv:2103.10385), such embeddings made by a network.
 
+What `modules_to_save` names is trained whole beside them, and on a classifier the head, as PEFT has it. A prompt stands in front
+of an encoder's `[CLS]` too, and the class is read from the prompt's first row; a decoder's is read from the last token either way.
+
 PEFT stores what the network makes and drops the network, so its files cannot be trained further there. Checkpoints here hold
 the network, and a run goes on bit by bit; from an adapter file, training goes on with the virtual tokens themselves.
 */

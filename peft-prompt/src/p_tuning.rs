@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use peft_core::{
-    Adapter, AdapterSet, BaseModel, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result, Role,
-    Route, VirtualModule, VirtualTokens,
+    AdapterSet, BaseModel, Built, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result, Role, Route,
+    Unmatched, VirtualModule,
 };
 use serde_json::{Map, Value, json};
 
@@ -81,18 +81,27 @@ impl PTuningConfig {
         Ok(stored(&self.shared.on(base, false)?))
     }
 
+    /// This config as PEFT completes it for the task of `base` ([`peft_core::task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        Ok(Self { shared: self.shared.for_base(base)?, ..self.clone() })
+    }
+
     /// Makes the adapter that this config describes on `base`: with [`Stored::Flat`] the prompt itself is trained. Random
     /// starts are a function of `seed`.
     ///
     /// # Errors
-    /// When the config does not fit the base; the message names the key.
-    pub fn build(&self, base: &dyn BaseModel, seed: u64, stored: Stored) -> Result<Adapter> {
+    /// When the config does not fit the base; with [`Unmatched::Error`], a name in `modules_to_save` that is no module's. The
+    /// message names the key.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, stored: Stored, unmatched: Unmatched) -> Result<Built> {
         let shape = self.shared.on(base, false)?;
         let mut config = self.shared.written(&shape, known());
         let hidden = self.hidden.unwrap_or(shape.token_dim);
         config.insert("encoder_hidden_size".into(), hidden.into());
         if stored == Stored::Flat {
-            return flat(config, &shape, base, None);
+            return self.shared.adapter(config, flat(&shape, base, None)?, base, unmatched);
         }
         let mut starts = Starts::new(seed, base.device());
         let width = shape.token_dim;
@@ -106,9 +115,7 @@ impl PTuningConfig {
         };
         let head = widths.windows(2).enumerate().map(layer).collect::<Result<_>>()?;
         let module = VirtualModule::Prompt(Arc::new(EncodedPrompt { embedding, lstm, head, count: shape.count }));
-        let mut adapter = Adapter::new(config, base.sites());
-        adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module });
-        Ok(adapter)
+        self.shared.adapter(config, module, base, unmatched)
     }
 }
 

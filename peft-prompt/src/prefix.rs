@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::{
-    Adapter, AdapterSet, BaseModel, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PrefixModule, Result, Role,
-    Route, VirtualModule, VirtualTokens,
+    AdapterSet, BaseModel, Built, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PrefixModule, Result, Role, Route,
+    Unmatched, VirtualModule,
 };
 use serde_json::{Map, Value, json};
 
@@ -71,12 +71,21 @@ impl PrefixConfig {
         Ok(ExpectedTensor::required(PROMPT_EMBEDDINGS, [shape.count, 2 * shape.dims.layers * shape.token_dim]))
     }
 
+    /// This config as PEFT completes it for the task of `base` ([`peft_core::task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        Ok(Self { shared: self.shared.for_base(base)?, ..self.clone() })
+    }
+
     /// Makes the adapter that this config describes on `base`: with [`Stored::Flat`] the prefix itself is trained, whatever
     /// `prefix_projection` says. Random starts are a function of `seed`.
     ///
     /// # Errors
-    /// When the config does not fit the base; the message names the key.
-    pub fn build(&self, base: &dyn BaseModel, seed: u64, stored: Stored) -> Result<Adapter> {
+    /// When the config does not fit the base; with [`Unmatched::Error`], a name in `modules_to_save` that is no module's. The
+    /// message names the key.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, stored: Stored, unmatched: Unmatched) -> Result<Built> {
         let shape = self.shared.on(base, true)?;
         let mut config = self.shared.written(&shape, known());
         let hidden = self.encoder_hidden_size.unwrap_or(shape.token_dim);
@@ -90,9 +99,7 @@ impl PrefixConfig {
                 Arc::new(FlatPrefix { embeddings, shape })
             }
         };
-        let mut adapter = Adapter::new(config, base.sites());
-        adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module: VirtualModule::Prefix(module) });
-        Ok(adapter)
+        self.shared.adapter(config, VirtualModule::Prefix(module), base, unmatched)
     }
 }
 

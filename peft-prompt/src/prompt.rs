@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, ConfigKeys, Context, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result,
-    Role, VirtualModule, VirtualTokens,
+    BaseModel, Built, ConfigKeys, Context, Ctx, Error, ExpectedTensor, Parameter, PromptModule, Result, Role,
+    Unmatched, VirtualModule,
 };
 use serde_json::{Map, Value, json};
 
 use crate::PROMPT_EMBEDDINGS;
-use crate::keys::{Shape, SoftPrompt, defaults};
+use crate::keys::{Shape, SoftPrompt, defaults, word_embedding};
 use crate::network::Starts;
 
 const PEFT_TYPE: &str = "PROMPT_TUNING";
@@ -97,24 +97,34 @@ impl PromptConfig {
         Ok(stored(&self.shared.on(base, false)?))
     }
 
+    /// This config as PEFT completes it for the task of `base` ([`peft_core::task_keys`]).
+    ///
+    /// # Errors
+    /// A `task_type` that is not the base's.
+    pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
+        Ok(Self { shared: self.shared.for_base(base)?, ..self.clone() })
+    }
+
     /// An adapter on `base` whose values are to be read from a file.
     ///
     /// # Errors
     /// When the config does not fit the base; the message names the key.
-    pub fn open(&self, base: &dyn BaseModel) -> Result<Adapter> {
+    pub fn open(&self, base: &dyn BaseModel) -> Result<Built> {
         let shape = self.shared.on(base, false)?;
-        flat(self.shared.written(&shape, known()), &shape, base, None)
+        let module = flat(&shape, base, None)?;
+        self.shared.adapter(self.shared.written(&shape, known()), module, base, Unmatched::Report)
     }
 
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed`; `text_ids` are the
     /// tokens of the text to start from.
     ///
     /// # Errors
-    /// When the config does not fit the base, or the text has no tokens; the message names the key.
-    pub fn build(&self, base: &dyn BaseModel, seed: u64, text_ids: &[u32]) -> Result<Adapter> {
+    /// When the config does not fit the base, the text has no tokens, or a name in `modules_to_save` is no module's; the
+    /// message names the key.
+    pub fn build(&self, base: &dyn BaseModel, seed: u64, text_ids: &[u32]) -> Result<Built> {
         let shape = self.shared.on(base, false)?;
         let mut starts = Starts::new(seed, base.device());
-        let table = embedding(base)?;
+        let table = word_embedding(base)?;
         let value = match &self.start {
             PromptStart::Random => {
                 let values = starts.stream().normal_vec(shape.stored_rows() * shape.token_dim, 1.0);
@@ -134,7 +144,8 @@ impl PromptConfig {
                 table.base(&ids).with_context(|| "prompt_tuning_init_text")?
             }
         };
-        flat(self.shared.written(&shape, known()), &shape, base, Some(value))
+        let module = flat(&shape, base, Some(value))?;
+        self.shared.adapter(self.shared.written(&shape, known()), module, base, Unmatched::Error)
     }
 }
 
@@ -143,32 +154,14 @@ pub(crate) fn stored(shape: &Shape) -> ExpectedTensor {
     ExpectedTensor::required(PROMPT_EMBEDDINGS, [shape.stored_rows(), shape.token_dim])
 }
 
-/// The token embedding of a base.
-fn embedding(base: &dyn BaseModel) -> Result<peft_core::FrozenEmbedding> {
-    for site in base.sites().iter() {
-        if let BaseLayer::Embedding(e) = base.layer(site.id)? {
-            return Ok(e.clone());
-        }
-    }
-    Err(Error::config("num_virtual_tokens", "the base model has no token embedding to put a prompt beside"))
-}
-
-/// An adapter that trains a prompt as it is, from `value` or zeros.
-pub(crate) fn flat(
-    config: Map<String, Value>,
-    shape: &Shape,
-    base: &dyn BaseModel,
-    value: Option<Tensor>,
-) -> Result<Adapter> {
+/// A prompt that is trained as it is, from `value` or zeros.
+pub(crate) fn flat(shape: &Shape, base: &dyn BaseModel, value: Option<Tensor>) -> Result<VirtualModule> {
     let value = match value {
         Some(value) => value.to_dtype(DType::F32)?.to_device(base.device())?,
         None => Tensor::zeros((shape.stored_rows(), shape.token_dim), DType::F32, base.device())?,
     };
     let embeddings = Parameter::new(PROMPT_EMBEDDINGS, &value, Role::Plain)?;
-    let mut adapter = Adapter::new(config, base.sites());
-    let module = VirtualModule::Prompt(Arc::new(FlatPrompt { embeddings, count: shape.count }));
-    adapter.set_virtual_tokens(VirtualTokens { count: shape.count, module });
-    Ok(adapter)
+    Ok(VirtualModule::Prompt(Arc::new(FlatPrompt { embeddings, count: shape.count })))
 }
 
 /// The rows of a prompt that are put in front of sequences.

@@ -56,7 +56,7 @@ pub const METHODS: &[MethodInfo] = &[
         trainable: true,
         mergeable: false,
         servable: true,
-        variants: "num_virtual_tokens, prefix_projection, encoder_hidden_size, init_weights",
+        variants: "num_virtual_tokens, prefix_projection, encoder_hidden_size, init_weights, modules_to_save",
         paper: "Li & Liang 2021, arXiv:2101.00190",
     },
     MethodInfo {
@@ -65,7 +65,7 @@ pub const METHODS: &[MethodInfo] = &[
         trainable: true,
         mergeable: false,
         servable: true,
-        variants: "num_virtual_tokens, prompt_tuning_init, prompt_tuning_init_text",
+        variants: "num_virtual_tokens, prompt_tuning_init, prompt_tuning_init_text, modules_to_save",
         paper: "Lester et al. 2021, arXiv:2104.08691",
     },
     MethodInfo {
@@ -74,7 +74,7 @@ pub const METHODS: &[MethodInfo] = &[
         trainable: true,
         mergeable: false,
         servable: true,
-        variants: "num_virtual_tokens, encoder_reparameterization_type, encoder_hidden_size, encoder_num_layers",
+        variants: "num_virtual_tokens, encoder_reparameterization_type, encoder_hidden_size, encoder_num_layers, modules_to_save",
         paper: "Liu et al. 2021, arXiv:2103.10385",
     },
     MethodInfo {

@@ -8,7 +8,7 @@ use peft_adapters::BottleneckConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
-    Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Task, Unmatched,
+    Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Unmatched,
 };
 use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
@@ -105,17 +105,6 @@ impl Config {
         })
     }
 
-    /// Refuses a class head where the method does not train and store it.
-    fn check_task(&self, info: &MethodInfo, base: &dyn BaseModel) -> Result<()> {
-        if !matches!(base.task(), Task::Classification { .. })
-            || !matches!(self, Self::Prefix(_) | Self::Prompt(_) | Self::PTuning(_))
-        {
-            return Ok(());
-        }
-        let message = format!("{} is for language models here, and this model has a class head; use lora", info.name);
-        Err(Error::config("type", message))
-    }
-
     /// A fresh adapter.
     fn create(&self, base: &dyn BaseModel, seed: u64) -> Result<Made> {
         let strict = Unmatched::Error;
@@ -131,9 +120,9 @@ impl Config {
             Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
-            Self::Prefix(config) => (config.build(base, seed, Stored::Trained)?, None),
-            Self::Prompt(config) => (config.build(base, seed, &start_tokens(config)?)?, None),
-            Self::PTuning(config) => (config.build(base, seed, Stored::Trained)?, None),
+            Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
+            Self::Prompt(config) => selected(config.for_base(base)?.build(base, seed, &start_tokens(config)?)?),
+            Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
         })
     }
 
@@ -141,7 +130,7 @@ impl Config {
     fn open(&self, base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
         // The config says how many virtual tokens there are: the file has to agree before anything of that size is made.
         let stored = |expected: Result<ExpectedTensor>| match files.contains(PROMPT_EMBEDDINGS) {
-            true => files.check(&[expected?]).map(|()| Stored::Flat),
+            true => files.check_one(&expected?).map(|()| Stored::Flat),
             false => Ok(Stored::Trained),
         };
         let report = Unmatched::Report;
@@ -156,11 +145,11 @@ impl Config {
                 selected(config.build(base, 0, report, &names)?)
             }
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
-            Self::Prefix(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
-            Self::PTuning(config) => (config.build(base, 0, stored(config.stored(base))?)?, None),
+            Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
+            Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {
-                files.check(&[config.stored(base)?])?;
-                (config.open(base)?, None)
+                files.check_one(&config.stored(base)?)?;
+                selected(config.open(base)?)
             }
         })
     }
@@ -183,7 +172,6 @@ fn start_tokens(config: &PromptConfig) -> Result<Vec<u32>> {
 /// An unknown method or key, a pattern that matches nothing, or a start that needs training data ([`create_on`]).
 pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Result<Prepared> {
     let (config, info) = Config::of_recipe(table)?;
-    config.check_task(info, base)?;
     let (adapter, selection) = config.create(base, seed)?;
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
@@ -248,7 +236,6 @@ pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
         return Err(Error::file(folder, message));
     };
     let config = Config::of_file(info, files.config().map())?;
-    config.check_task(info, base)?;
     let (adapter, selection) = config.open(base, &files)?;
     for path in base.fresh_layers() {
         let site = base.sites().find(path);

@@ -29,6 +29,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         }
     };
     let ctx = Ctx::eval(&set, &route);
+    let virtual_tokens = set.adapter(0).and_then(|a| a.virtual_tokens()).map_or(0, |tokens| tokens.count);
     peft_alloc::keep_pages();
 
     let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
@@ -40,7 +41,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let tokenizer = tokenizer.as_ref().map(|t| t as &dyn TextTokenizer);
     let options = EncodeOptions {
         template: args.template.clone(),
-        max_length: Some(open::max_length(&files, args.max_length)),
+        max_length: Some(open::max_length(&files, args.max_length, virtual_tokens)),
         vocab_size: Some(model.vocab_size()),
         class_head: open::class_head(&files),
         decoder: open::decoder_inputs(&files),

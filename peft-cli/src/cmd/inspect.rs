@@ -4,6 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use peft_core::AdapterFolder;
+use peft_core::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
 use serde_json::{Value, json};
@@ -53,10 +54,14 @@ fn adapter(path: &Path) -> Result<Value> {
     let mut parameters = 0usize;
     let mut sites: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
     let mut ranks = std::collections::BTreeSet::new();
+    let prefix = match folder.contains("prompt_embeddings") {
+        true => SOFT_PROMPT_KEY_PREFIX,
+        false => KEY_PREFIX,
+    };
     for key in folder.keys() {
         let shape = folder.shape(key).unwrap_or_default().to_vec();
         parameters += shape.iter().product::<usize>();
-        let (site, part) = split_key(key);
+        let (site, part) = split_key(key, prefix);
         if part == "lora_A.weight" || part == "lora_embedding_A" {
             ranks.extend(shape.first().copied());
         }
@@ -72,9 +77,9 @@ fn adapter(path: &Path) -> Result<Value> {
     }))
 }
 
-/// `base_model.model.<site>.<part>`: the site is the module's path, the part what PEFT stores for it.
-fn split_key(key: &str) -> (&str, &str) {
-    let key = key.strip_prefix("base_model.model.").unwrap_or(key);
+/// `<prefix><site>.<part>`: the site is the module's path, the part what PEFT stores for it.
+fn split_key<'k>(key: &'k str, prefix: &str) -> (&'k str, &'k str) {
+    let key = key.strip_prefix(prefix).unwrap_or(key);
     for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter."] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);

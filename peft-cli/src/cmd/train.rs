@@ -23,6 +23,7 @@ use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, checkpoint};
 use serde_json::{Map, Value, json};
 
 use crate::args::TrainArgs;
+use crate::memory::LongestBatch;
 use crate::{memory, open, sample};
 use results::{Finished, facts};
 
@@ -102,7 +103,7 @@ impl Run {
             template: recipe.data.template.clone(),
             chat_template: recipe.data.chat_template.clone(),
             label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),
-            max_length: Some(open::max_length(&files, recipe.data.max_length)),
+            max_length: Some(open::max_length(&files, recipe.data.max_length, open::virtual_tokens(&recipe.method)?)),
             text_eos: recipe.data.text_eos,
             vocab_size: Some(files.config().vocab_size()),
             class_head: open::class_head(&files),
@@ -194,18 +195,20 @@ impl Run {
             toml::Value::Boolean(false) => Checkpointing::Off,
             toml::Value::String(s) if s == "auto" => {
                 let (adapter, budget) = (&self.prepared.adapter, self.recipe.train.memory_budget.as_deref());
-                memory::auto_checkpointing(&self.model, adapter, self.longest_batch(), records, budget)?
+                memory::auto_checkpointing(&self.model, adapter, &self.longest_batch(), records, budget)?
             }
             other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
         };
         Ok(Keep { checkpointing, records })
     }
 
-    /// Tokens of the largest micro-batch that the data can give.
-    fn longest_batch(&self) -> usize {
-        let t = &self.recipe.train;
+    /// The largest micro-batch that the data can give.
+    fn longest_batch(&self) -> LongestBatch {
+        let sequences = self.recipe.train.batch_size;
         let longest = self.train.stats().max_length;
-        t.batch_size.saturating_mul(if self.recipe.data.packing { self.recipe.data.max_length } else { longest })
+        let tokens =
+            sequences.saturating_mul(if self.recipe.data.packing { self.recipe.data.max_length } else { longest });
+        LongestBatch { tokens, sequences }
     }
 
     /// What must not change between the parts of a run, in one line.
@@ -230,7 +233,7 @@ impl Run {
         let trainable = adapter.trainable_elements();
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
-        let peak = memory::estimate(&self.model, adapter, self.longest_batch(), plan.keep);
+        let peak = memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep);
         let tokenizer = self.tokenizer.as_ref();
         let decode =
             |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));

@@ -29,6 +29,8 @@ pub struct EncoderFamily {
     pub positions_after_padding: bool,
     /// Activation between the dense layer of the head and its output layer.
     pub head_activation: HeadActivation,
+    /// Whether the body takes keys and values in front of a layer's own (`past_key_values` of its `forward`).
+    pub prefixes: bool,
     /// `type_vocab_size` where the key is absent; 0 for families without token types.
     type_vocab_size: usize,
     /// `layer_norm_eps` where the key is absent.
@@ -108,6 +110,7 @@ const ROBERTA: EncoderFamily = EncoderFamily {
     },
     positions_after_padding: true,
     head_activation: HeadActivation::Tanh,
+    prefixes: true,
     type_vocab_size: 2,
     layer_norm_eps: 1e-12,
     pad_token_id: 1,
@@ -122,6 +125,7 @@ pub const ENCODER_FAMILIES: &[EncoderFamily] = &[
         names: BERT_NAMES,
         positions_after_padding: false,
         head_activation: HeadActivation::Tanh,
+        prefixes: true,
         type_vocab_size: 2,
         layer_norm_eps: 1e-12,
         pad_token_id: 0,
@@ -150,6 +154,7 @@ pub const ENCODER_FAMILIES: &[EncoderFamily] = &[
         },
         positions_after_padding: false,
         head_activation: HeadActivation::Relu,
+        prefixes: false,
         type_vocab_size: 0,
         layer_norm_eps: 1e-12,
         pad_token_id: 0,

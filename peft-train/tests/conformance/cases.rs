@@ -166,7 +166,17 @@ pub(crate) fn cases() -> Vec<Case> {
             UNTIED,
             json!({"type": "prefix", "num_virtual_tokens": 2, "prefix_projection": true, "init_weights": "zero"}),
         ),
+        case(
+            "prefix, saved head and table",
+            TIED,
+            json!({"type": "prefix", "num_virtual_tokens": 3, "modules_to_save": ["lm_head", "embed_tokens"]}),
+        ),
         case("prompt", UNTIED, json!({"type": "prompt", "num_virtual_tokens": 4})),
+        case(
+            "prompt, saved head and norms",
+            UNTIED,
+            json!({"type": "prompt", "num_virtual_tokens": 2, "modules_to_save": ["lm_head", "norm"]}),
+        ),
         case(
             "prompt, vocabulary",
             TIED,

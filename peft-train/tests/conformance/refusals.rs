@@ -66,7 +66,7 @@ fn a_prefix_for_another_model_is_refused_by_the_key_that_says_so() {
         ("token_dim", json!(32), "this base model has 16"),
         ("num_attention_heads", json!(4), "this base model has 2"),
         ("num_transformer_submodules", json!(2), "this base model has 1"),
-        ("modules_to_save", json!(["lm_head"]), "modules_to_save"),
+        ("modules_to_save", json!(["lm_head"]), "missing: base_model.lm_head.weight"),
         ("init_weights", json!("ones"), "init_weights"),
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -99,6 +99,10 @@ fn recipes_that_no_method_can_follow_name_the_key() {
             "tokenizer_name_or_path",
         ),
         (json!({"type": "p_tuning", "num_virtual_tokens": 4, "encoder_dropout": 0.1}), "encoder_dropout"),
+        (json!({"type": "prefix", "num_virtual_tokens": 4, "modules_to_save": ["lm_hed"]}), "lm_head"),
+        (json!({"type": "prompt", "num_virtual_tokens": 4, "modules_to_save": ["embed_tokens"]}), "token embedding"),
+        (json!({"type": "p_tuning", "num_virtual_tokens": 4, "modules_to_save": ["model"]}), "`model`"),
+        (json!({"type": "prompt", "num_virtual_tokens": 4, "task_type": "SEQ_CLS"}), "CAUSAL_LM"),
         (json!({"type": "ln", "target_modules": ["input_layer_norm"]}), "input_layernorm"),
         (json!({"type": "trainable_tokens"}), "token_indices"),
         (json!({"type": "trainable_tokens", "token_indices": [1, 48]}), "token id 48"),

@@ -4,6 +4,8 @@
 // Each test takes what it needs.
 #![allow(dead_code)]
 
+pub(crate) mod encoders;
+
 use std::sync::Arc;
 
 use candle_core::Tensor;
