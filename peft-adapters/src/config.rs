@@ -36,9 +36,29 @@ fn not_here() -> [(&'static str, Value); 6] {
     ]
 }
 
-/// Keys that say how a `phm_layer` is made, of which there is none here, or belong to `inv_adapter`.
-const WITHOUT_EFFECT: [&str; 11] = [
+/// The keys of AdapterHub's `BnConfig`.
+pub(crate) const ADAPTERHUB_KEYS: [&str; 33] = [
+    "mh_adapter",
+    "output_adapter",
+    "reduction_factor",
+    "non_linearity",
+    "original_ln_before",
+    "original_ln_after",
+    "ln_before",
+    "ln_after",
+    "init_weights",
+    "init_weights_seed",
+    "is_parallel",
+    "scaling",
+    "use_gating",
+    "residual_before_ln",
+    "adapter_residual_before_ln",
+    "inv_adapter",
     "inv_adapter_reduction_factor",
+    "cross_adapter",
+    "leave_out",
+    "dropout",
+    "phm_layer",
     "phm_dim",
     "factorized_phm_W",
     "shared_W_phm",
@@ -49,6 +69,8 @@ const WITHOUT_EFFECT: [&str; 11] = [
     "learn_phm",
     "hypercomplex_nonlinearity",
     "phm_rank",
+    "phm_bias",
+    "stochastic_depth",
 ];
 
 /// What an adapter's projections start from.
@@ -105,7 +127,10 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "mh_adapter": false, "output_adapter": true, "reduction_factor": 16, "non_linearity": "relu",
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
-        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null
+        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null,
+        "inv_adapter_reduction_factor": null, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
+        "shared_phm_rule": true, "factorized_phm_rule": false, "phm_c_init": "normal", "phm_init_range": 0.0001,
+        "learn_phm": true, "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": true
     });
     let changes = match preset {
         "double_seq_bn" => json!({"mh_adapter": true, "non_linearity": "swish"}),
@@ -157,7 +182,6 @@ impl BottleneckConfig {
         let mut settings = completed(known.clone(), &own);
         // Left to the base ([`BottleneckConfig::for_base`]) where the recipe does not say it.
         settings.insert("task_type".into(), own.get("task_type").cloned().unwrap_or(Value::Null));
-        known.extend(WITHOUT_EFFECT.map(|key| (key.to_string(), Value::Null)));
         known.insert(PRESET.into(), Value::Null);
         ConfigKeys(&own).refuse_unknown("bottleneck", &known)?;
         Self::read(&settings, settings.clone())

@@ -12,6 +12,7 @@ keys, placements and defaults (`adapters` 1.3, `configuration/adapter_config.py`
 of the sublayers that it names. It has a nonlinearity, so no weight of the base can take it in.
 */
 
+pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;

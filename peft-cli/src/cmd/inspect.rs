@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use anyhow::Result;
-use peft_core::AdapterFolder;
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
+use peft_train::adapter_files;
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
 }
 
 fn adapter(path: &Path) -> Result<Value> {
-    let folder = AdapterFolder::open(path)?;
+    let folder = adapter_files::open(path, None)?;
     let config = folder.config();
     let mut parameters = 0usize;
     let mut sites: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
@@ -75,7 +75,7 @@ fn adapter(path: &Path) -> Result<Value> {
 /// `base_model.model.<site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key(key: &str) -> (&str, &str) {
     let key = key.strip_prefix("base_model.model.").unwrap_or(key);
-    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter."] {
+    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter.", ".adapter_"] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }
