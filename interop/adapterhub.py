@@ -6,12 +6,14 @@
 For each model and variant, with an adapter that `adapters` made and saved:
   eval     peft-cli computes the loss that `adapters` computes (relative 1e-5)
   train    from there, peft-cli and torch's AdamW on the same rows have the same losses, step by step
+  head     a class head of AdapterHub's own kind, beside the adapter, is read as the layers that it stands for
   convert  what peft-cli trained, converted to AdapterHub's files, loads with no tensor missing or left over and gives the
            loss that peft-cli reports for it
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
 import argparse
 import json
+import logging
 import pathlib
 import random
 import sys
@@ -24,17 +26,26 @@ from adapters import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from check import Cli, Short, near, train
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
-MODELS = ["llama", "tied", "mistral", "gpt2", "bert", "roberta", "xlm_roberta", "distilbert", "t5", "llama_classes", "gpt2_classes"]
+MODELS = ["llama", "head_dim_small", "mistral", "gpt2", "bert", "roberta", "xlm_roberta", "distilbert", "t5", "llama_classes", "gpt2_classes"]
 VARIANTS = {
     "seq_bn": SeqBnConfig(reduction_factor=8),
     "double_seq_bn": DoubleSeqBnConfig(reduction_factor={"0": 4, "default": 12}, leave_out=[1]),
     "par_bn": ParBnConfig(reduction_factor=6, mh_adapter=True),
     "scaled_par_bn": ParBnConfig(reduction_factor=3, scaling="learned"),
     "own_norm": SeqBnConfig(reduction_factor=6, scaling="channel", ln_after=True, adapter_residual_before_ln=True, non_linearity="gelu"),
+    "cross": SeqBnConfig(reduction_factor=8, cross_adapter=True, mh_adapter=True),
     "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),
 }
 # All variants on one model of each kind, the first two on the others.
 EVERYTHING = ["llama", "bert"]
+# Only where a decoder attends to an encoder.
+CROSS = "cross"
+# Class heads of AdapterHub's own that have the layers of a transformers class.
+HEADS = {
+    "bert": [dict(layers=1, use_pooler=True), dict(layers=2)],
+    "roberta": [dict(layers=2)],
+    "distilbert": [dict(layers=2, activation_function="relu")],
+}
 
 
 def of_theirs(base, load=None):
@@ -88,6 +99,19 @@ def check(cli, base, rows, rows_file, config, out):
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, trained)["loss"], 1e-6)
 
 
+def check_head(cli, base, rows, rows_file, settings, out):
+    model = adapters.AutoAdapterModel.from_pretrained(str(base), dtype=torch.float32)
+    model.add_adapter("a", config=SeqBnConfig(reduction_factor=8))
+    model.add_classification_head("a", num_labels=3, **settings)
+    model.train_adapter("a")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_adapter(str(out), "a", use_safetensors=True)
+    model.config.architectures = ["ForSequenceClassification"]  # for the labels of the rows
+    near("loss", cli.eval(base, rows_file, out)["loss"], cases.mean_loss(model.eval(), rows), 1e-5)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", type=pathlib.Path)
@@ -95,13 +119,16 @@ def main():
     parser.add_argument("--only", help="MODEL or MODEL/VARIANT, several with commas")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("adapters").setLevel(logging.ERROR)
     torch.manual_seed(options.seed)
     cli = Cli(options.program.resolve())
     passed = failed = 0
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         for name in MODELS:
-            variants = list(VARIANTS) if name in EVERYTHING else list(VARIANTS)[:2]
+            variants = [v for v in VARIANTS if v != CROSS] if name in EVERYTHING else list(VARIANTS)[:2]
+            variants += [CROSS] * (name == "t5")
+            variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(options.only, name, v)]
             if not variants:
                 continue
@@ -116,7 +143,10 @@ def main():
                 label, out = f"{name}/{variant}", work / name / variant
                 out.mkdir()
                 try:
-                    check(cli, base, rows, rows_file, VARIANTS[variant], out)
+                    if variant in VARIANTS:
+                        check(cli, base, rows, rows_file, VARIANTS[variant], out)
+                    else:
+                        check_head(cli, base, rows, rows_file, HEADS[name][int(variant.split()[-1])], out)
                     passed, verdict = passed + 1, "ok  "
                 except Exception as error:  # a case that breaks must not hide the others
                     failed, verdict = failed + 1, "FAIL"

@@ -28,6 +28,10 @@ impl BottleneckConfig {
         if let Some(block) = self.leave_out.iter().find(|&&block| block >= blocks) {
             return Err(Error::config("leave_out", format!("the model has no block {block}: it has {blocks}")));
         }
+        if self.behind_cross_attention && !sublayers.iter().any(|s| s.kind == SublayerKind::CrossAttention) {
+            let message = format!("model type `{}` has no attention to an encoder", base.model_type());
+            return Err(Error::config("cross_adapter", message));
+        }
         let mut adapter = Adapter::new(self.to_adapter_config(), base.sites());
         let chosen = sublayers.iter().filter(|s| !self.leave_out.contains(&s.block) && self.stands_behind(s.kind));
         for sublayer in chosen {
@@ -45,6 +49,7 @@ impl BottleneckConfig {
     fn stands_behind(&self, kind: SublayerKind) -> bool {
         match kind {
             SublayerKind::Attention => self.behind_attention,
+            SublayerKind::CrossAttention => self.behind_cross_attention,
             SublayerKind::FeedForward => self.behind_feed_forward,
         }
     }

@@ -25,11 +25,10 @@ const PRESETS: [(&str, &str); 4] = [
 ];
 
 /// Settings of AdapterHub's that say something which is not here: the key, and the value under which it says nothing.
-fn not_here() -> [(&'static str, Value); 6] {
+fn not_here() -> [(&'static str, Value); 5] {
     [
         ("use_gating", json!(false)),
         ("inv_adapter", Value::Null),
-        ("cross_adapter", json!(false)),
         ("phm_layer", json!(false)),
         ("stochastic_depth", json!(0.0)),
         ("init_weights_seed", Value::Null),
@@ -96,6 +95,7 @@ pub(crate) enum ScalingKind {
 #[derive(Debug, Clone)]
 pub struct BottleneckConfig {
     pub(crate) behind_attention: bool,
+    pub(crate) behind_cross_attention: bool,
     pub(crate) behind_feed_forward: bool,
     reduction: Reduction,
     pub(crate) activation: Activation,
@@ -127,7 +127,7 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "mh_adapter": false, "output_adapter": true, "reduction_factor": 16, "non_linearity": "relu",
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
-        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null,
+        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null, "cross_adapter": false,
         "inv_adapter_reduction_factor": null, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
         "shared_phm_rule": true, "factorized_phm_rule": false, "phm_c_init": "normal", "phm_init_range": 0.0001,
         "learn_phm": true, "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": true
@@ -195,15 +195,15 @@ impl BottleneckConfig {
             }
         }
         let keys = ConfigKeys(&raw);
-        let [mh, output] = [keys.flag("mh_adapter", false)?, keys.flag("output_adapter", true)?];
-        if !(mh || output) {
-            return Err(Error::config(
-                "output_adapter",
-                "neither this nor `mh_adapter` is true: nothing would be trained",
-            ));
+        let [mh, cross] = [keys.flag("mh_adapter", false)?, keys.flag("cross_adapter", false)?];
+        let output = keys.flag("output_adapter", true)?;
+        if !(mh || cross || output) {
+            let message = "none of this, `mh_adapter` and `cross_adapter` is true: nothing would be trained";
+            return Err(Error::config("output_adapter", message));
         }
         Ok(Self {
             behind_attention: mh,
+            behind_cross_attention: cross,
             behind_feed_forward: output,
             reduction: Reduction::read(keys)?,
             activation: activation(keys)?,

@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan};
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, PromptDims, Result, Route,
-    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
+    Segmented, SiteId, SiteKind, SiteTable, SublayerSite, Task, TokenBatch, VirtualSpans,
 };
 
 use self::attention::{Earlier, RelativeBias, SelfInput};
@@ -320,6 +320,15 @@ impl BaseModel for EncoderDecoder {
     }
 
     /// Of the decoder, where prefixes stand; none where it has not as many blocks as the encoder, whose number PEFT counts.
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        let hidden_size = self.config.hidden_size;
+        let of_block = |(block, layers): (usize, &Block)| {
+            let ends: Vec<_> = layers.ends().collect();
+            ends.into_iter().map(move |(kind, end)| SublayerSite { block, kind, end, hidden_size })
+        };
+        self.blocks().enumerate().flat_map(of_block).collect()
+    }
+
     fn prompt_dims(&self) -> Option<PromptDims> {
         let c = &self.config;
         (c.encoder_layers == c.decoder_layers).then_some(PromptDims {

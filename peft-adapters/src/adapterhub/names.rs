@@ -77,6 +77,7 @@ static FAMILIES: [Family; 6] = [
         places: &[
             place("layer.0.SelfAttention.o", "layer.0"),
             Place { layer: "layer.1.DenseReluDense.wo", module: "layer.1", within: "encoder." },
+            Place { layer: "layer.1.EncDecAttention.o", module: "layer.1", within: "decoder." },
             place("layer.2.DenseReluDense.wo", "layer.2"),
         ],
         class_head: &[],
@@ -171,7 +172,8 @@ mod tests {
         }
         let bare = family("bert").unwrap().from_hub("encoder.layer.0.output.adapters.x.y.scaling", "x.y");
         assert_eq!(bare.as_deref(), Some("bert.encoder.layer.0.output.dense.scaling"));
-        assert_eq!(family("t5").unwrap().from_hub("decoder.block.0.layer.1.adapters.a.scaling", "a"), None);
+        let cross = family("t5").unwrap().from_hub("decoder.block.0.layer.1.adapters.a.scaling", "a");
+        assert_eq!(cross.as_deref(), Some("decoder.block.0.layer.1.EncDecAttention.o.scaling"));
         assert_eq!(family("bert").unwrap().to_hub("classifier.weight", "a"), None);
         assert!(family("lama").err().unwrap().to_string().contains("did you mean `llama`"));
     }
