@@ -8,7 +8,7 @@
 #   release   cargo build --release -p peft-cli
 #   models    tests that need a real model (marked #[ignore]), then interop/real_model.py; scripts/fetch-models.sh fetches it
 #   interop   interop/run.sh: peft-cli beside Hugging Face PEFT; scripts/python-env.sh makes the Python (1.4 GB)
-#   cuda      scripts/check-cuda.sh: the cuda feature type-checked without CUDA
+#   cuda      scripts/check-cuda.sh: the cuda feature type-checked without CUDA, our own kernels compiled by nvcc (105 MB, once)
 #
 #     scripts/test.sh                     all of them, as CI does
 #     scripts/test.sh fmt clippy test     these only
@@ -44,7 +44,7 @@ models() {
 interop() { interop/run.sh "$(release_cli)"; }
 cuda() {
     # In CI's fresh clone nothing was built with a real nvcc, so what clippy compiled can be used again: 5 minutes less.
-    CUDA_CHECK_TARGET=${CUDA_CHECK_TARGET:-$([ -n "${CI:-}" ] && echo "$target" || echo "$target/check-cuda")} \
+    CHECK_CUDA_KERNELS=${CHECK_CUDA_KERNELS:-1} CUDA_CHECK_TARGET=${CUDA_CHECK_TARGET:-$([ -n "${CI:-}" ] && echo "$target" || echo "$target/check-cuda")} \
         scripts/check-cuda.sh
 }
 target=${CARGO_TARGET_DIR:-target}

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""One measurement of Hugging Face PEFT (of AdapterHub's `adapters` where the method is its own) on the CPU, for bench/vs_hf_peft: a process of its own that prints one line of JSON.
+"""One measurement of Hugging Face PEFT (of AdapterHub's `adapters` where the method is its own) on the CPU, for bench/vs_hf_peft: a
+process of its own that prints one line of JSON.
 
     peer.py train --model DIR --rows ROWS.jsonl --method lora …     losses and seconds of each step
     peer.py decode --model DIR --rows PROMPTS.jsonl --new-tokens N  tokens of each row, seconds

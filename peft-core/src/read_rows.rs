@@ -21,12 +21,6 @@ impl ReadRows {
         Self { rows, route }
     }
 
-    /// Their places among all rows.
-    #[must_use]
-    pub fn as_slice(&self) -> &[u32] {
-        &self.rows
-    }
-
     /// These rows `[rows, width]` of `hidden` `[tokens, width]`.
     ///
     /// # Errors

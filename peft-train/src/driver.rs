@@ -146,7 +146,8 @@ pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Re
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
-    let (ctx, input) = (ctx.untracked(), model.prepare(tokens(batch), ctx)?);
+    let ctx = ctx.untracked();
+    let input = model.prepare(tokens(batch), &ctx)?;
     let embedded = model.embed(tokens(batch), &ctx)?;
     (0..model.num_blocks()).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
 }
@@ -282,7 +283,8 @@ fn read(batch: &Batch, ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
 
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
 fn read_hidden<M: Segmented>(model: &M, batch: &Batch, read: &ReadRows, ctx: &Ctx<'_>) -> Result<Tensor> {
-    let (ctx, input) = (ctx.untracked(), model.prepare(tokens(batch), ctx)?);
+    let ctx = ctx.untracked();
+    let input = model.prepare(tokens(batch), &ctx)?;
     let embedded = model.embed(tokens(batch), &ctx)?;
     let run = |hidden: Tensor, i| run_block(model, i, &hidden, read, &input, &ctx);
     (0..model.num_blocks()).try_fold(embedded, run)

@@ -203,14 +203,16 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             let scale = 1.0 / counted as f64;
             measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.keep, scale, &mut grads)?;
         }
-        let mut loss = measured.nll / counted as f64;
+        // What is logged is the data's loss alone, so that runs and methods compare.
+        let loss = measured.nll / counted as f64;
         let mut grads = grads.into_vec();
-        if let Some(hook) = self.adapter.training_hook() {
-            loss += add_penalty(hook, parameters, &mut grads)?;
-        }
+        let penalty = match self.adapter.training_hook() {
+            Some(hook) => add_penalty(hook, parameters, &mut grads)?,
+            None => 0.0,
+        };
         let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
-        if !loss.is_finite() || !norm.is_finite() {
-            return Err(self.not_finite(loss, &batches, logger));
+        if !(loss + penalty).is_finite() || !norm.is_finite() {
+            return Err(self.not_finite(loss + penalty, &batches, logger));
         }
         if self.state.step == 0 {
             self.audit(parameters, &grads)?;
