@@ -4,7 +4,8 @@
     $(scripts/adapterhub-env.sh) interop/adapterhub.py PEFT_CLI [--seed 0] [--only MODEL[/VARIANT],…]
 
 For each model and variant, with an adapter that `adapters` made and saved:
-  eval     peft-cli computes the loss that `adapters` computes (relative 1e-5)
+  eval     peft-cli computes the loss that `adapters` computes (relative 1e-5), and logits of one place, seen as log
+           probabilities of single labels
   train    from there, peft-cli and torch's AdamW on the same rows have the same losses, step by step
   head     a class head of AdapterHub's own kind, beside the adapter, is read as the layers that it stands for
   convert  what peft-cli trained, converted to AdapterHub's files, loads with no tensor missing or left over and gives the
@@ -26,6 +27,7 @@ from adapters import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from check import Cli, Short, near, train
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
+LOGITS = 6
 MODELS = ["llama", "head_dim_small", "mistral", "gpt2", "bert", "roberta", "xlm_roberta", "distilbert", "t5", "llama_classes", "gpt2_classes"]
 VARIANTS = {
     "seq_bn": SeqBnConfig(reduction_factor=8),
@@ -79,11 +81,28 @@ def steps(model, rows):
         yield loss.item() / count
 
 
+def single_labels(row, model):
+    """Copies of a row where one label counts, each another: their losses are the logits of one place but for a constant."""
+    if cases.has_classes(model):
+        return [dict(row, label=label) for label in range(model.config.num_labels)]
+    ids = row["input_ids"]
+    of_place = lambda label: [-100] * (len(ids) - 1) + [label]
+    return [dict(input_ids=ids, labels=of_place(label)) for label in range(3, cases.VOCABULARY, cases.VOCABULARY // LOGITS)]
+
+
+def near_logits(cli, base, adapter, model, row, out):
+    for number, single in enumerate(single_labels(row, model)):
+        rows_file = out / "single.jsonl"
+        rows_file.write_text(json.dumps(single) + "\n")
+        near(f"log probability of label {number}", cli.eval(base, rows_file, adapter)["loss"], cases.mean_loss(model, [single]), 1e-5)
+
+
 def check(cli, base, rows, rows_file, config, out):
     model = of_theirs(base, config)
     saved = out / "theirs"
     model.save_adapter(str(saved), "a", use_safetensors=True)
     near("loss", cli.eval(base, rows_file, saved)["loss"], cases.mean_loss(model, rows), 1e-5)
+    near_logits(cli, base, saved, model, rows[0], out)
 
     trained = out / "trained"
     method = f"init_from = {json.dumps(str(saved))}"
@@ -93,7 +112,9 @@ def check(cli, base, rows, rows_file, config, out):
 
     converted = out / "converted"
     cli.run("convert", "--adapter", trained, "--to", "adapterhub", "--output", converted, "--model", base)
-    near("loss in adapters", cases.mean_loss(of_theirs(base, converted), rows), cli.eval(base, rows_file, trained)["loss"], 1e-5)
+    loaded = of_theirs(base, converted)
+    near("loss in adapters", cases.mean_loss(loaded, rows), cli.eval(base, rows_file, trained)["loss"], 1e-5)
+    near_logits(cli, base, trained, loaded, rows[0], out)
     # and back, under another name
     cli.run("convert", "--adapter", converted, "--to", "peft", "--output", out / "back")
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, trained)["loss"], 1e-6)

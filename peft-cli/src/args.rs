@@ -189,16 +189,17 @@ pub(crate) enum ConvertTo {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ConvertArgs {
-    /// The adapter: a folder or a hub id
+    /// The adapter, of PEFT's, ours or AdapterHub's: a folder or a hub id
     #[arg(long)]
     pub(crate) adapter: String,
     /// The form to write
     #[arg(long)]
     pub(crate) to: ConvertTo,
-    /// The folder to write
+    /// The folder to write, new or empty
     #[arg(long)]
     pub(crate) output: PathBuf,
-    /// The base model, where the form needs to know it and the adapter does not name one on this machine
+    /// The base model. `adapterhub` needs it where the adapter does not name one on this machine; with `peft`, the copy of the
+    /// base's output layer that AdapterHub stores beside an adapter is left out
     #[arg(long)]
     pub(crate) model: Option<String>,
     /// What the adapter is called in formats that name it

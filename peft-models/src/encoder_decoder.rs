@@ -319,7 +319,6 @@ impl BaseModel for EncoderDecoder {
         self.config.task()
     }
 
-    /// Of the decoder, where prefixes stand; none where it has not as many blocks as the encoder, whose number PEFT counts.
     fn sublayers(&self) -> Vec<SublayerSite> {
         let hidden_size = self.config.hidden_size;
         let of_block = |(block, layers): (usize, &Block)| {
@@ -329,6 +328,7 @@ impl BaseModel for EncoderDecoder {
         self.blocks().enumerate().flat_map(of_block).collect()
     }
 
+    /// Of the decoder, where prefixes stand; none where it has not as many blocks as the encoder, whose number PEFT counts.
     fn prompt_dims(&self) -> Option<PromptDims> {
         let c = &self.config;
         (c.encoder_layers == c.decoder_layers).then_some(PromptDims {

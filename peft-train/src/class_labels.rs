@@ -29,8 +29,8 @@ pub fn write(dir: &Path, labels: &[String]) -> Result<()> {
     atomic::write_file(dir.join(FILE), text.as_bytes())
 }
 
-/// Names of the classes of the head that an adapter folder holds: those of its `labels.json`, of AdapterHub's head, or else `LABEL_0`,
-/// `LABEL_1`, … as many as its output layer has rows. None where it holds no head.
+/// Names of the classes of the head that an adapter folder holds: those of its `labels.json` or of AdapterHub's head, or
+/// else `LABEL_0`, `LABEL_1`, … as many as its output layer has rows. None where it holds no head.
 ///
 /// # Errors
 /// A file that is no list of names, or an adapter that cannot be opened.

@@ -30,7 +30,10 @@ pub(super) struct Head {
 /// The head in `dir`, empty where there is none. An output layer that is just that of `base` is left out.
 pub(super) fn read(dir: &Path, family: &Family, base: Option<&dyn BaseModel>) -> Result<Head> {
     let (config, path) = (dir.join(CONFIG), dir.join(WEIGHTS));
-    let Some(keys) = read_json_file(&config)? else { return Ok(Head::default()) };
+    let Some(keys) = read_json_file(&config)? else {
+        let stray = [WEIGHTS, PICKLE].into_iter().find(|file| dir.join(file).exists());
+        return stray.map_or(Ok(Head::default()), |file| Err(Error::file(dir, format!("has {file} and no {CONFIG}"))));
+    };
     if !path.exists() {
         if dir.join(PICKLE).exists() {
             return Err(only_a_pickle(dir, PICKLE, WEIGHTS));

@@ -111,7 +111,7 @@ impl Family {
     }
 
     /// AdapterHub's key of the adapter `name` for ours, which is a layer's path and the tensor's name behind it.
-    pub(super) fn to_hub(&self, key: &str, name: &str) -> Option<String> {
+    pub(super) fn their_key(&self, key: &str, name: &str) -> Option<String> {
         self.places.iter().filter(|place| key.starts_with(place.within)).find_map(|place| {
             let (block, tensor) = key.split_once(&format!(".{}.", place.layer))?;
             Some(format!("{block}.{}.adapters.{name}.{tensor}", place.module))
@@ -119,7 +119,7 @@ impl Family {
     }
 
     /// Our key for AdapterHub's of the adapter `name`; `None` for what is no bottleneck adapter's.
-    pub(super) fn from_hub(&self, key: &str, name: &str) -> Option<String> {
+    pub(super) fn our_key(&self, key: &str, name: &str) -> Option<String> {
         let (module, tensor) = key.split_once(&format!(".adapters.{name}."))?;
         let module = if self.body.is_empty() || module.starts_with(&format!("{}.", self.body)) {
             module.to_owned()
@@ -167,14 +167,14 @@ mod tests {
             ("t5", "decoder.block.0.layer.2.DenseReluDense.wo.scaling", "decoder.block.0.layer.2.adapters.a.scaling"),
         ] {
             let family = family(model).unwrap();
-            assert_eq!(family.to_hub(ours, "a").as_deref(), Some(theirs));
-            assert_eq!(family.from_hub(theirs, "a").as_deref(), Some(ours));
+            assert_eq!(family.their_key(ours, "a").as_deref(), Some(theirs));
+            assert_eq!(family.our_key(theirs, "a").as_deref(), Some(ours));
         }
-        let bare = family("bert").unwrap().from_hub("encoder.layer.0.output.adapters.x.y.scaling", "x.y");
+        let bare = family("bert").unwrap().our_key("encoder.layer.0.output.adapters.x.y.scaling", "x.y");
         assert_eq!(bare.as_deref(), Some("bert.encoder.layer.0.output.dense.scaling"));
-        let cross = family("t5").unwrap().from_hub("decoder.block.0.layer.1.adapters.a.scaling", "a");
+        let cross = family("t5").unwrap().our_key("decoder.block.0.layer.1.adapters.a.scaling", "a");
         assert_eq!(cross.as_deref(), Some("decoder.block.0.layer.1.EncDecAttention.o.scaling"));
-        assert_eq!(family("bert").unwrap().to_hub("classifier.weight", "a"), None);
+        assert_eq!(family("bert").unwrap().their_key("classifier.weight", "a"), None);
         assert!(family("lama").err().unwrap().to_string().contains("did you mean `llama`"));
     }
 }

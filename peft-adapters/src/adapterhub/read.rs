@@ -45,14 +45,19 @@ pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
     let mut tensors: BTreeMap<String, StoredTensor> = BTreeMap::new();
     for name in file.names() {
         let now = OLD_MODULES.iter().fold(name.to_owned(), |key, old| key.replace(old, "adapters"));
-        let ours = family.from_hub(&now, text("name")).ok_or_else(|| {
+        let ours = family.our_key(&now, text("name")).ok_or_else(|| {
             let message = format!("holds `{name}`, which is no tensor of the bottleneck adapter `{}`", text("name"));
             Error::file(&path, message)
         })?;
         // The same norm is there under two names.
         let ours = ours.replace(".adapter_norm_before.", ".adapter_down.0.");
         let (layer, tensor) = split(&ours);
-        tensors.insert(parameter_name(layer, tensor), (file.clone(), name.to_owned()));
+        let before = tensors.insert(parameter_name(layer, tensor), (file.clone(), name.to_owned()));
+        let is_norm = |name: &str| name.contains(".adapter_norm_before.");
+        if let Some((_, other)) = before.filter(|(_, other)| is_norm(other) == is_norm(name)) {
+            let message = format!("holds the same tensor twice, as `{other}` and as `{name}`; remove one of them");
+            return Err(Error::file(&path, message));
+        }
     }
 
     let head = head::read(dir, family, base)?;

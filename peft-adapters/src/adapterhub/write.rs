@@ -76,7 +76,7 @@ struct Sorted {
 impl Sorted {
     fn add(&mut self, adapter: &AdapterFolder, family: &Family, key: &str, name: &str) -> Result<()> {
         let (value, ours) = (adapter.tensor(key, &Device::Cpu)?, plain(key));
-        if let Some(theirs) = family.to_hub(ours, name) {
+        if let Some(theirs) = family.their_key(ours, name) {
             if ours.ends_with("adapter_up.bias") {
                 self.hidden_size = value.dims().first().copied();
             }

@@ -5,8 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use peft_adapters::adapterhub::{self, HubModel};
-use peft_core::{AdapterFolder, atomic, write_adapter};
-use peft_models::ModelFiles;
+use peft_core::{AdapterFolder, BaseModel, atomic, write_adapter};
+use peft_models::source::Placement;
+use peft_models::{AnyModel, ModelFiles};
 use peft_train::{adapter_files, class_labels};
 use serde_json::{Value, json};
 
@@ -14,10 +15,16 @@ use crate::args::{ConvertArgs, ConvertTo};
 use crate::open;
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
-    let dir = open::adapter(&args.adapter)?;
-    let adapter = adapter_files::open(&dir, None)?;
+    let (dir, output) = (open::adapter(&args.adapter)?, &args.output);
+    if output.exists() && std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some()) {
+        bail!("{} holds files already: give --output a folder that is new or empty", output.display());
+    }
+    let base = match (args.to, &args.model) {
+        (ConvertTo::Peft, Some(spec)) => Some(base_model(spec, &dir)?),
+        _ => None,
+    };
+    let adapter = adapter_files::open(&dir, base.as_ref().map(|model| model as &dyn BaseModel))?;
     let labels = class_labels::read(&dir)?.unwrap_or_default();
-    let output = &args.output;
     let written = match args.to {
         ConvertTo::Adapterhub => {
             let model = hub_model(&adapter, args.model.as_deref())?;
@@ -42,6 +49,13 @@ fn peft_folder(output: &Path, adapter: &AdapterFolder, labels: &[String]) -> pef
         }
         write_adapter(dir, adapter.config(), tensors.iter().map(|(key, t)| (*key, t)))
     })
+}
+
+/// The base model, read matrix by matrix as it is compared with.
+fn base_model(spec: &str, adapter: &Path) -> Result<AnyModel> {
+    let mut files = open::model(spec)?;
+    open::settle_classes(&mut files, &[], Some(adapter))?;
+    Ok(files.load_deferred(&Placement::cpu(None), 0)?)
 }
 
 /// The base model that was named, or the one that the adapter names where it is on this machine.
