@@ -23,7 +23,7 @@ import tempfile
 import adapters
 import cases
 import torch
-from adapters import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from check import Cli, Short, near, train
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
@@ -36,6 +36,11 @@ VARIANTS = {
     "scaled_par_bn": ParBnConfig(reduction_factor=3, scaling="learned"),
     "own_norm": SeqBnConfig(reduction_factor=6, scaling="channel", ln_after=True, adapter_residual_before_ln=True, non_linearity="gelu"),
     "cross": SeqBnConfig(reduction_factor=8, cross_adapter=True, mh_adapter=True),
+    "compacter": CompacterConfig(reduction_factor=8, phm_dim=3, phm_rank=2, phm_c_init="uniform"),
+    "compacter_shared": CompacterPlusPlusConfig(reduction_factor=6, phm_dim=4, shared_W_phm=True),
+    "compacter_own": CompacterPlusPlusConfig(
+        reduction_factor=8, phm_dim=2, factorized_phm_W=False, shared_phm_rule=False, factorized_phm_rule=True, phm_bias=False
+    ),
     "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),
 }
 # All variants on one model of each kind, the first two on the others.
@@ -139,6 +144,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="MODEL or MODEL/VARIANT, several with commas")
     options = parser.parse_args()
+    only = options.only.split(",") if options.only else []
     torch.set_num_threads(1)
     logging.getLogger("adapters").setLevel(logging.ERROR)
     torch.manual_seed(options.seed)
@@ -148,9 +154,11 @@ def main():
         work = pathlib.Path(work)
         for name in MODELS:
             variants = [v for v in VARIANTS if v != CROSS] if name in EVERYTHING else list(VARIANTS)[:2]
-            variants += [CROSS] * (name == "t5")
+            # What a T5's adapters share is lost where AdapterHub's package saves them.
+            variants += [CROSS, "compacter_own"] * (name == "t5")
+            variants += ["compacter"] * (name == "gpt2")
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
-            variants = [v for v in variants if cases.wanted(options.only, name, v)]
+            variants = [v for v in variants if cases.wanted(only, name, v)]
             if not variants:
                 continue
             base, rows_file = work / name / "base", work / name / "rows.jsonl"

@@ -10,6 +10,7 @@ use peft_core::{BaseModel, ConfigKeys, Error, Result, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::bottleneck::{Placement, Residual};
+use crate::phm::PhmConfig;
 
 /// `peft_type` of bottleneck adapters; PEFT has no such method, so the name is ours.
 pub(crate) const PEFT_TYPE: &str = "BOTTLENECK";
@@ -17,19 +18,20 @@ pub(crate) const PEFT_TYPE: &str = "BOTTLENECK";
 const PRESET: &str = "preset";
 
 /// Named settings: AdapterHub's, under its present and its older name.
-const PRESETS: [(&str, &str); 4] = [
+const PRESETS: [(&str, &str); 6] = [
     ("seq_bn", "pfeiffer"),
     ("double_seq_bn", "houlsby"),
     ("par_bn", "parallel"),
     ("scaled_par_bn", "scaled_parallel"),
+    ("compacter", "compacter"),
+    ("compacter++", "compacter++"),
 ];
 
 /// Settings of AdapterHub's that say something which is not here: the key, and the value under which it says nothing.
-fn not_here() -> [(&'static str, Value); 5] {
+fn not_here() -> [(&'static str, Value); 4] {
     [
         ("use_gating", json!(false)),
         ("inv_adapter", Value::Null),
-        ("phm_layer", json!(false)),
         ("stochastic_depth", json!(0.0)),
         ("init_weights_seed", Value::Null),
     ]
@@ -111,6 +113,8 @@ pub struct BottleneckConfig {
     pub(crate) leave_out: Vec<usize>,
     /// Modules that are trained whole, such as a class head.
     pub(crate) saved: TargetSpec,
+    /// What the projections are made of, where they are not dense.
+    pub(crate) phm: Option<PhmConfig>,
     raw: Map<String, Value>,
 }
 
@@ -128,7 +132,7 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
         "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null, "cross_adapter": false,
-        "inv_adapter_reduction_factor": null, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
+        "inv_adapter_reduction_factor": null, "phm_layer": false, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
         "shared_phm_rule": true, "factorized_phm_rule": false, "phm_c_init": "normal", "phm_init_range": 0.0001,
         "learn_phm": true, "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": true
     });
@@ -137,6 +141,12 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "par_bn" => json!({"is_parallel": true, "reduction_factor": 2, "init_weights": "mam_adapter", "scaling": 4.0}),
         "scaled_par_bn" => {
             json!({"is_parallel": true, "reduction_factor": 2, "init_weights": "mam_adapter", "scaling": "learned"})
+        }
+        "compacter" => {
+            json!({"mh_adapter": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
+        }
+        "compacter++" => {
+            json!({"original_ln_before": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
         }
         _ => json!({"original_ln_before": true}),
     };
@@ -228,6 +238,7 @@ impl BottleneckConfig {
             },
             leave_out: leave_out(keys)?,
             saved: saved(keys)?,
+            phm: phm(keys)?,
             raw,
         })
     }
@@ -326,6 +337,16 @@ fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
     }
 }
 
+fn phm(keys: ConfigKeys<'_>) -> Result<Option<PhmConfig>> {
+    let read = PhmConfig::read(keys)?;
+    if read.as_ref().is_some_and(|phm| phm.shares_weight) && keys.get("reduction_factor").is_some_and(Value::is_object)
+    {
+        let message = "adapters of several widths cannot share their weights: give one reduction_factor";
+        return Err(Error::config("shared_W_phm", message));
+    }
+    Ok(read)
+}
+
 /// What is trained whole beside the adapters.
 fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
     let own = ["modules_to_save", "task_type"].into_iter();
@@ -365,6 +386,11 @@ mod tests {
         assert_eq!((parallel.placement, parallel.scaling), (Placement::Parallel, ScalingKind::Fixed(4.0)));
         assert_eq!((parallel.width(1, 64).unwrap(), parallel.width(2, 64).unwrap()), (16, 8));
         assert_eq!(recipe(json!({"preset": "scaled_par_bn"})).unwrap().scaling, ScalingKind::Learned);
+        for (name, behind_attention) in [("compacter", true), ("compacter++", false)] {
+            let compacter = recipe(json!({"preset": name})).unwrap();
+            assert_eq!((compacter.behind_attention, compacter.width(0, 768).unwrap()), (behind_attention, 24));
+            assert!(compacter.phm.is_some() && compacter.activation == Activation::Gelu);
+        }
     }
 
     #[test]
@@ -389,7 +415,7 @@ mod tests {
             (json!({"reduction_factor": {"one": 3}}), "reduction_factor"),
             (json!({"non_linearity": "rleu"}), "non_linearity"),
             (json!({"use_gating": true}), "use_gating"),
-            (json!({"phm_layer": true}), "phm_layer"),
+            (json!({"preset": "compacter", "shared_W_phm": true, "reduction_factor": {"default": 8}}), "shared_W_phm"),
             (json!({"stochastic_depth": 0.1}), "stochastic_depth"),
             (json!({"output_adapter": false}), "nothing would be trained"),
             (json!({"residual_before_ln": "post_add", "original_ln_before": false}), "original_ln_before"),

@@ -6,6 +6,7 @@ keys, placements and defaults (`adapters` 1.3, `configuration/adapter_config.py`
 |---|---|---|
 | `seq_bn` | behind the feed-forward network | Pfeiffer et al. 2020, arXiv:2005.00052 |
 | `double_seq_bn` | behind attention and the feed-forward network | Houlsby et al. 2019, arXiv:1902.00751 |
+| `compacter`, `compacter++` | as `double_seq_bn`, as `seq_bn`, with projections of Kronecker products | Mahabadi et al. 2021, arXiv:2106.04647 |
 | `par_bn`, `scaled_par_bn` | beside the feed-forward network | He et al. 2022, arXiv:2110.04366 |
 
 [`BottleneckConfig`] is read from a recipe or an `adapter_config.json`; [`BottleneckConfig::build`] puts a [`Bottleneck`] at the end
@@ -16,6 +17,7 @@ pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;
+mod phm;
 
 pub use bottleneck::{Bottleneck, Placement, Residual};
 pub use config::BottleneckConfig;

@@ -3,6 +3,8 @@
 use peft_core::suggest::did_you_mean;
 use peft_core::{Error, Result};
 
+use crate::phm::SHARED;
+
 /// A module of the model's that ends a sublayer, and the one under which AdapterHub keeps the adapters behind it.
 struct Place {
     /// End of the path of the sublayer's last layer.
@@ -112,6 +114,9 @@ impl Family {
 
     /// AdapterHub's key of the adapter `name` for ours, which is a layer's path and the tensor's name behind it.
     pub(super) fn their_key(&self, key: &str, name: &str) -> Option<String> {
+        if let Some(tensor) = key.strip_prefix(SHARED).and_then(|rest| rest.strip_prefix('.')) {
+            return Some(format!("{}.{SHARED}.{name}.{tensor}", self.body));
+        }
         self.places.iter().filter(|place| key.starts_with(place.within)).find_map(|place| {
             let (block, tensor) = key.split_once(&format!(".{}.", place.layer))?;
             Some(format!("{block}.{}.adapters.{name}.{tensor}", place.module))
@@ -120,6 +125,9 @@ impl Family {
 
     /// Our key for AdapterHub's of the adapter `name`; `None` for what is no bottleneck adapter's.
     pub(super) fn our_key(&self, key: &str, name: &str) -> Option<String> {
+        if let Some((_, tensor)) = key.split_once(&format!("{SHARED}.{name}.")) {
+            return Some(format!("{SHARED}.{tensor}"));
+        }
         let (module, tensor) = key.split_once(&format!(".adapters.{name}."))?;
         let module = if self.body.is_empty() || module.starts_with(&format!("{}.", self.body)) {
             module.to_owned()
@@ -163,6 +171,7 @@ mod tests {
                 "distilbert.transformer.layer.0.ffn.lin2.scaling",
                 "distilbert.transformer.layer.0.output_adapters.adapters.a.scaling",
             ),
+            ("gpt2", "shared_parameters.phm_rule", "transformer.shared_parameters.a.phm_rule"),
             ("t5", "encoder.block.0.layer.1.DenseReluDense.wo.scaling", "encoder.block.0.layer.1.adapters.a.scaling"),
             ("t5", "decoder.block.0.layer.2.DenseReluDense.wo.scaling", "decoder.block.0.layer.2.adapters.a.scaling"),
         ] {

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use super::names::{self, Family};
 use super::{CONFIG, VERSION, WEIGHTS, head};
 use crate::config::{ADAPTERHUB_KEYS, PEFT_TYPE};
+use crate::phm::SHARED;
 
 /// What AdapterHub's files say of the base model and ours may not.
 #[derive(Debug, Clone)]
@@ -76,15 +77,17 @@ struct Sorted {
 impl Sorted {
     fn add(&mut self, adapter: &AdapterFolder, family: &Family, key: &str, name: &str) -> Result<()> {
         let (value, ours) = (adapter.tensor(key, &Device::Cpu)?, plain(key));
+        if ours.starts_with(SHARED) && family.body.is_empty() {
+            let message = "AdapterHub's package neither stores nor reads what the adapters of such a model share";
+            return Err(Error::config("shared_phm_rule", message));
+        }
         if let Some(theirs) = family.their_key(ours, name) {
-            if ours.ends_with("adapter_up.bias") {
+            if [".adapter_up.bias", ".adapter_up.b"].iter().any(|end| ours.ends_with(end)) {
                 self.hidden_size = value.dims().first().copied();
             }
             // The norm in front has two names, as a module of its own and as the first of those that lead down.
-            if theirs.contains(".adapter_down.0.")
-                && value.rank() == 1
-                && adapter.contains(&key.replace(".adapter_down.0.", ".adapter_down.1."))
-            {
+            let has_norm = adapter.config().get("ln_before") == Some(&Value::Bool(true));
+            if has_norm && theirs.contains(".adapter_down.0.") {
                 self.adapter.insert(theirs.replace(".adapter_down.0.", ".adapter_norm_before."), value.clone());
             }
             self.adapter.insert(theirs, value);
