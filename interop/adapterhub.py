@@ -23,7 +23,7 @@ import tempfile
 import adapters
 import cases
 import torch
-from adapters import CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from adapters import AdapterPlusConfig, CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from check import Cli, Short, near, train
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
@@ -36,6 +36,7 @@ VARIANTS = {
     "scaled_par_bn": ParBnConfig(reduction_factor=3, scaling="learned"),
     "own_norm": SeqBnConfig(reduction_factor=6, scaling="channel", ln_after=True, adapter_residual_before_ln=True, non_linearity="gelu"),
     "cross": SeqBnConfig(reduction_factor=8, cross_adapter=True, mh_adapter=True),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0, leave_out=[0]),
     "compacter": CompacterConfig(reduction_factor=8, phm_dim=3, phm_rank=2, phm_c_init="uniform"),
     "compacter_shared": CompacterPlusPlusConfig(reduction_factor=6, phm_dim=4, shared_W_phm=True),
     "compacter_own": CompacterPlusPlusConfig(
@@ -155,7 +156,7 @@ def main():
         for name in MODELS:
             variants = [v for v in VARIANTS if v != CROSS] if name in EVERYTHING else list(VARIANTS)[:2]
             # What a T5's adapters share is lost where AdapterHub's package saves them.
-            variants += [CROSS, "compacter_own"] * (name == "t5")
+            variants += [CROSS, "compacter_own", "adapter_plus"] * (name == "t5")
             variants += ["compacter"] * (name == "gpt2")
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(only, name, v)]

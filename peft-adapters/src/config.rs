@@ -18,13 +18,14 @@ pub(crate) const PEFT_TYPE: &str = "BOTTLENECK";
 const PRESET: &str = "preset";
 
 /// Named settings: AdapterHub's, under its present and its older name.
-const PRESETS: [(&str, &str); 6] = [
+const PRESETS: [(&str, &str); 7] = [
     ("seq_bn", "pfeiffer"),
     ("double_seq_bn", "houlsby"),
     ("par_bn", "parallel"),
     ("scaled_par_bn", "scaled_parallel"),
     ("compacter", "compacter"),
     ("compacter++", "compacter++"),
+    ("adapter_plus", "adapter_plus"),
 ];
 
 /// Settings of AdapterHub's that say something which is not here: the key, and the value under which it says nothing.
@@ -148,6 +149,11 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "compacter++" => {
             json!({"original_ln_before": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
         }
+        // With AdapterHub's stochastic depth of 0.1, which is for models of images, left at 0.
+        "adapter_plus" => json!({
+            "original_ln_before": true, "original_ln_after": false, "residual_before_ln": false, "init_weights": "houlsby",
+            "scaling": "channel", "reduction_factor": 96, "non_linearity": "gelu"
+        }),
         _ => json!({"original_ln_before": true}),
     };
     if let (Value::Object(keys), Value::Object(changes)) = (&mut keys, changes) {
@@ -386,6 +392,9 @@ mod tests {
         assert_eq!((parallel.placement, parallel.scaling), (Placement::Parallel, ScalingKind::Fixed(4.0)));
         assert_eq!((parallel.width(1, 64).unwrap(), parallel.width(2, 64).unwrap()), (16, 8));
         assert_eq!(recipe(json!({"preset": "scaled_par_bn"})).unwrap().scaling, ScalingKind::Learned);
+        let plus = recipe(json!({"preset": "adapter_plus"})).unwrap();
+        assert_eq!(plus.placement, Placement::Sequential { on_stream: true, residual: Residual::Input });
+        assert_eq!((plus.joins_stream, plus.scaling, plus.start), (false, ScalingKind::Channel, Start::Houlsby));
         for (name, behind_attention) in [("compacter", true), ("compacter++", false)] {
             let compacter = recipe(json!({"preset": name})).unwrap();
             assert_eq!((compacter.behind_attention, compacter.width(0, 768).unwrap()), (behind_attention, 24));

@@ -222,6 +222,7 @@ pub(crate) fn cases() -> Vec<Case> {
                     "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
             ),
         ),
+        case("bottleneck, adapter+", BIASED, bottleneck("adapter_plus", json!({"leave_out": [1]}))),
         // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
         case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),
         case(
