@@ -450,7 +450,7 @@ def moves_ranks(model):
 
 
 def regulariser(model):
-    """AdaLoRA's term of the loss, which peft adds to the loss that the model itself returns."""
+    """AdaLoRA's term, which peft adds to the loss that the model itself returns. It is trained with, and not logged."""
     if not moves_ranks(model):
         return 0.0
     token = torch.tensor([[5, 6]])
@@ -467,9 +467,9 @@ def train(model, rows):
     for step in range(STEPS):
         start = step * BATCH_ROWS % len(rows)
         loss, count = summed_loss(model, rows[start : start + BATCH_ROWS])
-        loss = loss / count + regulariser(model)
+        loss = loss / count
         optimizer.zero_grad()
-        loss.backward()
+        (loss + regulariser(model)).backward()
         optimizer.step()
         if moves_ranks(model):
             model.base_model.update_and_allocate(step)
