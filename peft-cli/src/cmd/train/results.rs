@@ -10,6 +10,7 @@ use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::Dataset;
 use peft_train::log::{ModelCard, Report, RunFacts, RunLogger, Sample, read_metrics};
+use peft_train::methods::METHODS;
 use peft_train::recipe::Recipe;
 use peft_train::{Ended, Outcome, checkpoint};
 use serde_json::{Value, json};
@@ -119,16 +120,20 @@ impl Finished<'_> {
         if let Some(eval) = self.recipe.data.eval.as_ref().and_then(toml::Value::as_str) {
             next.push(format!("peft-cli eval --model {model} --adapter {out} --data {eval}"));
         }
-        if !writes {
-            next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
-            return next;
+        if writes {
+            let first = self.recipe.sample.prompts.first();
+            let prompt = first.map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
+            next.push(format!(
+                "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
+                prompt.replace('\'', "\\'")
+            ));
         }
-        let prompt = self.recipe.sample.prompts.first().map_or_else(|| "…".to_string(), |p| p.replace('\n', "\\n"));
-        next.push(format!(
-            "peft-cli generate --model {model} --adapter {out} --prompt $'{}'",
-            prompt.replace('\'', "\\'")
-        ));
-        next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
+        if METHODS.iter().any(|m| m.name == self.facts.method && m.mergeable) {
+            next.push(format!("peft-cli merge --model {model} --adapter {out} --output {out}-merged"));
+        }
+        if next.is_empty() {
+            next.push(format!("peft-cli inspect {out}"));
+        }
         next
     }
 
