@@ -128,7 +128,11 @@ fn old_files_are_read() {
     }
     edit(&hub.join("adapter_config.json"), |keys| {
         keys.remove("version");
+        keys.insert("type".to_owned(), json!("text_task"));
         keys["config"]["non_linearity"] = json!("gelu");
+        keys["config"]["init_weights_seed"] = json!(42);
+        keys["config"]["attention_type"] = json!("sent-lvl-dynamic");
+        keys["config"]["invertible_adapter"] = json!({"block_type": "nice", "reduction_factor": 2});
     });
     let files = adapter_files::open(&dir.path().join("ours"), None).unwrap();
     let of_adapter = files.keys().filter(|key| key.contains("adapter_"));
@@ -148,6 +152,8 @@ fn old_files_are_read() {
     for (a, b) in mine.zip(opened.parameters()) {
         close(a.name(), &a.value(), &b.value(), 0.0).unwrap();
     }
+    edit(&hub.join("adapter_config.json"), |keys| keys["type"] = json!("text_lang"));
+    assert!(methods::open(&hub, &bert()).unwrap_err().to_string().contains("inv_adapter"));
 }
 
 #[test]

@@ -76,7 +76,12 @@ fn split(key: &str) -> (&str, &str) {
 /// Our config for what AdapterHub's `adapter_config.json` says.
 fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
     let mut own = match keys.get("config") {
-        Some(Value::Object(own)) => own.clone(),
+        Some(Value::Object(own)) => {
+            let mut own = own.clone();
+            // The presets say it, the class that a table is read as has this default.
+            own.entry("original_ln_before").or_insert(false.into());
+            own
+        }
         Some(Value::String(preset)) => [("preset".to_owned(), preset.clone().into())].into_iter().collect(),
         _ => return Err(Error::config("config", "is neither a table nor the name of a preset")),
     };
@@ -92,6 +97,8 @@ fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
     if !keys.contains_key("version") {
         rename_old_activation(&mut own);
     }
+    let is_task = keys.get("type").and_then(Value::as_str) == Some("text_task");
+    forget_what_says_nothing(&mut own, is_task);
     let class = keys.get("model_class").and_then(Value::as_str).unwrap_or("");
     let task = if class.ends_with("ForSequenceClassification") {
         "SEQ_CLS"
@@ -104,6 +111,21 @@ fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
     let base = keys.get("model_name").and_then(Value::as_str).filter(|name| !name.is_empty());
     own.insert("base_model_name_or_path".into(), base.map_or(Value::Null, Into::into));
     Ok(BottleneckConfig::from_recipe(&own)?.to_adapter_config())
+}
+
+/// Takes out what does not change what is stored: the seed of a start that is over, settings of the first versions' fusion, and
+/// an invertible adapter that first versions named beside an adapter of a task and did not store (`_fix_legacy_config` in
+/// `adapters/loading.py`).
+fn forget_what_says_nothing(own: &mut Map<String, Value>, is_task: bool) {
+    for key in ["init_weights_seed", "attention_type", "new_attention_norm"] {
+        own.remove(key);
+    }
+    let block = own.remove("invertible_adapter").and_then(|block| block.get("block_type").cloned());
+    if is_task {
+        own.remove("inv_adapter");
+    } else if let Some(block) = block {
+        own.insert("inv_adapter".into(), block);
+    }
 }
 
 /// Before files had a version, `gelu` was the approximation (`ACTIVATION_RENAME` in `adapters/utils.py`).
