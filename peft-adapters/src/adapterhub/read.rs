@@ -78,7 +78,7 @@ fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
     let mut own = match keys.get("config") {
         Some(Value::Object(own)) => {
             let mut own = own.clone();
-            // The presets say it, the class that a table is read as has this default.
+            // A table is a `BnConfig`, with this default; a recipe without a preset is a `seq_bn`.
             own.entry("original_ln_before").or_insert(false.into());
             own
         }
