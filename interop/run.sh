@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py too.
+# without options of that, interop/inits.py too, and interop/adapterhub.py, which compares with AdapterHub's package.
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
 #
@@ -30,4 +30,7 @@ if [ "$(cat "$cases/.stamp" 2>/dev/null)" != "$stamp" ]; then
     echo "interop: made the cases in $SECONDS s" >&2
 fi
 "$python" interop/check.py "$program" "$cases" "$@"
-[ $# -gt 0 ] || "$python" interop/inits.py "$program" --seed "$seed"
+if [ $# = 0 ]; then
+    "$python" interop/inits.py "$program" --seed "$seed"
+    "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
+fi

@@ -4,6 +4,8 @@ use candle_core::{DType, Tensor};
 use peft_core::kernels::{self, Activation};
 use peft_core::{Ctx, Join, Parameter, Result, SiteId, SublayerModule};
 
+use crate::phm::Phm;
+
 /// Epsilon of the adapter's own layer norms, PyTorch's default.
 const LAYER_NORM_EPS: f64 = 1e-5;
 
@@ -51,18 +53,47 @@ impl Norm {
     }
 }
 
-/// A projection with a bias.
+/// The weight of a projection, `[out, in]`.
+#[derive(Debug)]
+pub(crate) enum Weight {
+    Dense(Parameter),
+    Phm(Phm),
+}
+
+/// A linear layer.
 #[derive(Debug)]
 pub(crate) struct Projection {
-    /// `[out, in]`.
-    pub(crate) weight: Parameter,
+    pub(crate) weight: Weight,
     /// `[out]`.
-    pub(crate) bias: Parameter,
+    pub(crate) bias: Option<Parameter>,
 }
 
 impl Projection {
     fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        Ok(kernels::add_bias(&kernels::trainable_linear(x, &self.weight.get(ctx))?, &self.bias.get(ctx))?)
+        let weight = match &self.weight {
+            Weight::Dense(weight) => weight.get(ctx),
+            Weight::Phm(phm) => phm.weight(ctx)?,
+        };
+        let out = kernels::trainable_linear(x, &weight)?;
+        match &self.bias {
+            Some(bias) => Ok(kernels::add_bias(&out, &bias.get(ctx))?),
+            None => Ok(out),
+        }
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        let weight: Vec<_> = match &self.weight {
+            Weight::Dense(weight) => vec![weight],
+            Weight::Phm(phm) => phm.parameters().collect(),
+        };
+        weight.into_iter().chain(&self.bias).collect()
+    }
+
+    fn dtype(&self) -> DType {
+        match &self.weight {
+            Weight::Dense(weight) => weight.dtype(),
+            Weight::Phm(phm) => phm.dtype(),
+        }
     }
 }
 
@@ -139,7 +170,7 @@ impl Bottleneck {
     }
 
     fn dtype(&self) -> DType {
-        self.down.weight.dtype()
+        self.down.dtype()
     }
 }
 
@@ -156,7 +187,7 @@ impl SublayerModule for Bottleneck {
     fn parameters(&self) -> Vec<&Parameter> {
         let mut all = Vec::new();
         all.extend(self.norm_before.iter().flat_map(Norm::parameters));
-        all.extend([&self.down.weight, &self.down.bias, &self.up.weight, &self.up.bias]);
+        all.extend(self.down.parameters().into_iter().chain(self.up.parameters()));
         if let Scaling::Learned(s) = &self.scaling {
             all.push(s);
         }
@@ -168,7 +199,6 @@ impl SublayerModule for Bottleneck {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use candle_core::Device;
     use peft_core::kernels::testing::{close, randn};
     use peft_core::{AdapterSet, FrozenNorm, NormKind, Role, Route};
 
@@ -178,6 +208,10 @@ mod tests {
 
     fn parameter(seed: u64, shape: &[usize]) -> Parameter {
         Parameter::new(format!("p{seed}"), &randn(seed, shape, 0.6).unwrap(), Role::Plain).unwrap()
+    }
+
+    fn dense(weight: Parameter, bias: Parameter) -> Projection {
+        Projection { weight: Weight::Dense(weight), bias: Some(bias) }
     }
 
     fn bottleneck(placement: Placement, scaling: Scaling, norms: [bool; 2], residual_before_norm: bool) -> Bottleneck {
@@ -190,9 +224,9 @@ mod tests {
             joins_stream: true,
             residual_before_norm,
             norm_before: norm(norms[0], 20),
-            down: Projection { weight: parameter(1, &[3, HIDDEN]), bias: parameter(2, &[3]) },
+            down: dense(parameter(1, &[3, HIDDEN]), parameter(2, &[3])),
             activation: Activation::Relu,
-            up: Projection { weight: parameter(3, &[HIDDEN, 3]), bias: parameter(4, &[HIDDEN]) },
+            up: dense(parameter(3, &[HIDDEN, 3]), parameter(4, &[HIDDEN])),
             scaling,
             dropout: 0.0,
             norm_after: norm(norms[1], 30),
@@ -225,7 +259,8 @@ mod tests {
         };
         let x = b.norm_before.as_ref().map_or(read.clone(), |norm| own(norm, &read));
         let linear = |p: &Projection, x: &Tensor| {
-            x.matmul(&p.weight.value().t().unwrap()).unwrap().broadcast_add(&p.bias.value()).unwrap()
+            let [weight, bias] = p.parameters().try_into().unwrap();
+            x.matmul(&weight.value().t().unwrap()).unwrap().broadcast_add(&bias.value()).unwrap()
         };
         let up = linear(&b.up, &linear(&b.down, &x).relu().unwrap());
         let mut out = match &b.scaling {
@@ -284,6 +319,5 @@ mod tests {
         let b = bottleneck(Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
         let names: Vec<&str> = b.parameters().into_iter().map(Parameter::name).collect();
         assert_eq!(names, ["p20", "p21", "p1", "p2", "p3", "p4", "p40", "p30", "p31"]);
-        assert!(b.down.weight.value().device().same_device(&Device::Cpu));
     }
 }

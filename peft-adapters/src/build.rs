@@ -9,8 +9,9 @@ use peft_core::{
     Unmatched, candidates, insert_saved, parameter_name, select_saved,
 };
 
-use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling};
+use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling, Weight};
 use crate::config::{BottleneckConfig, ScalingKind, Start};
+use crate::phm::{Shared, Way};
 
 impl BottleneckConfig {
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
@@ -28,12 +29,24 @@ impl BottleneckConfig {
         if let Some(block) = self.leave_out.iter().find(|&&block| block >= blocks) {
             return Err(Error::config("leave_out", format!("the model has no block {block}: it has {blocks}")));
         }
+        if self.behind_cross_attention && !sublayers.iter().any(|s| s.kind == SublayerKind::CrossAttention) {
+            let message = format!("model type `{}` has no attention to an encoder", base.model_type());
+            return Err(Error::config("cross_adapter", message));
+        }
         let mut adapter = Adapter::new(self.to_adapter_config(), base.sites());
-        let chosen = sublayers.iter().filter(|s| !self.leave_out.contains(&s.block) && self.stands_behind(s.kind));
+        let chosen: Vec<_> =
+            sublayers.iter().filter(|s| !self.leave_out.contains(&s.block) && self.stands_behind(s.kind)).collect();
+        let shared = match (&self.phm, chosen.first()) {
+            (Some(phm), Some(at)) => {
+                phm.shared(at.hidden_size, self.width(at.block, at.hidden_size)?, seed, base.device())?
+            }
+            _ => Shared::default(),
+        };
         for sublayer in chosen {
-            let module = SiteModule::Sublayer(Arc::new(self.bottleneck(base, *sublayer, seed)?));
+            let module = SiteModule::Sublayer(Arc::new(self.bottleneck(base, *sublayer, &shared, seed)?));
             adapter.insert(sublayer.end, SiteAdapter::new(Some(module), None))?;
         }
+        shared.parameters().for_each(|parameter| adapter.add_shared(parameter.clone()));
         if adapter.trainable_elements() == 0 {
             return Err(Error::config("leave_out", "names every block: nothing would be trained"));
         }
@@ -45,11 +58,12 @@ impl BottleneckConfig {
     fn stands_behind(&self, kind: SublayerKind) -> bool {
         match kind {
             SublayerKind::Attention => self.behind_attention,
+            SublayerKind::CrossAttention => self.behind_cross_attention,
             SublayerKind::FeedForward => self.behind_feed_forward,
         }
     }
 
-    fn bottleneck(&self, base: &dyn BaseModel, at: SublayerSite, seed: u64) -> Result<Bottleneck> {
+    fn bottleneck(&self, base: &dyn BaseModel, at: SublayerSite, shared: &Shared, seed: u64) -> Result<Bottleneck> {
         let site =
             base.sites().get(at.end).ok_or_else(|| Error::msg("a sublayer ends at a site that does not exist"))?;
         let (hidden, width) = (at.hidden_size, self.width(at.block, at.hidden_size)?);
@@ -66,13 +80,18 @@ impl BottleneckConfig {
                 bias: parameter(&format!("{suffix}.bias"), full(0.0, hidden)?, role(Role::NoDecay))?,
             })
         };
-        let projection = |suffix: &str, out: usize, inp: usize, draw: u32, roles: [Role; 2]| -> Result<Projection> {
-            let values = self.start_values(out * inp, inp, draw, Stream { seed, step: draw, site: at.end.0 });
-            let weight = Tensor::from_vec(values, (out, inp), &Device::Cpu)?;
-            let [of_weight, of_bias] = roles;
+        let projection = |suffix: &str, way: Way, [inp, out]: [usize; 2], roles: [Role; 2]| -> Result<Projection> {
+            let (stream, [of_weight, of_bias]) = (Stream { seed, step: way as u32, site: at.end.0 }, roles);
+            if let Some(phm) = &self.phm {
+                let path = format!("{}.{suffix}", site.path);
+                let weight = phm.projection((&path, stream, base.device()), way, [inp, out], shared)?;
+                let bias = phm.bias.then(|| parameter(&format!("{suffix}.b"), full(0.0, out)?, of_bias)).transpose()?;
+                return Ok(Projection { weight: Weight::Phm(weight), bias });
+            }
+            let weight = Tensor::from_vec(self.start_values(out * inp, inp, way, stream), (out, inp), &Device::Cpu)?;
             Ok(Projection {
-                weight: parameter(&format!("{suffix}.weight"), weight, of_weight)?,
-                bias: parameter(&format!("{suffix}.bias"), full(0.0, out)?, of_bias)?,
+                weight: Weight::Dense(parameter(&format!("{suffix}.weight"), weight, of_weight)?),
+                bias: Some(parameter(&format!("{suffix}.bias"), full(0.0, out)?, of_bias)?),
             })
         };
         // AdapterHub's names: the norm in front is the first of the layers that lead down.
@@ -86,9 +105,9 @@ impl BottleneckConfig {
             joins_stream: self.joins_stream,
             residual_before_norm: self.residual_before_norm,
             norm_before,
-            down: projection(down, width, hidden, DOWN, [role(Role::Plain), role(Role::NoDecay)])?,
+            down: projection(down, Way::Down, [hidden, width], [role(Role::Plain), role(Role::NoDecay)])?,
             activation: self.activation,
-            up: projection("adapter_up", hidden, width, UP, [Role::Plain, Role::NoDecay])?,
+            up: projection("adapter_up", Way::Up, [width, hidden], [Role::Plain, Role::NoDecay])?,
             scaling: match self.scaling {
                 ScalingKind::Fixed(s) => Scaling::Fixed(s),
                 ScalingKind::Learned => scale(1)?,
@@ -99,11 +118,11 @@ impl BottleneckConfig {
         })
     }
 
-    fn start_values(&self, n: usize, fan_in: usize, draw: u32, stream: Stream) -> Vec<f32> {
+    fn start_values(&self, n: usize, fan_in: usize, way: Way, stream: Stream) -> Vec<f32> {
         match self.start {
             Start::Bert => stream.normal_vec(n, 0.02),
             Start::Houlsby => truncated_normal(stream, n, 0.01),
-            Start::MamAdapter if draw == UP => vec![0.0; n],
+            Start::MamAdapter if way == Way::Up => vec![0.0; n],
             Start::MamAdapter => {
                 // Kaiming's uniform distribution with a = √5.
                 let bound = 1.0 / (fan_in as f32).sqrt();
@@ -112,10 +131,6 @@ impl BottleneckConfig {
         }
     }
 }
-
-/// The numbers of the two projections' streams.
-const DOWN: u32 = 0;
-const UP: u32 = 1;
 
 /// `n` values from the normal distribution without what lies beyond two standard deviations.
 fn truncated_normal(stream: Stream, n: usize, std: f32) -> Vec<f32> {

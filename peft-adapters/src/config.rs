@@ -10,6 +10,7 @@ use peft_core::{BaseModel, ConfigKeys, Error, Result, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
 use crate::bottleneck::{Placement, Residual};
+use crate::phm::PhmConfig;
 
 /// `peft_type` of bottleneck adapters; PEFT has no such method, so the name is ours.
 pub(crate) const PEFT_TYPE: &str = "BOTTLENECK";
@@ -17,28 +18,49 @@ pub(crate) const PEFT_TYPE: &str = "BOTTLENECK";
 const PRESET: &str = "preset";
 
 /// Named settings: AdapterHub's, under its present and its older name.
-const PRESETS: [(&str, &str); 4] = [
+const PRESETS: [(&str, &str); 7] = [
     ("seq_bn", "pfeiffer"),
     ("double_seq_bn", "houlsby"),
     ("par_bn", "parallel"),
     ("scaled_par_bn", "scaled_parallel"),
+    ("compacter", "compacter"),
+    ("compacter++", "compacter++"),
+    ("adapter_plus", "adapter_plus"),
 ];
 
 /// Settings of AdapterHub's that say something which is not here: the key, and the value under which it says nothing.
-fn not_here() -> [(&'static str, Value); 6] {
+fn not_here() -> [(&'static str, Value); 4] {
     [
         ("use_gating", json!(false)),
         ("inv_adapter", Value::Null),
-        ("cross_adapter", json!(false)),
-        ("phm_layer", json!(false)),
         ("stochastic_depth", json!(0.0)),
         ("init_weights_seed", Value::Null),
     ]
 }
 
-/// Keys that say how a `phm_layer` is made, of which there is none here, or belong to `inv_adapter`.
-const WITHOUT_EFFECT: [&str; 11] = [
+/// The keys of AdapterHub's `BnConfig`.
+pub(crate) const ADAPTERHUB_KEYS: [&str; 33] = [
+    "mh_adapter",
+    "output_adapter",
+    "reduction_factor",
+    "non_linearity",
+    "original_ln_before",
+    "original_ln_after",
+    "ln_before",
+    "ln_after",
+    "init_weights",
+    "init_weights_seed",
+    "is_parallel",
+    "scaling",
+    "use_gating",
+    "residual_before_ln",
+    "adapter_residual_before_ln",
+    "inv_adapter",
     "inv_adapter_reduction_factor",
+    "cross_adapter",
+    "leave_out",
+    "dropout",
+    "phm_layer",
     "phm_dim",
     "factorized_phm_W",
     "shared_W_phm",
@@ -49,6 +71,8 @@ const WITHOUT_EFFECT: [&str; 11] = [
     "learn_phm",
     "hypercomplex_nonlinearity",
     "phm_rank",
+    "phm_bias",
+    "stochastic_depth",
 ];
 
 /// What an adapter's projections start from.
@@ -74,6 +98,7 @@ pub(crate) enum ScalingKind {
 #[derive(Debug, Clone)]
 pub struct BottleneckConfig {
     pub(crate) behind_attention: bool,
+    pub(crate) behind_cross_attention: bool,
     pub(crate) behind_feed_forward: bool,
     reduction: Reduction,
     pub(crate) activation: Activation,
@@ -89,6 +114,8 @@ pub struct BottleneckConfig {
     pub(crate) leave_out: Vec<usize>,
     /// Modules that are trained whole, such as a class head.
     pub(crate) saved: TargetSpec,
+    /// What the projections are made of, where they are not dense.
+    pub(crate) phm: Option<PhmConfig>,
     raw: Map<String, Value>,
 }
 
@@ -105,7 +132,10 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "mh_adapter": false, "output_adapter": true, "reduction_factor": 16, "non_linearity": "relu",
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
-        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null
+        "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null, "cross_adapter": false,
+        "inv_adapter_reduction_factor": null, "phm_layer": false, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
+        "shared_phm_rule": true, "factorized_phm_rule": false, "phm_c_init": "normal", "phm_init_range": 0.0001,
+        "learn_phm": true, "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": true
     });
     let changes = match preset {
         "double_seq_bn" => json!({"mh_adapter": true, "non_linearity": "swish"}),
@@ -113,6 +143,17 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "scaled_par_bn" => {
             json!({"is_parallel": true, "reduction_factor": 2, "init_weights": "mam_adapter", "scaling": "learned"})
         }
+        "compacter" => {
+            json!({"mh_adapter": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
+        }
+        "compacter++" => {
+            json!({"original_ln_before": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
+        }
+        // With AdapterHub's stochastic depth of 0.1, which is for models of images, left at 0.
+        "adapter_plus" => json!({
+            "original_ln_before": true, "original_ln_after": false, "residual_before_ln": false, "init_weights": "houlsby",
+            "scaling": "channel", "reduction_factor": 96, "non_linearity": "gelu"
+        }),
         _ => json!({"original_ln_before": true}),
     };
     if let (Value::Object(keys), Value::Object(changes)) = (&mut keys, changes) {
@@ -157,7 +198,6 @@ impl BottleneckConfig {
         let mut settings = completed(known.clone(), &own);
         // Left to the base ([`BottleneckConfig::for_base`]) where the recipe does not say it.
         settings.insert("task_type".into(), own.get("task_type").cloned().unwrap_or(Value::Null));
-        known.extend(WITHOUT_EFFECT.map(|key| (key.to_string(), Value::Null)));
         known.insert(PRESET.into(), Value::Null);
         ConfigKeys(&own).refuse_unknown("bottleneck", &known)?;
         Self::read(&settings, settings.clone())
@@ -171,15 +211,15 @@ impl BottleneckConfig {
             }
         }
         let keys = ConfigKeys(&raw);
-        let [mh, output] = [keys.flag("mh_adapter", false)?, keys.flag("output_adapter", true)?];
-        if !(mh || output) {
-            return Err(Error::config(
-                "output_adapter",
-                "neither this nor `mh_adapter` is true: nothing would be trained",
-            ));
+        let [mh, cross] = [keys.flag("mh_adapter", false)?, keys.flag("cross_adapter", false)?];
+        let output = keys.flag("output_adapter", true)?;
+        if !(mh || cross || output) {
+            let message = "none of this, `mh_adapter` and `cross_adapter` is true: nothing would be trained";
+            return Err(Error::config("output_adapter", message));
         }
         Ok(Self {
             behind_attention: mh,
+            behind_cross_attention: cross,
             behind_feed_forward: output,
             reduction: Reduction::read(keys)?,
             activation: activation(keys)?,
@@ -204,6 +244,7 @@ impl BottleneckConfig {
             },
             leave_out: leave_out(keys)?,
             saved: saved(keys)?,
+            phm: phm(keys)?,
             raw,
         })
     }
@@ -302,6 +343,16 @@ fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
     }
 }
 
+fn phm(keys: ConfigKeys<'_>) -> Result<Option<PhmConfig>> {
+    let read = PhmConfig::read(keys)?;
+    if read.as_ref().is_some_and(|phm| phm.shares_weight) && keys.get("reduction_factor").is_some_and(Value::is_object)
+    {
+        let message = "adapters of several widths cannot share their weights: give one reduction_factor";
+        return Err(Error::config("shared_W_phm", message));
+    }
+    Ok(read)
+}
+
 /// What is trained whole beside the adapters.
 fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
     let own = ["modules_to_save", "task_type"].into_iter();
@@ -341,6 +392,14 @@ mod tests {
         assert_eq!((parallel.placement, parallel.scaling), (Placement::Parallel, ScalingKind::Fixed(4.0)));
         assert_eq!((parallel.width(1, 64).unwrap(), parallel.width(2, 64).unwrap()), (16, 8));
         assert_eq!(recipe(json!({"preset": "scaled_par_bn"})).unwrap().scaling, ScalingKind::Learned);
+        let plus = recipe(json!({"preset": "adapter_plus"})).unwrap();
+        assert_eq!(plus.placement, Placement::Sequential { on_stream: true, residual: Residual::Input });
+        assert_eq!((plus.joins_stream, plus.scaling, plus.start), (false, ScalingKind::Channel, Start::Houlsby));
+        for (name, behind_attention) in [("compacter", true), ("compacter++", false)] {
+            let compacter = recipe(json!({"preset": name})).unwrap();
+            assert_eq!((compacter.behind_attention, compacter.width(0, 768).unwrap()), (behind_attention, 24));
+            assert!(compacter.phm.is_some() && compacter.activation == Activation::Gelu);
+        }
     }
 
     #[test]
@@ -365,7 +424,7 @@ mod tests {
             (json!({"reduction_factor": {"one": 3}}), "reduction_factor"),
             (json!({"non_linearity": "rleu"}), "non_linearity"),
             (json!({"use_gating": true}), "use_gating"),
-            (json!({"phm_layer": true}), "phm_layer"),
+            (json!({"preset": "compacter", "shared_W_phm": true, "reduction_factor": {"default": 8}}), "shared_W_phm"),
             (json!({"stochastic_depth": 0.1}), "stochastic_depth"),
             (json!({"output_adapter": false}), "nothing would be trained"),
             (json!({"residual_before_ln": "post_add", "original_ln_before": false}), "original_ln_before"),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// Train, evaluate, merge and run adapters over a frozen base model.
 ///
@@ -25,6 +25,8 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Write a complete model with one or more adapters merged into it
     Merge(MergeArgs),
+    /// Write an adapter in another program's form
+    Convert(ConvertArgs),
     /// Say what a model or an adapter is
     Inspect(InspectArgs),
     /// List the methods that can be trained
@@ -171,6 +173,38 @@ pub(crate) struct MergeArgs {
     /// Type of the matrices in a GGUF file: q4_k, q8_0, …
     #[arg(long)]
     pub(crate) quantize: Option<String>,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What an adapter can be converted to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ConvertTo {
+    /// The files of AdapterHub's `adapters` package, for bottleneck adapters
+    Adapterhub,
+    /// adapter_config.json and adapter_model.safetensors, as training writes them
+    Peft,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ConvertArgs {
+    /// The adapter, of PEFT's, ours or AdapterHub's: a folder or a hub id
+    #[arg(long)]
+    pub(crate) adapter: String,
+    /// The form to write
+    #[arg(long)]
+    pub(crate) to: ConvertTo,
+    /// The folder to write, new or empty
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// The base model. `adapterhub` needs it where the adapter does not name one on this machine; with `peft`, the copy of the
+    /// base's output layer that AdapterHub stores beside an adapter is left out
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// What the adapter is called in formats that name it
+    #[arg(long, default_value = "adapter")]
+    pub(crate) name: String,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -47,28 +47,13 @@ impl AdapterConfig {
     /// There is none (the message says if a subfolder has one), it is not a JSON table, it has no `peft_type`, or it
     /// is one of AdapterHub's, whose files have the same name and another content.
     pub fn read(dir: impl AsRef<Path>) -> Result<Self> {
-        let dir = dir.as_ref();
-        let path = dir.join(ADAPTER_CONFIG);
-        let info = match std::fs::metadata(&path) {
-            Ok(info) => info,
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Err(no_config(dir)),
-            Err(cause) if cause.kind() == std::io::ErrorKind::NotADirectory => {
-                return Err(Error::file(dir, "is a file; give the folder that holds adapter_config.json"));
-            }
-            Err(cause) => return Err(Error::io(&path, cause)),
-        };
-        if info.len() > MAX_BYTES {
-            return Err(Error::file(&path, format!("is no adapter config: it has {} bytes", info.len())));
-        }
-        let bytes = std::fs::read(&path).map_err(|cause| Error::io(&path, cause))?;
+        let path = dir.as_ref().join(ADAPTER_CONFIG);
+        let map = read_keys(dir)?;
         let wrong = |message: String| Error::file(&path, message);
-        let value: Value = serde_json::from_slice(&bytes)
-            .map_err(|error| wrong(format!("is not a JSON file: {error}{}", what_it_is(&bytes))))?;
-        let Value::Object(map) = value else { return Err(wrong("is not a JSON table".to_owned())) };
         if !map.contains_key("peft_type") && map.contains_key("config") {
             return Err(wrong(
-                "is an AdapterHub config (it has `config` and no `peft_type`), which only shares its name with PEFT's; \
-                 save the adapter with PEFT, or train it again here"
+                "is an AdapterHub config (it has `config` and no `peft_type`), and PEFT's is needed here; `peft-cli convert --to \
+                 peft` makes one of it"
                     .to_owned(),
             ));
         }
@@ -119,6 +104,51 @@ impl AdapterConfig {
     /// [`Error::Write`].
     pub fn write(&self, dir: impl AsRef<Path>) -> Result<()> {
         write_file(dir.as_ref().join(ADAPTER_CONFIG), self.to_json()?.as_bytes())
+    }
+}
+
+/// The keys of the `adapter_config.json` in `dir`, whichever program wrote it.
+///
+/// # Errors
+/// There is none (the message says if a subfolder has one), or it is not a JSON table.
+pub fn read_keys(dir: impl AsRef<Path>) -> Result<Map<String, Value>> {
+    let dir = dir.as_ref();
+    let path = dir.join(ADAPTER_CONFIG);
+    let info = match std::fs::metadata(&path) {
+        Ok(info) => info,
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => return Err(no_config(dir)),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotADirectory => {
+            return Err(Error::file(dir, "is a file; give the folder that holds adapter_config.json"));
+        }
+        Err(cause) => return Err(Error::io(&path, cause)),
+    };
+    read_json_table(&path, info.len())
+}
+
+/// The table in a JSON file of `bytes` bytes.
+fn read_json_table(path: &Path, bytes: u64) -> Result<Map<String, Value>> {
+    if bytes > MAX_BYTES {
+        return Err(Error::file(path, format!("is no config: it has {bytes} bytes")));
+    }
+    let bytes = std::fs::read(path).map_err(|cause| Error::io(path, cause))?;
+    let wrong = |message: String| Error::file(path, message);
+    let value: Value = serde_json::from_slice(&bytes)
+        .map_err(|error| wrong(format!("is not a JSON file: {error}{}", what_it_is(&bytes))))?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err(wrong("is not a JSON table".to_owned())),
+    }
+}
+
+/// The table in the JSON file at `path`, or `None` where there is no such file.
+///
+/// # Errors
+/// It cannot be read, or is not a JSON table.
+pub fn read_json_file(path: &Path) -> Result<Option<Map<String, Value>>> {
+    match std::fs::metadata(path) {
+        Ok(info) => read_json_table(path, info.len()).map(Some),
+        Err(cause) if cause.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(cause) => Err(Error::io(path, cause)),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
@@ -42,10 +43,12 @@ impl ExpectedTensor {
 pub struct AdapterFolder {
     dir: PathBuf,
     config: AdapterConfig,
-    weights: SafetensorsFile,
-    /// Today's name → name in the file.
-    keys: BTreeMap<String, String>,
+    weights: Arc<SafetensorsFile>,
+    keys: BTreeMap<String, StoredTensor>,
 }
+
+/// Where a tensor lies: the file, and its name there.
+pub type StoredTensor = (Arc<SafetensorsFile>, String);
 
 impl AdapterFolder {
     /// Reads the config and maps the weights.
@@ -60,7 +63,7 @@ impl AdapterFolder {
         if !path.exists() {
             return Err(no_weights(dir));
         }
-        let weights = SafetensorsFile::open(&path)?;
+        let weights = Arc::new(SafetensorsFile::open(&path)?);
         let mut keys = BTreeMap::new();
         for name in weights.names() {
             // With bias = "all", PEFT stores the biases of `modules_to_save` a second time, under the wrapper's name (and
@@ -73,12 +76,24 @@ impl AdapterFolder {
                 continue;
             }
             let Some(key) = canonical(name) else { continue };
-            if let Some(other) = keys.insert(key, name.to_owned()) {
+            if let Some((_, other)) = keys.insert(key, (weights.clone(), name.to_owned())) {
                 let message = format!("holds the same tensor twice, as `{other}` and as `{name}`; remove one of them");
                 return Err(Error::file(&path, message));
             }
         }
         Ok(Self { dir: dir.to_owned(), config, weights, keys })
+    }
+
+    /// The folder `dir` of another program, which keeps its adapter in other files: the config and the names that PEFT (or this
+    /// project, for a method that PEFT lacks) would have for it, and where each tensor lies. `weights` is the file to name
+    /// in messages.
+    pub fn foreign(
+        dir: impl AsRef<Path>,
+        config: AdapterConfig,
+        weights: Arc<SafetensorsFile>,
+        keys: BTreeMap<String, StoredTensor>,
+    ) -> Self {
+        Self { dir: dir.as_ref().to_owned(), config, weights, keys }
     }
 
     /// The folder.
@@ -108,12 +123,13 @@ impl AdapterFolder {
 
     /// Shape of a tensor, if it is there.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
-        Some(&self.weights.get(self.keys.get(key)?)?.shape)
+        let (file, name) = self.keys.get(key)?;
+        Some(&file.get(name)?.shape)
     }
 
     /// Bytes of all tensors together.
     pub fn bytes(&self) -> usize {
-        self.keys.values().filter_map(|name| self.weights.get(name)).map(|meta| meta.bytes.len()).sum()
+        self.keys.values().filter_map(|(file, name)| file.get(name)).map(|meta| meta.bytes.len()).sum()
     }
 
     /// One tensor in the type that it has in the file.
@@ -122,7 +138,7 @@ impl AdapterFolder {
     /// It is not there, or its type cannot be used.
     pub fn tensor(&self, key: &str, device: &Device) -> Result<Tensor> {
         match self.keys.get(key) {
-            Some(name) => self.weights.tensor(name, device),
+            Some((file, name)) => file.tensor(name, device),
             None => {
                 let near = did_you_mean(key, self.keys());
                 Err(Error::file(self.weights.path(), format!("has no tensor `{key}`{near}")))
@@ -172,17 +188,24 @@ impl AdapterFolder {
 
 fn no_weights(dir: &Path) -> Error {
     let pickle = dir.join("adapter_model.bin");
-    let message = if pickle.exists() {
-        format!(
-            "has its weights only as a PyTorch pickle (adapter_model.bin), which can run code and is not opened here; convert \
-             it once: python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in \
-             torch.load('{}', weights_only=True).items()}}, '{}', metadata={{'format': 'pt'}})\"",
-            pickle.display(),
-            dir.join(ADAPTER_WEIGHTS).display()
-        )
-    } else {
-        format!("has adapter_config.json and no {ADAPTER_WEIGHTS}; the adapter was not saved or downloaded completely")
-    };
+    if pickle.exists() {
+        return only_a_pickle(dir, "adapter_model.bin", ADAPTER_WEIGHTS);
+    }
+    let message =
+        format!("has adapter_config.json and no {ADAPTER_WEIGHTS}; the adapter was not saved or downloaded completely");
+    Error::file(dir, message)
+}
+
+/// The error for a folder with weights in a pickle alone, which is not read; the message has the command that makes the file
+/// `wanted` of it.
+pub fn only_a_pickle(dir: &Path, pickle: &str, wanted: &str) -> Error {
+    let message = format!(
+        "has its weights only as a PyTorch pickle ({pickle}), which can run code and is not opened here; convert it once: \
+         python -c \"import torch, safetensors.torch as s; s.save_file({{k: v.clone() for k, v in torch.load('{}', \
+         weights_only=True).items()}}, '{}', metadata={{'format': 'pt'}})\"",
+        dir.join(pickle).display(),
+        dir.join(wanted).display()
+    );
     Error::file(dir, message)
 }
 

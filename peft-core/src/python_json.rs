@@ -9,7 +9,10 @@ use serde_json::{Map, Value};
 
 /// Serialises `map` with sorted keys. The tables under `keep_order` keep their order, because it carries meaning
 /// (PEFT's patterns: the first match wins).
-pub(crate) fn to_python_json(map: &Map<String, Value>, keep_order: &[&str]) -> Result<String, serde_json::Error> {
+///
+/// # Errors
+/// None in practice; JSON that cannot be written.
+pub fn to_python_json(map: &Map<String, Value>, keep_order: &[&str]) -> Result<String, serde_json::Error> {
     let mut top: Vec<(&String, &Value)> = map.iter().collect();
     top.sort_by(|a, b| a.0.cmp(b.0));
     let sorted: Map<String, Value> = top

@@ -16,6 +16,8 @@ use crate::site::SiteId;
 pub enum SublayerKind {
     /// Attention with its output projection.
     Attention,
+    /// Attention of a decoder to what an encoder made, with its output projection.
+    CrossAttention,
     /// The feed-forward network.
     FeedForward,
 }

@@ -34,7 +34,7 @@ pub use options::{Event, Options, Progress};
 pub enum Kind {
     /// A base model: `config.json`, safetensors weights and the tokenizer's files, or a GGUF file.
     Model,
-    /// A PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+    /// An adapter: `adapter_config.json` and PEFT's `adapter_model.safetensors` or AdapterHub's `adapter.safetensors`.
     Adapter,
 }
 

@@ -15,7 +15,13 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const ADAPTER_CONFIG: &str = "adapter_config.json";
-const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+/// PEFT's weights, and AdapterHub's.
+const ADAPTER_WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter.safetensors"];
+/// Pickles in their place.
+const ADAPTER_PICKLES: [&str; 2] = ["adapter_model.bin", "pytorch_adapter.bin"];
+
+/// What an adapter may have beside its config: names of classes, and AdapterHub's head.
+const BESIDE_ADAPTER: &[&str] = &["head_config.json", "labels.json", "model_head.safetensors"];
 
 /// Small files that a model may have beside its config: tokenizers of all kinds, chat templates, generation defaults.
 const BESIDE_CONFIG: &[&str] = &[
@@ -130,30 +136,30 @@ fn plan<'a>(names: &BTreeSet<&'a str>, id: &HubId, kind: Kind) -> Result<Plan<'a
             None => Err(missing_file(id, file, &gguf_hint(names))),
         };
     }
-    let small = |needed: &'static str| {
-        names
-            .iter()
-            .copied()
-            .filter(|name| *name == needed || (needed == CONFIG && BESIDE_CONFIG.contains(name)))
-            .collect()
+    let small = |needed: &'static str, beside: &[&str]| {
+        names.iter().copied().filter(|name| *name == needed || beside.contains(name)).collect()
     };
     if kind == Kind::Adapter {
-        return match (has(ADAPTER_CONFIG), has(ADAPTER_WEIGHTS)) {
-            (true, true) => Ok(Plan::Files { small: small(ADAPTER_CONFIG), weights: ADAPTER_WEIGHTS }),
+        let weights = ADAPTER_WEIGHTS.into_iter().find(|file| has(file));
+        return match (has(ADAPTER_CONFIG), weights) {
+            (true, Some(weights)) => Ok(Plan::Files { small: small(ADAPTER_CONFIG, BESIDE_ADAPTER), weights }),
             (false, _) if has(CONFIG) => Err(missing_file(id, ADAPTER_CONFIG, "; it is a model, give it with --model")),
             (false, _) => Err(missing_file(id, ADAPTER_CONFIG, "")),
-            (true, false) if has("adapter_model.bin") => Err(missing_file(
-                id,
-                ADAPTER_WEIGHTS,
-                ", only a pickled adapter_model.bin; save it again with safe_serialization=True",
-            )),
-            (true, false) => Err(missing_file(id, ADAPTER_WEIGHTS, "")),
+            (true, None) => {
+                let both = ADAPTER_PICKLES.into_iter().zip(ADAPTER_WEIGHTS);
+                let (pickle, wanted) = both.clone().find(|(pickle, _)| has(pickle)).unwrap_or(("", ADAPTER_WEIGHTS[0]));
+                let hint = match pickle {
+                    "" => String::new(),
+                    pickle => format!(", only a pickled {pickle}; download it and save its tensors as {wanted}"),
+                };
+                Err(missing_file(id, wanted, &hint))
+            }
         };
     }
     let mut gguf = names.iter().filter(|name| is_gguf(name));
     let weights = [WEIGHTS, INDEX].into_iter().find(|file| has(file));
     match (has(CONFIG), weights, gguf.next(), gguf.next()) {
-        (true, Some(weights), _, _) => Ok(Plan::Files { small: small(CONFIG), weights }),
+        (true, Some(weights), _, _) => Ok(Plan::Files { small: small(CONFIG, BESIDE_CONFIG), weights }),
         (_, _, Some(only), None) => Ok(Plan::Gguf(only)),
         (_, _, Some(_), Some(_)) => Err(missing_file(id, WEIGHTS, &gguf_hint(names))),
         (false, ..) if has(ADAPTER_CONFIG) => {
@@ -233,7 +239,8 @@ fn cached(cache: &Cache, id: &HubId, kind: Kind) -> std::result::Result<Location
     }
     if kind == Kind::Adapter {
         need(ADAPTER_CONFIG)?;
-        need(ADAPTER_WEIGHTS)?;
+        let [peft, adapterhub] = ADAPTER_WEIGHTS;
+        need(peft).or_else(|missing| need(adapterhub).map_err(|_| missing))?;
         return Ok(Location::Folder(folder));
     }
     if need(CONFIG).is_err()

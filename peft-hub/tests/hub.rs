@@ -150,6 +150,17 @@ fn an_adapter_is_two_files() {
     let folder = resolve(SPEC, Kind::Adapter, &desk.options).unwrap();
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
     assert!(desk.error(SPEC).contains("give it with --adapter"));
+
+    let names =
+        ["adapter_config.json", "adapter.safetensors", "head_config.json", "model_head.safetensors", "README.md"];
+    let desk = Desk::new(&names.map(|name| (name, &b"{}"[..])));
+    let folder = resolve(SPEC, Kind::Adapter, &desk.options).unwrap();
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4);
+    for pickle in ["adapter_model.bin", "pytorch_adapter.bin"] {
+        let desk = Desk::new(&[("adapter_config.json", b"{}"), (pickle, b"")]);
+        let error = resolve(SPEC, Kind::Adapter, &desk.options).unwrap_err().to_string();
+        assert!(error.contains(pickle), "{error}");
+    }
 }
 
 #[test]

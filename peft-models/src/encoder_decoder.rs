@@ -16,7 +16,7 @@ use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, SequenceSpan};
 use peft_core::{
     BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, PromptDims, Result, Route,
-    Segmented, SiteId, SiteKind, SiteTable, Task, TokenBatch, VirtualSpans,
+    Segmented, SiteId, SiteKind, SiteTable, SublayerSite, Task, TokenBatch, VirtualSpans,
 };
 
 use self::attention::{Earlier, RelativeBias, SelfInput};
@@ -318,6 +318,15 @@ impl BaseModel for EncoderDecoder {
 
     fn task(&self) -> Task {
         self.config.task()
+    }
+
+    fn sublayers(&self) -> Vec<SublayerSite> {
+        let hidden_size = self.config.hidden_size;
+        let of_block = |(block, layers): (usize, &Block)| {
+            let ends: Vec<_> = layers.ends().collect();
+            ends.into_iter().map(move |(kind, end)| SublayerSite { block, kind, end, hidden_size })
+        };
+        self.blocks().enumerate().flat_map(of_block).collect()
     }
 
     /// Of the decoder, where prefixes stand; none where it has not as many blocks as the encoder, whose number PEFT counts.

@@ -47,8 +47,8 @@ pub const METHODS: &[MethodInfo] = &[
         trainable: true,
         mergeable: false,
         servable: true,
-        variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\" or \"scaled_par_bn\", reduction_factor, non_linearity, leave_out",
-        paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366",
+        variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\", \"scaled_par_bn\", \"compacter\", \"compacter++\" or \"adapter_plus\", reduction_factor, non_linearity, leave_out",
+        paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366; Compacter: Mahabadi et al. 2021, arXiv:2106.04647; Adapter+: Steitz & Roth 2024, arXiv:2406.06820; AdapterDrop: Rücklé et al. 2021, arXiv:2010.11918",
     },
     MethodInfo {
         name: "prefix",

@@ -5,7 +5,10 @@
 
 use std::path::Path;
 
-use peft_core::{AdapterFolder, Error, Result, atomic};
+use peft_adapters::adapterhub;
+use peft_core::{Error, Result, atomic};
+
+use crate::adapter_files;
 
 /// The file's name.
 pub const FILE: &str = "labels.json";
@@ -26,8 +29,8 @@ pub fn write(dir: &Path, labels: &[String]) -> Result<()> {
     atomic::write_file(dir.join(FILE), text.as_bytes())
 }
 
-/// Names of the classes of the head that an adapter folder holds: those of its `labels.json`, or else `LABEL_0`,
-/// `LABEL_1`, … as many as its output layer has rows. None where it holds no head.
+/// Names of the classes of the head that an adapter folder holds: those of its `labels.json` or of AdapterHub's head, or
+/// else `LABEL_0`, `LABEL_1`, … as many as its output layer has rows. None where it holds no head.
 ///
 /// # Errors
 /// A file that is no list of names, or an adapter that cannot be opened.
@@ -42,7 +45,12 @@ pub fn read(folder: &Path) -> Result<Option<Vec<String>>> {
         let wrong = |e: serde_json::Error| Error::file(&file, format!("is not a list of the classes' names: {e}"));
         return serde_json::from_slice(&text).map(Some).map_err(wrong);
     }
-    let files = AdapterFolder::open(folder)?;
+    if adapterhub::is_adapterhub(folder)?
+        && let Some(labels) = adapterhub::labels(folder)?
+    {
+        return Ok(Some(labels));
+    }
+    let files = adapter_files::open(folder, None)?;
     let is_output =
         |key: &&str| OUTPUT_LAYERS.iter().any(|end| key.strip_suffix(end).is_some_and(|p| p.ends_with('.')));
     let classes =

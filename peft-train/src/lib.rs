@@ -2,6 +2,7 @@
 Training: rows to tokens to batches, the block-wise step, optimisers, checkpoints and logs. Nothing here serves.
 */
 
+pub mod adapter_files;
 pub mod audit;
 mod catalogue;
 pub mod checkpoint;

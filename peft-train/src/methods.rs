@@ -18,6 +18,7 @@ use peft_reparam::ReparamConfig;
 use peft_selective::{LnConfig, TokensConfig};
 use serde_json::{Map, Value};
 
+use crate::adapter_files;
 pub use crate::catalogue::{METHODS, MethodInfo};
 use crate::data::Batch;
 use crate::eva;
@@ -225,7 +226,7 @@ pub fn create_on<M: Segmented>(
 /// # Errors
 /// A wrong config, a missing, unexpected or misshapen tensor, NaN or infinity; the message names them.
 pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
-    let files = AdapterFolder::open(folder)?;
+    let files = adapter_files::open(folder, Some(base))?;
     let peft_type = files.config().peft_type();
     let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
         let known: Vec<_> = METHODS.iter().map(|m| m.peft_type).collect();

@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use anyhow::Result;
-use peft_core::AdapterFolder;
 use peft_core::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
+use peft_train::adapter_files;
 use serde_json::{Value, json};
 
 use crate::args::InspectArgs;
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
 }
 
 fn adapter(path: &Path) -> Result<Value> {
-    let folder = AdapterFolder::open(path)?;
+    let folder = adapter_files::open(path, None)?;
     let config = folder.config();
     let mut parameters = 0usize;
     let mut sites: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
@@ -80,7 +80,7 @@ fn adapter(path: &Path) -> Result<Value> {
 /// `<prefix><site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key<'k>(key: &'k str, prefix: &str) -> (&'k str, &'k str) {
     let key = key.strip_prefix(prefix).unwrap_or(key);
-    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter."] {
+    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter.", ".adapter_"] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }

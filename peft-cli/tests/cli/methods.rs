@@ -49,3 +49,25 @@ fn virtual_tokens_are_not_merged_and_factors_are() {
     let (adapted, merged) = (eval_loss(&dir, &model, Some("out")), eval_loss(&dir, "merged", None));
     assert!((adapted - merged).abs() < 1e-4, "{adapted} and {merged}");
 }
+
+#[test]
+fn bottlenecks_go_to_adapterhub_and_back() {
+    let dir = Dir::new();
+    let model = base().display().to_string();
+    train(&dir, "type = \"bottleneck\"\npreset = \"compacter++\"\nreduction_factor = 4");
+    let convert = |to: &str, adapter: &str, output: &str| {
+        dir.run(&["convert", "--adapter", adapter, "--to", to, "--output", output, "--name", "style"])
+    };
+    convert("adapterhub", "out", "theirs").ok();
+    assert_eq!(eval_loss(&dir, &model, Some("theirs")), eval_loss(&dir, &model, Some("out")));
+    let facts = dir.run(&["inspect", "theirs", "--json"]).ok().json();
+    assert_eq!(facts["method"], "BOTTLENECK");
+    convert("peft", "theirs", "back").ok();
+    assert_eq!(dir.read("back/adapter_model.safetensors"), dir.read("out/adapter_model.safetensors"));
+
+    convert("adapterhub", "back", "out").fails(&["out", "--output"]);
+    assert!(dir.path("out/adapter_model.safetensors").is_file());
+    train(&dir, "r = 2");
+    convert("adapterhub", "out", "lora").fails(&["LORA"]);
+    assert!(!dir.path("lora").exists());
+}

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::kernels::AttentionPlan;
-use peft_core::{Ctx, FrozenLinear, FrozenNorm, Join, NormKind, Result};
+use peft_core::{Ctx, FrozenLinear, FrozenNorm, Join, NormKind, Result, SiteId, SublayerKind};
 
 use super::attention::{Attention, Earlier, RelativeBias, SelfInput};
 use crate::config::Seq2SeqConfig;
@@ -76,6 +76,14 @@ impl Block {
 
     pub(super) fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
         [&self.attention.norm, &self.mlp.norm].into_iter().chain(self.cross.as_ref().map(|cross| &cross.norm))
+    }
+
+    /// The linear layers at the ends of its sublayers.
+    pub(super) fn ends(&self) -> impl Iterator<Item = (SublayerKind, SiteId)> {
+        let cross = self.cross.iter().map(|cross| (SublayerKind::CrossAttention, cross.layers.o.site()));
+        std::iter::once((SublayerKind::Attention, self.attention.layers.o.site()))
+            .chain(cross)
+            .chain([(SublayerKind::FeedForward, self.mlp.layers.end().site())])
     }
 
     /// Keys and values that this block of the decoder has of the encoder's result `[source tokens, hidden]`; `None` in the

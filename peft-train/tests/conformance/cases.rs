@@ -232,6 +232,26 @@ pub(crate) fn cases() -> Vec<Case> {
                     "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
             ),
         ),
+        case("bottleneck, adapter+", BIASED, bottleneck("adapter_plus", json!({"leave_out": [1]}))),
+        // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
+        case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),
+        case(
+            "compacter++, everything shared",
+            TIED,
+            bottleneck(
+                "compacter++",
+                json!({"phm_dim": 2, "shared_W_phm": true, "phm_c_init": "uniform", "ln_before": true}),
+            ),
+        ),
+        case(
+            "compacter++, factored rules of its own",
+            BIASED,
+            bottleneck(
+                "compacter++",
+                json!({"phm_dim": 2, "factorized_phm_W": false, "shared_phm_rule": false, "factorized_phm_rule": true,
+                    "phm_bias": false, "hypercomplex_nonlinearity": "normal", "phm_init_range": 2.0}),
+            ),
+        ),
         case("vera", UNTIED, json!({"type": "vera", "r": 6, "target_modules": ["q_proj", "o_proj"]})),
         case(
             "vera, projections made again",

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Hold peft-cli against AdapterHub's `adapters` package, on tiny random models and with that package's own files.
+
+    $(scripts/adapterhub-env.sh) interop/adapterhub.py PEFT_CLI [--seed 0] [--only MODEL[/VARIANT],…]
+
+For each model and variant, with an adapter that `adapters` made and saved:
+  eval     peft-cli computes the loss that `adapters` computes (relative 1e-5), and logits of one place, seen as log
+           probabilities of single labels
+  train    from there, peft-cli and torch's AdamW on the same rows have the same losses, step by step
+  head     a class head of AdapterHub's own kind, beside the adapter, is read as the layers that it stands for
+  convert  what peft-cli trained, converted to AdapterHub's files, loads with no tensor missing or left over and gives the
+           loss that peft-cli reports for it
+Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
+"""
+import argparse
+import json
+import logging
+import pathlib
+import random
+import sys
+import tempfile
+
+import adapters
+import cases
+import torch
+from adapters import AdapterPlusConfig, CompacterConfig, CompacterPlusPlusConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
+from check import Cli, Short, near, train
+
+STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
+LOGITS = 6
+MODELS = ["llama", "head_dim_small", "mistral", "gpt2", "bert", "roberta", "xlm_roberta", "distilbert", "t5", "llama_classes", "gpt2_classes"]
+VARIANTS = {
+    "seq_bn": SeqBnConfig(reduction_factor=8),
+    "double_seq_bn": DoubleSeqBnConfig(reduction_factor={"0": 4, "default": 12}, leave_out=[1]),
+    "par_bn": ParBnConfig(reduction_factor=6, mh_adapter=True),
+    "scaled_par_bn": ParBnConfig(reduction_factor=3, scaling="learned"),
+    "own_norm": SeqBnConfig(reduction_factor=6, scaling="channel", ln_after=True, adapter_residual_before_ln=True, non_linearity="gelu"),
+    "cross": SeqBnConfig(reduction_factor=8, cross_adapter=True, mh_adapter=True),
+    "adapter_plus": AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0, leave_out=[0]),
+    "compacter": CompacterConfig(reduction_factor=8, phm_dim=3, phm_rank=2, phm_c_init="uniform"),
+    "compacter_shared": CompacterPlusPlusConfig(reduction_factor=6, phm_dim=4, shared_W_phm=True),
+    "compacter_own": CompacterPlusPlusConfig(
+        reduction_factor=8, phm_dim=2, factorized_phm_W=False, shared_phm_rule=False, factorized_phm_rule=True, phm_bias=False
+    ),
+    "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),
+}
+# All variants on one model of each kind, the first two on the others.
+EVERYTHING = ["llama", "bert"]
+# Only where a decoder attends to an encoder.
+CROSS = "cross"
+# Class heads of AdapterHub's own that have the layers of a transformers class.
+HEADS = {
+    "bert": [dict(layers=1, use_pooler=True), dict(layers=2)],
+    "roberta": [dict(layers=2)],
+    "distilbert": [dict(layers=2, activation_function="relu")],
+}
+
+
+def of_theirs(base, load=None):
+    """AdapterHub's model: the base with a new adapter moved away from its start, or with the one in a folder."""
+    model = cases.load_base(base)
+    adapters.init(model)
+    if isinstance(load, pathlib.Path):
+        info = {}
+        model.load_adapter(str(load), load_as="a", set_active=True, loading_info=info, use_safetensors=True)
+        if info["missing_keys"] or info["unexpected_keys"]:
+            raise Short(f"adapters finds {info} in what was converted")
+        return model.eval()
+    model.add_adapter("a", config=load)
+    model.train_adapter("a")
+    for name, parameter in model.named_parameters():
+        if name.startswith("lm_head"):
+            parameter.requires_grad = False  # an output layer is the base's; a class head goes with the adapter
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def steps(model, rows):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    for step in range(STEPS):
+        loss, count = cases.summed_loss(model, rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS])
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item() / count
+
+
+def single_labels(row, model):
+    """Copies of a row where one label counts, each another: their losses are the logits of one place but for a constant."""
+    if cases.has_classes(model):
+        return [dict(row, label=label) for label in range(model.config.num_labels)]
+    ids = row["input_ids"]
+    of_place = lambda label: [-100] * (len(ids) - 1) + [label]
+    return [dict(input_ids=ids, labels=of_place(label)) for label in range(3, cases.VOCABULARY, cases.VOCABULARY // LOGITS)]
+
+
+def near_logits(cli, base, adapter, model, row, out):
+    for number, single in enumerate(single_labels(row, model)):
+        rows_file = out / "single.jsonl"
+        rows_file.write_text(json.dumps(single) + "\n")
+        near(f"log probability of label {number}", cli.eval(base, rows_file, adapter)["loss"], cases.mean_loss(model, [single]), 1e-5)
+
+
+def check(cli, base, rows, rows_file, config, out):
+    model = of_theirs(base, config)
+    saved = out / "theirs"
+    model.save_adapter(str(saved), "a", use_safetensors=True)
+    near("loss", cli.eval(base, rows_file, saved)["loss"], cases.mean_loss(model, rows), 1e-5)
+    near_logits(cli, base, saved, model, rows[0], out)
+
+    trained = out / "trained"
+    method = f"init_from = {json.dumps(str(saved))}"
+    ours = train(cli, trained, method, STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    for step, (got, want) in enumerate(zip(ours, steps(model, rows), strict=True)):
+        near(f"loss of step {step}", got, want, 1e-4)
+
+    converted = out / "converted"
+    cli.run("convert", "--adapter", trained, "--to", "adapterhub", "--output", converted, "--model", base)
+    loaded = of_theirs(base, converted)
+    near("loss in adapters", cases.mean_loss(loaded, rows), cli.eval(base, rows_file, trained)["loss"], 1e-5)
+    near_logits(cli, base, trained, loaded, rows[0], out)
+    # and back, under another name
+    cli.run("convert", "--adapter", converted, "--to", "peft", "--output", out / "back")
+    near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, trained)["loss"], 1e-6)
+
+
+def check_head(cli, base, rows, rows_file, settings, out):
+    model = adapters.AutoAdapterModel.from_pretrained(str(base), dtype=torch.float32)
+    model.add_adapter("a", config=SeqBnConfig(reduction_factor=8))
+    model.add_classification_head("a", num_labels=3, **settings)
+    model.train_adapter("a")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_adapter(str(out), "a", use_safetensors=True)
+    model.config.architectures = ["ForSequenceClassification"]  # for the labels of the rows
+    near("loss", cli.eval(base, rows_file, out)["loss"], cases.mean_loss(model.eval(), rows), 1e-5)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("program", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="MODEL or MODEL/VARIANT, several with commas")
+    options = parser.parse_args()
+    only = options.only.split(",") if options.only else []
+    torch.set_num_threads(1)
+    logging.getLogger("adapters").setLevel(logging.ERROR)
+    torch.manual_seed(options.seed)
+    cli = Cli(options.program.resolve())
+    passed = failed = 0
+    with tempfile.TemporaryDirectory() as work:
+        work = pathlib.Path(work)
+        for name in MODELS:
+            variants = [v for v in VARIANTS if v != CROSS] if name in EVERYTHING else list(VARIANTS)[:2]
+            # What a T5's adapters share is lost where AdapterHub's package saves them.
+            variants += [CROSS, "compacter_own", "adapter_plus"] * (name == "t5")
+            variants += ["compacter"] * (name == "gpt2")
+            variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
+            variants = [v for v in variants if cases.wanted(only, name, v)]
+            if not variants:
+                continue
+            base, rows_file = work / name / "base", work / name / "rows.jsonl"
+            base.mkdir(parents=True)
+            cases.make_model(name, base)
+            model = cases.load_base(base)
+            classes = model.config.num_labels if cases.has_classes(model) else 0
+            rows = cases.make_rows(random.Random(options.seed), classes, cases.has_targets(model))
+            rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for variant in variants:
+                label, out = f"{name}/{variant}", work / name / variant
+                out.mkdir()
+                try:
+                    if variant in VARIANTS:
+                        check(cli, base, rows, rows_file, VARIANTS[variant], out)
+                    else:
+                        check_head(cli, base, rows, rows_file, HEADS[name][int(variant.split()[-1])], out)
+                    passed, verdict = passed + 1, "ok  "
+                except Exception as error:  # a case that breaks must not hide the others
+                    failed, verdict = failed + 1, "FAIL"
+                    label = f"{label}: {error if isinstance(error, Short) else repr(error)}"
+                print(verdict, label, flush=True)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+//! From an adapter's files to a folder that AdapterHub's package loads.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use peft_core::{AdapterFolder, Error, Result, atomic, to_python_json, write_safetensors};
+use serde_json::{Map, Value, json};
+
+use super::names::{self, Family};
+use super::{CONFIG, VERSION, WEIGHTS, head};
+use crate::config::{ADAPTERHUB_KEYS, PEFT_TYPE};
+use crate::phm::SHARED;
+
+/// What AdapterHub's files say of the base model and ours may not.
+#[derive(Debug, Clone)]
+pub struct HubModel {
+    /// `model_type` of its config.
+    pub model_type: String,
+    /// Its name on the hub or its folder.
+    pub name: String,
+}
+
+/// Writes `adapter` as AdapterHub's package does with `use_safetensors=True`, as one folder that is there whole or not at
+/// all. The adapter is called `name` in it. A class head goes into files of its own, with `labels` for its classes.
+///
+/// # Errors
+/// Another method than bottleneck adapters, a family whose names are not known, a module that AdapterHub's files have no place
+/// for, or a disk that refuses.
+pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String], model: &HubModel) -> Result<()> {
+    if name.is_empty() || name.contains('.') {
+        return Err(Error::config(
+            "name",
+            format!("`{name}` cannot be an adapter's name: it has to have letters and no dot"),
+        ));
+    }
+    let config = adapter.config();
+    if config.peft_type() != PEFT_TYPE {
+        let message = format!("is {}; bottleneck adapters are what can be written as AdapterHub's", config.peft_type());
+        return Err(Error::config("peft_type", message));
+    }
+    let family = names::family(&model.model_type)?;
+    let mut tensors = Sorted::default();
+    for key in adapter.keys() {
+        tensors.add(adapter, family, key, name)?;
+    }
+    let task = config.get("task_type").and_then(Value::as_str).unwrap_or("CAUSAL_LM");
+    let about = json!({
+        "hidden_size": tensors.hidden_size, "model_class": family.model_class(&model.model_type, task), "model_name": model.name,
+        "model_type": model.model_type, "version": VERSION
+    });
+    atomic::replace_dir(out, |dir| -> Result<()> {
+        write_weights(&dir.join(WEIGHTS), &tensors.adapter)?;
+        write_json(&dir.join(CONFIG), &about, json!({"config": settings(config.map()), "name": name}))?;
+        if tensors.head.is_empty() {
+            return Ok(());
+        }
+        write_weights(&dir.join(head::WEIGHTS), &tensors.head)?;
+        let ids: Map<String, Value> = labels.iter().enumerate().map(|(i, label)| (label.clone(), i.into())).collect();
+        let own = json!({"config": null, "label2id": ids, "name": null, "num_labels": labels.len()});
+        write_json(&dir.join(head::CONFIG), &about, own)
+    })
+}
+
+fn plain(key: &str) -> &str {
+    key.strip_prefix("base_model.model.").unwrap_or(key)
+}
+
+/// The tensors by the file that they go to.
+#[derive(Default)]
+struct Sorted {
+    adapter: BTreeMap<String, Tensor>,
+    head: BTreeMap<String, Tensor>,
+    hidden_size: Option<usize>,
+}
+
+impl Sorted {
+    fn add(&mut self, adapter: &AdapterFolder, family: &Family, key: &str, name: &str) -> Result<()> {
+        let (value, ours) = (adapter.tensor(key, &Device::Cpu)?, plain(key));
+        if ours.starts_with(SHARED) && family.body.is_empty() {
+            let message = "AdapterHub's package neither stores nor reads what the adapters of such a model share";
+            return Err(Error::config("shared_phm_rule", message));
+        }
+        if let Some(theirs) = family.their_key(ours, name) {
+            if [".adapter_up.bias", ".adapter_up.b"].iter().any(|end| ours.ends_with(end)) {
+                self.hidden_size = value.dims().first().copied();
+            }
+            // The norm in front has two names, as a module of its own and as the first of those that lead down.
+            let has_norm = adapter.config().get("ln_before") == Some(&Value::Bool(true));
+            if has_norm && theirs.contains(".adapter_down.0.") {
+                self.adapter.insert(theirs.replace(".adapter_down.0.", ".adapter_norm_before."), value.clone());
+            }
+            self.adapter.insert(theirs, value);
+            return Ok(());
+        }
+        if !family.body.is_empty() && ours.starts_with(&format!("{}.", family.body)) {
+            let message =
+                format!("`{ours}` is trained beside the adapter, and AdapterHub's files have no place for it");
+            return Err(Error::config("modules_to_save", message));
+        }
+        self.head.insert(ours.to_owned(), value);
+        Ok(())
+    }
+}
+
+/// The settings that AdapterHub knows. It takes a scaling for a constant only where it is a float.
+fn settings(config: &Map<String, Value>) -> Map<String, Value> {
+    let float = |key: &str, value: &Value| match value.as_f64() {
+        Some(x) if key == "scaling" => x.into(),
+        _ => value.clone(),
+    };
+    ADAPTERHUB_KEYS.iter().filter_map(|key| Some(((*key).to_owned(), float(key, config.get(*key)?)))).collect()
+}
+
+fn write_weights(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
+    write_safetensors(path, tensors.iter().map(|(key, t)| (key.as_str(), t)), &metadata)
+}
+
+fn write_json(path: &Path, about: &Value, own: Value) -> Result<()> {
+    let keys: Map<String, Value> =
+        [about.clone(), own].into_iter().filter_map(|v| v.as_object().cloned()).flatten().collect();
+    atomic::write_file(path, to_python_json(&keys, &[]).map_err(|e| Error::msg(e.to_string()))?.as_bytes())
+}

@@ -1,0 +1,174 @@
+//! AdapterHub's files: what is written reads back, and what cannot be read is refused by name. That its own package agrees is
+//! the matter of `interop/adapterhub.py`.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+mod model_support;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use peft_adapters::adapterhub::{self, HubModel};
+use peft_core::kernels::testing::close;
+use peft_core::write_safetensors;
+use peft_models::Encoder;
+use peft_models::config::EncoderConfig;
+use peft_models::source::{Placement, RandomSource};
+use peft_train::{adapter_files, checkpoint, class_labels, methods};
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+use self::model_support::moved;
+
+fn bert() -> Encoder {
+    let config = json!({"model_type": "bert", "vocab_size": 37, "hidden_size": 12, "intermediate_size": 20,
+        "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 16, "id2label": {"0": "no", "1": "yes"}});
+    let config = EncoderConfig::from_hf_map(config.as_object().unwrap().clone(), Path::new("config.json")).unwrap();
+    let placement = Placement::cpu(None);
+    let random = RandomSource { seed: 3, std: 0.3, untied_head: true, placement: placement.clone() };
+    Encoder::load(config, &random, &placement, 5).unwrap()
+}
+
+/// A folder of AdapterHub's with the adapter of `method`, and the adapter.
+fn folder(method: &Value) -> (TempDir, Arc<peft_core::Adapter>) {
+    let (model, dir) = (bert(), tempfile::tempdir().unwrap());
+    let adapter = moved(&model, method);
+    let ours = dir.path().join("ours");
+    checkpoint::write_adapter_files(&ours, &adapter).unwrap();
+    let files = adapter_files::open(&ours, None).unwrap();
+    let base = HubModel { model_type: "bert".to_owned(), name: "some/bert".to_owned() };
+    adapterhub::write(&dir.path().join("hub"), &files, "task", &["no".to_owned(), "yes".to_owned()], &base).unwrap();
+    (dir, adapter)
+}
+
+fn method() -> Value {
+    json!({"type": "bottleneck", "preset": "double_seq_bn", "reduction_factor": 4, "ln_before": true, "scaling": 2})
+}
+
+fn edit(file: &Path, change: impl Fn(&mut Map<String, Value>)) {
+    let mut keys: Map<String, Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    change(&mut keys);
+    std::fs::write(file, serde_json::to_vec(&keys).unwrap()).unwrap();
+}
+
+#[test]
+fn what_is_written_reads_back() {
+    let (dir, adapter) = folder(&method());
+    let hub = dir.path().join("hub");
+    assert!(adapterhub::is_adapterhub(&hub).unwrap() && !adapterhub::is_adapterhub(&dir.path().join("ours")).unwrap());
+    assert_eq!(class_labels::read(&hub).unwrap().unwrap(), ["no", "yes"]);
+    let config = std::fs::read_to_string(hub.join("adapter_config.json")).unwrap();
+    // A constant that is no float is no constant to AdapterHub's package.
+    for line in
+        ["\"scaling\": 2.0,", "\"hidden_size\": 12,", "\"name\": \"task\",", "\"BertForSequenceClassification\""]
+    {
+        assert!(config.contains(line), "{config}\nlacks {line}");
+    }
+    let opened = methods::open(&hub, &bert()).unwrap().adapter;
+    assert_eq!(opened.config["base_model_name_or_path"], "some/bert");
+    let (ours, theirs) = (adapter.tensors(), opened.tensors());
+    assert_eq!(ours.len(), theirs.len());
+    for ((name, a), (other, b)) in ours.iter().zip(&theirs) {
+        assert_eq!(name, other);
+        close(name, a, b, 0.0).unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_refused_by_name() {
+    let (dir, _) = folder(&method());
+    let (hub, model) = (dir.path().join("hub"), bert());
+    let config = hub.join("adapter_config.json");
+    let start = std::fs::read(&config).unwrap();
+    for (own, key, value, expect) in [
+        (true, "architecture", json!("prefix_tuning"), "prefix_tuning"),
+        (true, "inv_adapter", json!("nice"), "inv_adapter"),
+        (true, "mh_adaptr", json!(true), "did you mean `mh_adapter`"),
+        (true, "reduction_factor", json!(3), "of another shape"),
+        (false, "model_type", json!("deberta"), "deberta"),
+        (false, "name", json!("other"), "no tensor of the bottleneck adapter `other`"),
+    ] {
+        edit(&config, |keys| match own {
+            true => keys["config"][key] = value.clone(),
+            false => keys[key] = value.clone(),
+        });
+        let text = methods::open(&hub, &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{text}\nlacks {expect}");
+        std::fs::write(&config, &start).unwrap();
+    }
+
+    let head = hub.join("head_config.json");
+    for (own, expect) in [
+        (json!({"head_type": "tagging"}), "`tagging` is not supported"),
+        (json!({"head_type": "classification", "layers": 3, "activation_function": "tanh"}), "3 layers"),
+    ] {
+        edit(&head, |keys| keys["config"] = own.clone());
+        let text = methods::open(&hub, &model).unwrap_err().to_string();
+        assert!(text.contains(expect) && text.contains("head_config.json"), "{text}\nlacks {expect}");
+    }
+    std::fs::remove_file(&head).unwrap();
+    let text = methods::open(&hub, &model).unwrap_err().to_string();
+    assert!(text.contains("model_head.safetensors and no head_config.json"), "{text}");
+    std::fs::remove_file(hub.join("model_head.safetensors")).unwrap();
+
+    std::fs::rename(hub.join("adapter.safetensors"), hub.join("pytorch_adapter.bin")).unwrap();
+    let text = methods::open(&hub, &model).unwrap_err().to_string();
+    assert!(text.contains("pytorch_adapter.bin") && text.contains("save_file"), "{text}");
+}
+
+/// A file of before `adapters`: other module names, `gelu` for its approximation, two names for the norm in front.
+#[test]
+fn old_files_are_read() {
+    let (dir, adapter) =
+        folder(&json!({"type": "bottleneck", "non_linearity": "gelu_new", "ln_before": true, "reduction_factor": 3}));
+    let hub = dir.path().join("hub");
+    for file in ["head_config.json", "model_head.safetensors"] {
+        std::fs::remove_file(hub.join(file)).unwrap();
+    }
+    edit(&hub.join("adapter_config.json"), |keys| {
+        keys.remove("version");
+        keys.insert("type".to_owned(), json!("text_task"));
+        keys["config"]["non_linearity"] = json!("gelu");
+        keys["config"]["init_weights_seed"] = json!(42);
+        keys["config"]["attention_type"] = json!("sent-lvl-dynamic");
+        keys["config"]["invertible_adapter"] = json!({"block_type": "nice", "reduction_factor": 2});
+    });
+    let files = adapter_files::open(&dir.path().join("ours"), None).unwrap();
+    let of_adapter = files.keys().filter(|key| key.contains("adapter_"));
+    let tensors: Vec<(String, Tensor)> = of_adapter
+        .map(|key| {
+            let layer = key
+                .trim_start_matches("base_model.model.")
+                .replace("output.dense.", "output.layer_text_task_adapters.task.");
+            (layer, files.tensor(key, &candle_core::Device::Cpu).unwrap())
+        })
+        .collect();
+    let both = tensors.iter().map(|(name, t)| (name.as_str(), t));
+    write_safetensors(hub.join("adapter.safetensors"), both, &Default::default()).unwrap();
+    let opened = methods::open(&hub, &bert()).unwrap().adapter;
+    assert_eq!(opened.config["non_linearity"], "gelu_new");
+    let mine = adapter.parameters().into_iter().filter(|p| p.name().contains("adapter_"));
+    for (a, b) in mine.zip(opened.parameters()) {
+        close(a.name(), &a.value(), &b.value(), 0.0).unwrap();
+    }
+    edit(&hub.join("adapter_config.json"), |keys| keys["type"] = json!("text_lang"));
+    assert!(methods::open(&hub, &bert()).unwrap_err().to_string().contains("inv_adapter"));
+}
+
+#[test]
+fn what_the_format_has_no_place_for_is_refused() {
+    let model = bert();
+    let base = HubModel { model_type: "bert".to_owned(), name: String::new() };
+    for (method, expect) in [
+        (json!({"r": 2, "target_modules": ["query"]}), "LORA"),
+        (json!({"type": "bottleneck", "modules_to_save": ["LayerNorm"]}), "LayerNorm"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        checkpoint::write_adapter_files(dir.path(), &moved(&model, &method)).unwrap();
+        let files = adapter_files::open(dir.path(), None).unwrap();
+        let out = dir.path().join("out");
+        let text = adapterhub::write(&out, &files, "a", &[], &base).unwrap_err().to_string();
+        assert!(text.contains(expect) && !out.exists(), "{text}");
+    }
+}
