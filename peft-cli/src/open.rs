@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
-use peft_core::{AdapterConfig, Task};
+use peft_core::{Task, read_keys};
 use peft_hub::{Kind, Options};
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
@@ -61,7 +61,7 @@ pub(crate) fn max_length(files: &ModelFiles, asked: usize, virtual_tokens: usize
 pub(crate) fn virtual_tokens(method: &toml::Table) -> Result<usize> {
     let key = "num_virtual_tokens";
     let count = match method.get("init_from").and_then(toml::Value::as_str) {
-        Some(from) => AdapterConfig::read(&adapter(from)?)?.get(key).and_then(serde_json::Value::as_u64),
+        Some(from) => read_keys(adapter(from)?)?.get(key).and_then(serde_json::Value::as_u64),
         None => method.get(key).and_then(toml::Value::as_integer).and_then(|n| u64::try_from(n).ok()),
     };
     Ok(count.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))

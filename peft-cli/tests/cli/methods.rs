@@ -67,6 +67,9 @@ fn bottlenecks_go_to_adapterhub_and_back() {
 
     convert("adapterhub", "back", "out").fails(&["out", "--output"]);
     assert!(dir.path("out/adapter_model.safetensors").is_file());
+    let before = eval_loss(&dir, &model, Some("theirs"));
+    train(&dir, "init_from = \"theirs\"");
+    assert!(eval_loss(&dir, &model, Some("out")) < before);
     train(&dir, "r = 2");
     convert("adapterhub", "out", "lora").fails(&["LORA"]);
     assert!(!dir.path("lora").exists());
