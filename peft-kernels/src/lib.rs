@@ -67,5 +67,5 @@ pub use rows::{select_rows, stack_rows};
 pub use serving::{RoutedSpan, ServingForm, routed_linear};
 pub use siblings::{Branch, LowRank, sibling_linears};
 pub use sparse::sparse_matrix;
-pub use tape::{Record, record};
+pub use tape::{Record, Unread, record, record_again};
 pub use weight::{FrozenWeight, WeightStorage};

@@ -1,15 +1,15 @@
 //! One micro-batch, forward and backward, segment by segment.
 //!
 //! Each block is recorded by itself ([`kernels::record`]). The forward pass keeps a block's record or only its input; the
-//! backward pass goes through the blocks from the top, runs those again that were not kept, takes the gradients out and
-//! drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
+//! backward pass goes through the blocks from the top, runs those again that were not kept (without the operations at their
+//! end that no gradient is made of: [`Record::unread`]), takes the gradients out and drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
 //! differentiated at all. Records may be held in `bf16` ([`Keep`]).
 //!
 //! What a row asks of the model, the next tokens or a class, is in the batch's targets alone: the hidden states that reach
 //! the head, and what each should predict.
 
 use candle_core::{DType, Tensor, TensorId, Var};
-use peft_core::kernels::{self, LossSpec, Record};
+use peft_core::kernels::{self, LossSpec, Record, Unread};
 use peft_core::{Ctx, Error, ReadRows, Result, Segmented, TokenBatch};
 
 use crate::data::Batch;
@@ -50,11 +50,25 @@ impl From<Checkpointing> for Keep {
 impl Keep {
     /// Runs a block on its `input` and records it.
     fn record(self, block: impl FnOnce(&Tensor) -> Result<Tensor>, input: &Tensor) -> Result<(Tensor, Record)> {
-        let (out, mut record) = kernels::record(|| block(input))?;
+        let (out, record) = kernels::record(|| block(input))?;
+        Ok((out, self.held(record, input)?))
+    }
+
+    /// Runs a block again on the same input, without what its backward pass does not read.
+    fn record_again(
+        self,
+        unread: Unread,
+        block: impl FnOnce(&Tensor) -> Result<Tensor>,
+        input: &Tensor,
+    ) -> Result<Record> {
+        self.held(kernels::record_again(unread, || block(input))?, input)
+    }
+
+    fn held(self, mut record: Record, input: &Tensor) -> Result<Record> {
         if self.narrows(input.dtype()) {
             record.hold_in(self.records, input.id())?;
         }
-        Ok((out, record))
+        Ok(record)
     }
 
     fn narrows(self, dtype: DType) -> bool {
@@ -191,15 +205,15 @@ pub fn forward_backward<M: Segmented>(
         if let Some(narrow) = &narrow {
             hidden = kernels::convert(narrow, hidden.dtype())?;
         }
+        let x = leaf(&hidden, tracked(i))?;
         if keep.checkpointing.keeps(i, blocks) {
-            let x = leaf(&hidden, tracked(i))?;
             let (out, record) = keep.record(|x| run(i, x, ctx), &x)?;
             saved.push(Saved::Record(record, x.id()));
             hidden = out;
         } else {
-            let (x, dtype) = (hidden.detach(), hidden.dtype());
-            hidden = run(i, &x, &untracked)?;
-            saved.push(Saved::Input(narrow.unwrap_or(x), dtype));
+            let (out, record) = kernels::record(|| run(i, &x, ctx))?;
+            saved.push(Saved::Input { held: narrow.unwrap_or(x.detach()), dtype: x.dtype(), unread: record.unread() });
+            hidden = out;
         }
     }
 
@@ -213,9 +227,9 @@ pub fn forward_backward<M: Segmented>(
     for (i, saved) in (first..blocks).zip(saved).rev().collect::<Vec<_>>() {
         let (record, below) = match saved {
             Saved::Record(record, input) => (record, input),
-            Saved::Input(held, dtype) => {
+            Saved::Input { held, dtype, unread } => {
                 let x = leaf(&kernels::convert(&held, dtype)?, tracked(i))?;
-                (keep.record(|x| run(i, x, ctx), &x)?.1, x.id())
+                (keep.record_again(unread, |x| run(i, x, ctx), &x)?, x.id())
             }
         };
         if !record.is_tracked() {
@@ -240,8 +254,8 @@ pub fn forward_backward<M: Segmented>(
 enum Saved {
     /// What was kept of the forward pass, and which tensor went into it.
     Record(Record, TensorId),
-    /// What the block runs on again, and the type that it runs in.
-    Input(Tensor, DType),
+    /// What the block runs on again, the type that it runs in, and what of it need not run.
+    Input { held: Tensor, dtype: DType, unread: Unread },
 }
 
 /// `hidden` as the input of a block: a variable where its gradient is wanted.
