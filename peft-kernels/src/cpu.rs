@@ -166,6 +166,20 @@ impl<'a> Mat<'a> {
         Self { rows: self.cols, cols: self.rows, row_stride: self.col_stride, col_stride: self.row_stride, ..self }
     }
 
+    /// How many rows there are.
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// An element; zero beyond the matrix.
+    #[inline(always)]
+    pub(crate) fn at(&self, row: usize, col: usize) -> f32 {
+        if row >= self.rows || col >= self.cols {
+            return 0.0;
+        }
+        self.data.get(row * self.row_stride + col * self.col_stride).copied().unwrap_or(0.0)
+    }
+
     /// How many columns there are.
     pub(crate) fn cols(&self) -> usize {
         self.cols
@@ -261,7 +275,7 @@ fn thin_factors<'a>(lhs: Mat<'a>, rhs: Mat<'a>) -> Option<(thin::Tokens<'a>, Sto
     suits.then_some((x, Stored::F32(rhs.data)))
 }
 
-fn check_factors(lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
+pub(crate) fn check_factors(lhs: Mat<'_>, rhs: Mat<'_>) -> Result<()> {
     if rhs.rows != lhs.cols || lhs.data.len() < lhs.reach() || rhs.data.len() < rhs.reach() {
         candle_core::bail!(
             "gemm: [{}, {}] × [{}, {}] does not fit (slices of {} and {})",

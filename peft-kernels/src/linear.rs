@@ -4,6 +4,7 @@ use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::cpu::{self, View};
 use crate::diff_op::{self, DiffOp};
+use crate::frozen_gemm::Addend;
 use crate::tape::Keeps;
 use crate::weight::FrozenWeight;
 
@@ -41,17 +42,10 @@ pub(crate) fn matrix(shape: &Shape, width: usize, op: &str) -> Result<usize> {
     }
 }
 
-pub(crate) fn add_bias_rows(y: &mut [f32], bias: Option<&Tensor>, width: usize) -> Result<()> {
-    let Some(bias) = bias else { return Ok(()) };
-    let bias = bias.to_dtype(DType::F32)?.contiguous()?;
-    cpu::with(&bias, |b| {
-        cpu::for_row_blocks(y, width, width, |_, rows| {
-            for row in rows.chunks_mut(width) {
-                row.iter_mut().zip(b.data).for_each(|(y, b)| *y += b);
-            }
-        });
-        Ok(())
-    })
+/// Calls `f` with the elements of a bias in `f32`.
+pub(crate) fn with_bias<R>(bias: Option<&Tensor>, f: impl FnOnce(Option<&[f32]>) -> Result<R>) -> Result<R> {
+    let Some(bias) = bias else { return f(None) };
+    cpu::with(&bias.to_dtype(DType::F32)?.contiguous()?, |b| f(Some(b.data)))
 }
 
 impl DiffOp for FrozenLinearOp {
@@ -61,8 +55,9 @@ impl DiffOp for FrozenLinearOp {
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let (n, k) = (self.weight.out_features(), self.weight.in_features());
         let tokens = matrix(args[0].shape, k, Self::NAME)?;
-        let mut y = self.weight.matmul_t_cpu(args[0].data, tokens)?;
-        add_bias_rows(&mut y, self.bias.as_ref(), n)?;
+        let y = with_bias(self.bias.as_ref(), |bias| {
+            self.weight.matmul_t_cpu(args[0].data, tokens, Addend { bias, ..Addend::default() })
+        })?;
         Ok((y, Shape::from((tokens, n))))
     }
 

@@ -12,7 +12,8 @@ use candle_core::{DType, Result, Shape, Tensor};
 use crate::cpu::{self, Mat, View};
 use crate::diff_op::{self, DiffOp};
 use crate::dropout;
-use crate::linear::{add_bias_rows, matrix};
+use crate::frozen_gemm::{Addend, LowRankProduct};
+use crate::linear::{matrix, with_bias};
 use crate::philox::Stream;
 use crate::tape::Keeps;
 use crate::weight::FrozenWeight;
@@ -139,16 +140,24 @@ impl LoraLinear {
         })
     }
 
-    /// The low-rank part first, so that the large product is added to it while it is made.
     fn input_gradient(&self, grad: &Tensor, g: Mat<'_>, a: Mat<'_>, tokens: usize) -> Result<Vec<f32>> {
-        let mut dx = cpu::gemm(g, a, 1.0)?;
-        if let Some(d) = self.dropout {
-            dropout::apply_in_place(&mut dx, d.p, d.stream)?;
+        let low_rank = LowRankProduct { x: g, w: a, scale: 1.0 };
+        match (&self.base, self.dropout) {
+            (Some((w, _)), None) => {
+                let addend = Addend { low_rank: Some(low_rank), bias: None };
+                cpu::with(grad, |dy| w.matmul_cpu(dy.data, tokens, addend))
+            }
+            (base, dropout) => {
+                let mut dx = low_rank.product()?;
+                if let Some(d) = dropout {
+                    dropout::apply_in_place(&mut dx, d.p, d.stream)?;
+                }
+                if let Some((w, _)) = base {
+                    cpu::with(grad, |dy| w.add_matmul_cpu(dy.data, tokens, &mut dx))?;
+                }
+                Ok(dx)
+            }
         }
-        if let Some((w, _)) = &self.base {
-            cpu::with(grad, |dy| w.add_matmul_cpu(dy.data, tokens, &mut dx))?;
-        }
-        Ok(dx)
     }
 }
 
@@ -164,15 +173,15 @@ impl DiffOp for LoraLinear {
         let tokens = matrix(args[0].shape, inp, Self::NAME)?;
         let dropped = self.dropped(args[0].data)?;
         let xa = cpu::gemm(Mat::new(&dropped, tokens, inp), Mat::new(args[1].data, r, inp).t(), 1.0)?;
-        // The low-rank part first, so that the large product is added to it while it is made.
-        let mut y = cpu::gemm(Mat::new(&xa, tokens, r), Mat::new(args[2].data, out, r).t(), self.scale)?;
-        if let Some((w, _)) = &self.base {
-            w.add_matmul_t_cpu(args[0].data, tokens, &mut y)?;
-        }
+        let (x, w) = (Mat::new(&xa, tokens, r), Mat::new(args[2].data, out, r).t());
+        let low_rank = LowRankProduct { x, w, scale: self.scale };
+        let y = match &self.base {
+            None => low_rank.product()?,
+            Some((weight, bias)) => with_bias(bias.as_ref(), |bias| {
+                weight.matmul_t_cpu(args[0].data, tokens, Addend { low_rank: Some(low_rank), bias })
+            })?,
+        };
         let _ = self.xa.set(xa);
-        if let Some((_, bias)) = &self.base {
-            add_bias_rows(&mut y, bias.as_ref(), out)?;
-        }
         Ok((y, Shape::from((tokens, out))))
     }
 

@@ -8,7 +8,8 @@ use candle_core::{DType, Result, Tensor};
 
 use crate::cpu::{self, Mat};
 use crate::diff_op::is_cpu_f32;
-use crate::linear::add_bias_rows;
+use crate::frozen_gemm::Addend;
+use crate::linear::with_bias;
 use crate::weight::FrozenWeight;
 
 /// What an adapter is at one linear site when it serves: LoRA, rsLoRA, DoRA, VeRA, IA³ and the like all fit. Absent
@@ -59,7 +60,7 @@ pub fn routed_linear(
     let x = x.detach().contiguous()?;
     let scaled = scale_inputs(&x, spans)?;
     let y = cpu::with(&x, |x| {
-        let mut y = weight.matmul_t_cpu(scaled.as_deref().unwrap_or(x.data), tokens)?;
+        let mut y = weight.matmul_t_cpu(scaled.as_deref().unwrap_or(x.data), tokens, Addend::default())?;
         for span in spans {
             let (start, n) = (span.tokens.start, span.tokens.len());
             let rows = &mut y[start * out..(start + n) * out];
@@ -73,8 +74,10 @@ pub fn routed_linear(
                 on_columns(rows, shift, |y, s| *y += s)?;
             }
         }
-        add_bias_rows(&mut y, bias, out)?;
-        Ok(y)
+        with_bias(bias, |bias| {
+            Addend { low_rank: None, bias }.add_bias(&mut y);
+            Ok(y)
+        })
     })?;
     cpu::tensor(y, (tokens, out))
 }

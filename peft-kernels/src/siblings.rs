@@ -11,7 +11,8 @@ use candle_core::{Result, Tensor};
 
 use crate::cpu::{self, Mat};
 use crate::diff_op::{Value, is_cpu_f32};
-use crate::linear::{add_bias_rows, frozen_linear};
+use crate::frozen_gemm::{Addend, LowRankProduct};
+use crate::linear::{frozen_linear, with_bias};
 use crate::lora::{Dropout, b_gradient, lora_linear};
 use crate::tape::{self, MultiOp};
 use crate::weight::FrozenWeight;
@@ -156,19 +157,14 @@ impl Siblings {
 
     fn layer(&self, layer: &Layer, x: &[f32], xa: &[f32], tokens: usize, args: &[Tensor]) -> Result<Value> {
         let out = layer.weight.out_features();
-        let mut y = match layer.adapter {
-            None => layer.weight.matmul_t_cpu(x, tokens)?,
-            // The low-rank part first, so that the large product is added to it while it is made.
-            Some(adapter) => {
-                let mut y = cpu::with(&args[adapter.arg + 1], |b| {
-                    let b = Mat::new(b.data, out, adapter.rank);
-                    cpu::gemm(self.columns(xa, tokens, adapter), b.t(), adapter.scale)
-                })?;
-                layer.weight.add_matmul_t_cpu(x, tokens, &mut y)?;
-                y
-            }
-        };
-        add_bias_rows(&mut y, layer.bias.as_ref(), out)?;
+        let y = with_bias(layer.bias.as_ref(), |bias| match layer.adapter {
+            None => layer.weight.matmul_t_cpu(x, tokens, Addend { low_rank: None, bias }),
+            Some(adapter) => cpu::with(&args[adapter.arg + 1], |b| {
+                let (x_a, b) = (self.columns(xa, tokens, adapter), Mat::new(b.data, out, adapter.rank));
+                let low_rank = Some(LowRankProduct { x: x_a, w: b.t(), scale: adapter.scale });
+                layer.weight.matmul_t_cpu(x, tokens, Addend { low_rank, bias })
+            }),
+        })?;
         Ok(Value::Fused(y, (tokens, out).into()))
     }
 
@@ -191,13 +187,16 @@ impl Siblings {
 
     fn input_gradient(&self, g: Mat<'_>, args: &[Tensor], grads: &[Option<Tensor>], tokens: usize) -> Result<Vec<f32>> {
         let a = self.stacked(args)?;
-        let mut dx = cpu::gemm(g, Mat::new(&a, self.ranks, self.inp), 1.0)?;
+        let low_rank = LowRankProduct { x: g, w: Mat::new(&a, self.ranks, self.inp), scale: 1.0 };
+        let mut dx: Option<Vec<f32>> = None;
         for (layer, grad) in self.branches.iter().zip(grads) {
-            if let Some(grad) = grad {
-                cpu::with(grad, |dy| layer.weight.add_matmul_cpu(dy.data, tokens, &mut dx))?;
-            }
+            let Some(grad) = grad else { continue };
+            dx = Some(cpu::with(grad, |dy| match dx.take() {
+                None => layer.weight.matmul_cpu(dy.data, tokens, Addend { low_rank: Some(low_rank), bias: None }),
+                Some(mut dx) => layer.weight.add_matmul_cpu(dy.data, tokens, &mut dx).map(|()| dx),
+            })?);
         }
-        Ok(dx)
+        dx.map_or_else(|| low_rank.product(), Ok)
     }
 }
 

@@ -5,6 +5,7 @@
 //! while both go by. A weight is widened on its way into that order, so that it passes through memory once and as small as it is
 //! stored. Blocking as in Goto & van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008.
 
+mod addend;
 mod in_bf16;
 mod in_f32;
 #[cfg(test)]
@@ -18,6 +19,8 @@ use std::ops::Range;
 use candle_core::Result;
 use rayon::prelude::*;
 
+use self::addend::LaidOut;
+pub(crate) use self::addend::{Addend, LowRankProduct};
 pub(crate) use self::in_bf16::InBf16;
 pub(crate) use self::in_f32::InF32;
 use crate::cpu::threads;
@@ -55,6 +58,7 @@ thread_local! {
     /// The factors as they are laid out, kept from one product to the next.
     static PANELS: Cell<Vec<[Word; ROWS]>> = const { Cell::new(Vec::new()) };
     static SLABS: Cell<Vec<Columns>> = const { Cell::new(Vec::new()) };
+    static ADDEND_PANELS: Cell<Vec<[Word; ROWS]>> = const { Cell::new(Vec::new()) };
 }
 
 impl Columns {
@@ -136,15 +140,35 @@ pub(crate) fn add_product(y: &mut [f32], x: Tokens<'_>, w: Factor, format: &dyn 
     #[allow(unsafe_code)]
     // SAFETY: MaybeUninit<f32> has the layout of f32, and only values are written.
     let y = unsafe { &mut *(std::ptr::from_mut(y) as *mut [MaybeUninit<f32>]) };
-    product(&Target { to: Shared::new(y), keep: true }, x, w, format);
+    product(&Target { to: Shared::new(y), keep: true }, x, w, format, None);
     Ok(())
 }
 
-/// `X·Wᵀ` or `X·W`.
+/// `X·Wᵀ + addend` or `X·W + addend`.
 ///
 /// # Errors
-/// As [`add_product`].
-pub(crate) fn new_product(x: Tokens<'_>, w: Factor, format: &dyn Format) -> Result<Vec<f32>> {
+/// As [`add_product`], or when the addend does not fit.
+pub(crate) fn new_product(x: Tokens<'_>, w: Factor, format: &dyn Format, addend: Addend<'_>) -> Result<Vec<f32>> {
+    let (depth, columns) = w.sizes();
+    addend.check(x.count, columns)?;
+    match in_f32::hardware().next() {
+        _ if addend.is_empty() => new_product_with(x, w, format, None),
+        Some(kernel) if depth > 0 => new_product_with(x, w, format, Some((addend, kernel))),
+        _ => {
+            let mut y = addend.alone(x.count, columns)?;
+            add_product(&mut y, x, w, format)?;
+            Ok(y)
+        }
+    }
+}
+
+/// The same with a kernel for the addend, which fits.
+fn new_product_with(
+    x: Tokens<'_>,
+    w: Factor,
+    format: &dyn Format,
+    addend: Option<(Addend<'_>, Kernel)>,
+) -> Result<Vec<f32>> {
     let (depth, columns) = w.sizes();
     let len = x.count * columns;
     check(len, x, w, format)?;
@@ -153,7 +177,10 @@ pub(crate) fn new_product(x: Tokens<'_>, w: Factor, format: &dyn Format) -> Resu
     }
     let mut y: Vec<f32> = Vec::with_capacity(len);
     let room = y.spare_capacity_mut().get_mut(..len).unwrap_or_default();
-    product(&Target { to: Shared::new(room), keep: false }, x, w, format);
+    let mut buffer = ADDEND_PANELS.take();
+    let laid_out = addend.map(|(addend, kernel)| LaidOut::new(addend, x.count, kernel, &mut buffer));
+    product(&Target { to: Shared::new(room), keep: false }, x, w, format, laid_out.as_ref());
+    ADDEND_PANELS.set(buffer);
     #[allow(unsafe_code)]
     // SAFETY: the capacity holds `len` elements, and a product whose contraction is not empty writes them all.
     unsafe {
@@ -186,8 +213,8 @@ struct Target<'a> {
     keep: bool,
 }
 
-/// The result has `x.count` rows as long as the weight has columns; the factors fit each other.
-fn product(y: &Target<'_>, x: Tokens<'_>, w: Factor, format: &dyn Format) {
+/// The result has `x.count` rows as long as the weight has columns; the factors fit each other, and the addend the result.
+fn product(y: &Target<'_>, x: Tokens<'_>, w: Factor, format: &dyn Format, addend: Option<&LaidOut<'_>>) {
     let (depth, columns) = w.sizes();
     let all_words = depth.div_ceil(format.depth());
     // Parts of about one length.
@@ -196,16 +223,26 @@ fn product(y: &Target<'_>, x: Tokens<'_>, w: Factor, format: &dyn Format) {
     for start in (0..all_words).step_by(words.max(1)) {
         let words = words.min(all_words - start);
         let panels = Panels::new(&x, start, words, format, &mut buffer);
-        slabs(columns.div_ceil(COLS), words, format.group(w.contracted), |range, slabs| {
+        // The last part brings the addend.
+        let addend = addend.filter(|_| start + words == all_words);
+        let more = addend.map_or(0, LaidOut::words);
+        slabs(columns.div_ceil(COLS), words + more, format.group(w.contracted), |range, slabs| {
+            let (slabs, beside) = slabs.split_at_mut(range.len() * words);
             format.lay_out_columns(&w, range.start * COLS, start, words, slabs);
+            if let Some(addend) = addend {
+                addend.lay_out_columns(range.start * COLS, beside);
+            }
             let kernel = format.kernel();
             simd::run(
                 #[inline(always)]
                 || {
                     let mut tile = [[0f32; COLS]; ROWS];
                     for panel in 0..x.count.div_ceil(ROWS) {
-                        for (slab, b) in range.clone().zip(slabs.chunks(words)) {
+                        for (i, (slab, b)) in range.clone().zip(slabs.chunks(words)).enumerate() {
                             kernel(panels.get(panel), b, &mut tile);
+                            if let Some(addend) = addend {
+                                addend.add(panel, &beside[i * more..(i + 1) * more], &mut tile);
+                            }
                             #[allow(unsafe_code)]
                             // SAFETY: each tile is made once, and first written unless the caller's result is kept.
                             unsafe {

@@ -6,6 +6,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Tensor};
 
 use super::*;
+use crate::cpu::Mat;
 use crate::stored::Stored;
 use crate::testing::randn;
 use crate::weight::FrozenWeight;
@@ -79,15 +80,21 @@ fn check(tokens: usize, width: usize, columns: usize) {
     }
 }
 
+/// The elements of a tensor.
+fn elements(t: &Tensor) -> Vec<f32> {
+    t.flatten_all().unwrap().to_vec1().unwrap()
+}
+
 fn hold(what: &str, x: &Tensor, weight: &Tensor, factor: Factor, format: &dyn Format) {
     let (tokens, width) = x.dims2().unwrap();
     let columns = weight.dim(1).unwrap();
     let want = x.to_dtype(DType::F64).unwrap().matmul(weight).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    hold_with_addends(what, x, &want, factor, format);
     let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let x = Tokens::dense(&x, tokens, width);
     let mut added = vec![1f32; tokens * columns];
     add_product(&mut added, x, factor, format).unwrap();
-    let new = new_product(x, factor, format).unwrap();
+    let new = new_product(x, factor, format, Addend::default()).unwrap();
     let room = 2e-5 * (width as f64).sqrt();
     for (i, want) in want.into_iter().enumerate() {
         for (how, got, want) in [("new", new[i], want), ("added", added[i], want + 1.0)] {
@@ -95,6 +102,57 @@ fn hold(what: &str, x: &Tensor, weight: &Tensor, factor: Factor, format: &dyn Fo
             assert!(error <= room, "{what}, {how}, row {}, column {}: {got}, not {want}", i / columns, i % columns);
         }
     }
+}
+
+/// The product with a bias, with a product of low rank whose factors lie in wider matrices, and with both.
+fn hold_with_addends(what: &str, x: &Tensor, product: &[f64], factor: Factor, format: &dyn Format) {
+    let ((tokens, width), columns) = (x.dims2().unwrap(), factor.sizes().1);
+    let (rank, stride, scale) = (1 + columns % 5, 7, 0.5);
+    let (left, right) =
+        (elements(&randn(5, (tokens, stride), 1.0).unwrap()), elements(&randn(6, (columns, rank), 1.0).unwrap()));
+    let all_bias = elements(&randn(7, columns, 1.0).unwrap());
+    let (x, x_low) = (elements(x), Mat::strided(&left, tokens, rank, stride));
+    let low = LowRankProduct { x: x_low, w: Mat::new(&right, columns, rank).t(), scale };
+    for (low_rank, bias) in [(None, Some(&all_bias[..])), (Some(low), None), (Some(low), Some(&all_bias[..]))] {
+        let addend = Addend { low_rank, bias };
+        addend.check(tokens, columns).unwrap();
+        for kernel in iter::once(singles as Kernel).chain(in_f32::hardware()) {
+            let got =
+                new_product_with(Tokens::dense(&x, tokens, width), factor, format, Some((addend, kernel))).unwrap();
+            let room = 2e-5 * (width as f64).sqrt() + 1e-5;
+            for (i, (got, product)) in got.into_iter().zip(product).enumerate() {
+                let (row, column) = (i / columns, i % columns);
+                let dot = (0..rank)
+                    .map(|k| f64::from(left[row * stride + k]) * f64::from(right[column * rank + k]))
+                    .sum::<f64>();
+                let want = product
+                    + low_rank.map_or(0.0, |_| f64::from(scale) * dot)
+                    + bias.map_or(0.0, |b| f64::from(b[column]));
+                let error = (f64::from(got) - want).abs();
+                assert!(error <= room, "{what}, addend, row {row}, column {column}: {got}, not {want}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_addend_that_does_not_fit_is_an_error_and_one_of_an_empty_product_is_all() {
+    let (data, x, bias) = (vec![1f32; 64], vec![1f32; 64], [1f32, 2.0, 3.0, 4.0]);
+    let format = InF32::with_kernel(Stored::F32(&data), singles).unwrap();
+    let run = |width, addend| {
+        let factor = Factor { out: 4, inp: width, contracted: Contracted::In };
+        new_product(Tokens::dense(&x, 2, width), factor, &format, addend)
+    };
+    let low = |rows, rank, columns| {
+        let (x, w) = (Mat::new(&x[..rows * rank], rows, rank), Mat::new(&data[..rank * columns], rank, columns));
+        Some(LowRankProduct { x, w, scale: 2.0 })
+    };
+    assert!(run(8, Addend { low_rank: None, bias: Some(&bias[..3]) }).is_err());
+    assert!(run(8, Addend { low_rank: low(3, 2, 4), bias: None }).is_err());
+    assert!(run(8, Addend { low_rank: low(2, 2, 5), bias: None }).is_err());
+    assert!(run(8, Addend { low_rank: low(2, 2, 4), bias: Some(&bias) }).is_ok());
+    let both = Addend { low_rank: low(2, 2, 4), bias: Some(&bias) };
+    assert_eq!(run(0, both).unwrap(), [5.0, 6.0, 7.0, 8.0, 5.0, 6.0, 7.0, 8.0]);
 }
 
 #[test]
@@ -132,7 +190,8 @@ fn what_does_not_fit_is_an_error_and_nothing_is_zero() {
     let (data, x) = (vec![1f32; 64], vec![1f32; 64]);
     let format = InF32::with_kernel(Stored::F32(&data), singles).unwrap();
     let run = |tokens, width, out, inp| {
-        new_product(Tokens::dense(&x, tokens, width), Factor { out, inp, contracted: Contracted::In }, &format)
+        let factor = Factor { out, inp, contracted: Contracted::In };
+        new_product(Tokens::dense(&x, tokens, width), factor, &format, Addend::default())
     };
     assert!(run(16, 5, 4, 5).is_err());
     assert!(run(4, 16, 5, 16).is_err());
