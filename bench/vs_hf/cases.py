@@ -120,11 +120,13 @@ class Train(Case):
     """A training step on random tokens; the first step is not timed."""
 
     def __init__(self, model, name, title, method="lora", dtype="f32", checkpointing=False, part=None, goals=("≥ 1.5", "")):
-        """With `part` there is a third side, `budget`: ours, told to keep to the `part`th part of the peer's memory."""
+        """With `part` there is a third side, `budget`: ours, told to keep to the `part`th part of the peer's memory; and with
+        f32 a fourth, `narrow`: within that budget activations wait for the backward pass in bf16."""
         self.model, self.name, self.method, self.dtype, self.checkpointing = model, name, method, dtype, checkpointing
         self.part = part
-        self.sides = ("hf", "ours", "budget") if part else ("hf", "ours")
+        self.sides = ("hf", "ours", *(("budget",) if part else ()), *(("narrow",) if part and dtype == "f32" else ()))
         titles = {"ours": title, "budget": f"{title}, 1/{part} of the memory"}
+        titles["narrow"] = f"{titles['budget']}, activations kept in bf16"
         self.ratios = tuple(
             Ratio(f"{titles[side]}, {what}", key, goal, side)
             for side in self.sides[1:]
@@ -145,11 +147,13 @@ class Train(Case):
             output = bench.tmp / "out"
             shutil.rmtree(output, ignore_errors=True)
             memory = {"train__gradient_checkpointing": "true" if self.checkpointing else "false"}
-            if side == "budget":
+            if side in ("budget", "narrow"):
                 # A quick run's peak is mostly weights, of which a part holds nothing.
                 part = 1 if options.quick else self.part
                 budget = f"{found['hf']['peak_bytes'] / part / 1e6:.0f}MB"
                 memory = {"train__gradient_checkpointing": "auto", "train__memory_budget": budget}
+            if side == "narrow":
+                memory["train__activation_dtype"] = "bf16"
             head = {"data__labels": json.dumps([str(i) for i in range(model.classes)])} if model.classes else {}
             result = bench.ours(
                 "peft-cli", "train", "--model", bench.folder(model), "--adapter", bench.adapter(model, self.method, self.dtype),

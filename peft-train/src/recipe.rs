@@ -106,6 +106,9 @@ pub struct TrainTable {
     pub gradient_checkpointing: Value,
     /// What `gradient_checkpointing = "auto"` fits activations into: `"4GiB"`; left out, half the free memory.
     pub memory_budget: Option<String>,
+    /// In what activations wait for the backward pass: `f32`, `bf16` (half their memory, gradients of activations rounded to
+    /// 8 bits), or `auto`, which is `bf16` with a base asked for in it and `f32` otherwise.
+    pub activation_dtype: String,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// Name of the schedule.
@@ -151,6 +154,7 @@ impl Default for TrainTable {
             gradient_accumulation: 1,
             gradient_checkpointing: Value::String("auto".into()),
             memory_budget: None,
+            activation_dtype: "auto".into(),
             learning_rate: 2e-4,
             scheduler: "cosine".into(),
             warmup_ratio: 0.03,

@@ -184,12 +184,8 @@ impl Run {
         })
     }
 
-    /// A base asked for in `bf16` holds kept activations in it too, as PyTorch does; a CPU computes them in `f32` all the same.
     fn keep(&self) -> Result<Keep> {
-        let records = match open::parse_dtype(&self.recipe.model.dtype)? {
-            Some(DType::BF16) => DType::BF16,
-            _ => DType::F32,
-        };
+        let records = self.activation_dtype()?;
         let checkpointing = match &self.recipe.train.gradient_checkpointing {
             toml::Value::Boolean(true) => Checkpointing::Full,
             toml::Value::Boolean(false) => Checkpointing::Off,
@@ -200,6 +196,19 @@ impl Run {
             other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
         };
         Ok(Keep { checkpointing, records })
+    }
+
+    /// A base asked for in `bf16` holds kept activations in it too, as PyTorch does; a CPU computes them in `f32` all the same.
+    fn activation_dtype(&self) -> Result<DType> {
+        match self.recipe.train.activation_dtype.as_str() {
+            "f32" => Ok(DType::F32),
+            "bf16" => Ok(DType::BF16),
+            "auto" => Ok(match open::parse_dtype(&self.recipe.model.dtype)? {
+                Some(DType::BF16) => DType::BF16,
+                _ => DType::F32,
+            }),
+            other => bail!("`train.activation_dtype` is \"{other}\"; use \"auto\", \"f32\" or \"bf16\""),
+        }
     }
 
     /// The largest micro-batch that the data can give.

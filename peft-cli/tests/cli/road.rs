@@ -107,6 +107,29 @@ fn a_dry_run_shows_the_plan_and_writes_nothing() {
 }
 
 #[test]
+fn activations_wait_in_the_type_that_the_recipe_says() {
+    let dir = Dir::new();
+    let in_type = |dtype: &str| {
+        let set = format!("train.activation_dtype={dtype}");
+        let settings = ["--set", &set, "--output", dtype];
+        let peak =
+            dir.train(&[&settings[..], &["--dry-run", "--json"]].concat()).json()["estimated_peak_bytes"].clone();
+        dir.train(&settings).ok();
+        (
+            peak.as_f64().unwrap(),
+            steps(&dir, dtype).iter().map(|step| step["loss"].as_f64().unwrap()).collect::<Vec<_>>(),
+        )
+    };
+    let ((auto, _), (wide, in_f32), (narrow, in_bf16)) = (in_type("auto"), in_type("f32"), in_type("bf16"));
+    assert!(narrow < wide && auto == wide, "{narrow} {wide} {auto}");
+    // Eight significant bits of what is kept: the first loss is off by less, the next ones by what the updates are.
+    for (f32, bf16) in in_f32.iter().zip(&in_bf16) {
+        assert!((f32 - bf16).abs() < 2e-2 * f32, "{in_f32:?} {in_bf16:?}");
+    }
+    assert_ne!(in_f32, in_bf16);
+}
+
+#[test]
 fn a_recipe_file_counts_its_paths_from_its_own_folder() {
     let dir = Dir::new();
     dir.write("recipes/data/rows.jsonl", &rows());

@@ -108,6 +108,7 @@ fn recipe_keys_and_values() {
     set("data.format=completoin", &["completoin", "completion"]);
     set("train.optimizer=adamv", &["adamv", "adamw"]);
     set("train.scheduler=cosin", &["cosin", "cosine"]);
+    set("train.activation_dtype=f16", &["activation_dtype", "f16", "bf16"]);
     set("train.batch_size=0", &["batch_size"]);
     set("train.learning_rate=-1", &["learning_rate"]);
     set("train.learning_rate=nan", &["learning_rate"]);
