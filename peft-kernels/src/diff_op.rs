@@ -31,11 +31,22 @@ pub(crate) trait DiffOp: Send + Sync + 'static {
     /// Whether making the result again costs less than keeping it until the backward pass.
     const CHEAP: bool = false;
 
+    /// Whether running it leaves something for the backward pass beside the result ([`Self::remember`]).
+    const REMEMBERS: bool = false;
+
     /// The fused CPU kernel: contiguous `f32` arguments, the result's elements and shape.
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)>;
 
     /// The same function in tensor operations, for every other device and float type. Arguments are untracked.
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor>;
+
+    /// Makes what running it leaves for the backward pass; the result is not wanted. Arguments are untracked and contiguous.
+    fn remember(&self, args: &[Tensor]) -> Result<()>
+    where
+        Self: Sized,
+    {
+        compute(self, args).map(drop)
+    }
 
     /// Gradients of the arguments for which `needs` is true. All tensors are untracked and contiguous.
     fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>>;

@@ -102,6 +102,11 @@ impl LoraLinear {
         }
     }
 
+    /// `drop(x)·Aᵀ`, `[tokens, r]`.
+    fn shrunk(&self, x: &[f32], tokens: usize, a: Mat<'_>) -> Result<Vec<f32>> {
+        cpu::gemm(Mat::new(&self.dropped(x)?, tokens, a.cols()), a.t(), 1.0)
+    }
+
     fn backward_cpu(&self, args: &[Tensor], grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let (tokens, inp) = args[0].dims2()?;
         let (out, r) = args[2].dims2()?;
@@ -114,7 +119,7 @@ impl LoraLinear {
                         let db = if needs[2] {
                             let xa = match self.xa.get() {
                                 Some(xa) => Cow::from(xa),
-                                None => cpu::gemm(Mat::new(&self.dropped(x.data)?, tokens, inp), a.t(), 1.0)?.into(),
+                                None => self.shrunk(x.data, tokens, a)?.into(),
                             };
                             Some(b_gradient(Mat::new(&xa, tokens, r), dy, self.scale)?)
                         } else {
@@ -164,6 +169,7 @@ impl LoraLinear {
 impl DiffOp for LoraLinear {
     const NAME: &'static str = "lora_linear";
     const KEEPS: Keeps = Keeps::Arguments;
+    const REMEMBERS: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let ((r, inp), (out, rank)) = (args[1].shape.dims2()?, args[2].shape.dims2()?);
@@ -171,8 +177,7 @@ impl DiffOp for LoraLinear {
             candle_core::bail!("lora_linear: A has rank {r} and B has rank {rank}");
         }
         let tokens = matrix(args[0].shape, inp, Self::NAME)?;
-        let dropped = self.dropped(args[0].data)?;
-        let xa = cpu::gemm(Mat::new(&dropped, tokens, inp), Mat::new(args[1].data, r, inp).t(), 1.0)?;
+        let xa = self.shrunk(args[0].data, tokens, Mat::new(args[1].data, r, inp))?;
         let (x, w) = (Mat::new(&xa, tokens, r), Mat::new(args[2].data, out, r).t());
         let low_rank = LowRankProduct { x, w, scale: self.scale };
         let y = match &self.base {
@@ -183,6 +188,17 @@ impl DiffOp for LoraLinear {
         };
         let _ = self.xa.set(xa);
         Ok((y, Shape::from((tokens, out))))
+    }
+
+    fn remember(&self, args: &[Tensor]) -> Result<()> {
+        if !args.iter().all(diff_op::is_cpu_f32) {
+            return Ok(());
+        }
+        let ((tokens, _), (r, inp)) = (args[0].dims2()?, args[1].dims2()?);
+        let xa =
+            cpu::with(&args[0], |x| cpu::with(&args[1], |a| self.shrunk(x.data, tokens, Mat::new(a.data, r, inp))))?;
+        let _ = self.xa.set(xa);
+        Ok(())
     }
 
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {

@@ -113,6 +113,7 @@ fn missing<T>(args: &[T]) -> candle_core::Error {
 impl DiffOp for Attention {
     const NAME: &'static str = "attention";
     const KEEPS: Keeps = Keeps::All;
+    const REMEMBERS: bool = true;
 
     fn cpu(&self, args: &[View<'_>]) -> Result<(Vec<f32>, Shape)> {
         let [q, k, v, rest @ ..] = args else { return Err(missing(args)) };

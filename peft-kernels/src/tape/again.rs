@@ -10,11 +10,13 @@ use super::{Entry, RECORDING, Record, recorded};
 #[derive(Debug, Default)]
 pub struct Unread(Vec<Option<Skipped>>);
 
-/// What stands in for an operation's results.
+/// What stands in for an operation's result.
 #[derive(Debug)]
 struct Skipped {
     name: &'static str,
-    results: Vec<(Shape, DType, Device)>,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
 }
 
 impl Unread {
@@ -32,8 +34,8 @@ impl Unread {
 }
 
 impl Record {
-    /// Operations whose results the backward pass does not read, or makes itself when it does, and that nothing else was
-    /// made of but the results of such operations and the block's.
+    /// Operations whose result the backward pass does not read, or makes itself when it does, and of which nothing else was
+    /// made but the results of such operations and the block's. What running them leaves beside the result is made again.
     ///
     /// There are none where candle's operations stand between: what they read is not known here.
     #[must_use]
@@ -41,17 +43,24 @@ impl Record {
         let (mut has_readers, mut is_read) = (vec![false; self.slots.len()], vec![false; self.slots.len()]);
         self.out.into_iter().for_each(|out| has_readers[out] = true);
         let skips = self.entries.iter().rev().map(|entry| {
-            let Entry::Op { op, args, outs } = entry else { return Err(()) };
-            let skip = outs.iter().all(|&out| self.slots[out].value.is_none() && has_readers[out] && !is_read[out]);
+            let Entry::Op { op, args, outs } = entry else { return None };
+            let unread = |out: usize| self.slots[out].value.is_none() && has_readers[out] && !is_read[out];
+            let skip = match outs.as_slice() {
+                [out] if unread(*out) => Some(&self.slots[*out]),
+                _ => None,
+            };
             for &arg in args {
                 has_readers[arg] = true;
-                is_read[arg] |= !skip;
+                is_read[arg] |= skip.is_none() || op.remembers();
             }
-            let results = outs.iter().map(|&out| &self.slots[out]);
-            let results = results.map(|slot| (slot.shape.clone(), slot.dtype, slot.device.clone()));
-            Ok(skip.then(|| Skipped { name: op.name(), results: results.collect() }))
+            Some(skip.map(|slot| Skipped {
+                name: op.name(),
+                shape: slot.shape.clone(),
+                dtype: slot.dtype,
+                device: slot.device.clone(),
+            }))
         });
-        let mut skips = skips.collect::<std::result::Result<Vec<_>, ()>>().unwrap_or_default();
+        let mut skips = skips.collect::<Option<Vec<_>>>().unwrap_or_default();
         skips.reverse();
         Unread(skips)
     }
@@ -69,13 +78,11 @@ pub fn record_again<E: From<candle_core::Error>>(
     Ok(recorded(Record { unread, ..Record::default() }, f)?.1)
 }
 
-/// What stands in for the results of the operation that is to be written down next, if it need not run.
-pub(super) fn skipped(name: &str) -> Option<Result<Vec<Tensor>>> {
+/// What stands in for the result of the operation that is to be written down next, if it need not be made.
+pub(super) fn skipped(name: &str) -> Option<Result<Tensor>> {
     RECORDING.with_borrow(|record| {
         let record = record.as_ref()?;
         let skipped = record.unread.0.get(record.entries.len())?.as_ref().filter(|s| s.name == name)?;
-        let zeros =
-            skipped.results.iter().map(|(shape, dtype, device)| Ok(Var::zeros(shape, *dtype, device)?.into_inner()));
-        Some(zeros.collect())
+        Some(Var::zeros(&skipped.shape, skipped.dtype, &skipped.device).map(Var::into_inner))
     })
 }

@@ -94,6 +94,7 @@ trait Recorded: Send + Sync {
     fn name(&self) -> &'static str;
     fn keeps(&self) -> Keeps;
     fn is_cheap(&self) -> bool;
+    fn remembers(&self) -> bool;
     fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>>;
     fn backward(
         &self,
@@ -113,6 +114,9 @@ impl<T: DiffOp> Recorded for T {
     }
     fn is_cheap(&self) -> bool {
         T::CHEAP
+    }
+    fn remembers(&self) -> bool {
+        T::REMEMBERS
     }
     fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>> {
         Ok(vec![compute(self, args)?.tensor()?])
@@ -141,6 +145,9 @@ impl<T: MultiOp> Recorded for Multi<T> {
         Keeps::Arguments
     }
     fn is_cheap(&self) -> bool {
+        false
+    }
+    fn remembers(&self) -> bool {
         false
     }
     fn forward(&self, args: &[Tensor]) -> Result<Vec<Tensor>> {
@@ -208,14 +215,12 @@ pub(crate) fn run<T: DiffOp>(op: T, args: &[Tensor]) -> std::result::Result<Resu
     if !is_recording() {
         return Err(op);
     }
-    let made = match again::skipped(T::NAME) {
+    let run = || match again::skipped(T::NAME) {
+        Some(standing_in) if T::REMEMBERS => op.remember(&detached(args)).and(standing_in),
         Some(standing_in) => standing_in,
-        None => compute(&op, &detached(args)).and_then(|value| Ok(vec![value.variable()?])),
+        None => compute(&op, &detached(args))?.variable(),
     };
-    Ok(made.and_then(|outs| {
-        write_down(Arc::new(op), args, &outs);
-        outs.into_iter().next().ok_or_else(|| candle_core::Error::msg(format!("{}: no result", T::NAME)))
-    }))
+    Ok(run().inspect(|out| write_down(Arc::new(op), args, std::slice::from_ref(out))))
 }
 
 /// Runs an operation with several results, and writes it down where a recording is under way.
@@ -223,10 +228,7 @@ pub(crate) fn run_multi<T: MultiOp>(op: T, args: &[Tensor]) -> Result<Vec<Tensor
     if !is_recording() || !args.iter().any(Tensor::track_op) {
         return op.forward(&detached(args))?.into_iter().map(Value::tensor).collect();
     }
-    let outs = match again::skipped(T::NAME) {
-        Some(standing_in) => standing_in?,
-        None => op.forward(&detached(args))?.into_iter().map(Value::variable).collect::<Result<Vec<_>>>()?,
-    };
+    let outs = op.forward(&detached(args))?.into_iter().map(Value::variable).collect::<Result<Vec<_>>>()?;
     write_down(Arc::new(Multi(op)), args, &outs);
     Ok(outs)
 }
