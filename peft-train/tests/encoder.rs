@@ -108,17 +108,17 @@ fn gradients_are_those_of_the_loss() {
                     p.set(&(&start + (&direction * step).unwrap()).unwrap()).unwrap();
                     loss(&model, &set, &batch())
                 };
-                // Small: a kink of the ReLU in DistilBERT's head inside the step would move the difference.
-                let step = 1.0e-4;
-                let numeric = (at(step) - at(-step)) / (2.0 * step);
+                // A kink of the ReLU in DistilBERT's head inside a large step moves the difference, rounding that of a small
+                // one; a gradient that is wrong differs from them all.
+                let numeric = [1.0e-3, 3.0e-4, 1.0e-4].map(|step| (at(step) - at(-step)) / (2.0 * step));
                 p.set(&start).unwrap();
                 let exact = f64::from((grad * &direction).unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap());
                 // DoRA takes the norm in its denominator for a constant, so its gradient is not that of the loss.
                 let detached =
                     method.get("use_dora").is_some() && (p.name().contains("lora_A") || p.name().contains("lora_B"));
                 assert!(
-                    detached || (numeric - exact).abs() <= 2e-2 * exact.abs().max(1.0),
-                    "{family} {method}: {}: {exact}, numerically {numeric}",
+                    detached || numeric.iter().any(|n| (n - exact).abs() <= 2e-2 * exact.abs().max(1.0)),
+                    "{family} {method}: {}: {exact}, numerically {numeric:?}",
                     p.name()
                 );
             }
