@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use peft_lora::combine::CombineType;
 
 /// Train, evaluate, merge and run adapters over a frozen base model.
 ///
@@ -25,7 +26,9 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     /// Write a complete model with one or more adapters merged into it
     Merge(MergeArgs),
-    /// Write an adapter in another program's form
+    /// Make one adapter of several: a weighted sum of what they change
+    Combine(CombineArgs),
+    /// Write an adapter in another form: as a LoRA of a chosen rank, or another program's files
     Convert(ConvertArgs),
     /// Say what a model or an adapter is
     Inspect(InspectArgs),
@@ -178,9 +181,100 @@ pub(crate) struct MergeArgs {
     pub(crate) json: bool,
 }
 
+/// Make one adapter of several: a weighted sum of what they change.
+///
+/// The types have PEFT's names and act on the changes of the weights, W ← W + Σ wᵢ·ΔWᵢ: `cat` (exact, ranks add up), `linear` (exact,
+/// of the smallest rank that holds the sum), `svd` (the best of a given rank; the default), and on single elements of the changes
+/// `ties`, `dare_linear`, `dare_ties`, `magnitude_prune`, followed by the best of a given rank (the same as their names with `_svd`).
+/// PEFT applies `linear` and those without `_svd` to A and B apart, whose product has terms of no adapter;
+/// --peft-compatible does so too. docs/combining.md has the formulas.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct CombineArgs {
+    /// An adapter folder or hub id with its weight, `PATH=0.5`; a weight below zero takes away, none is 1. Give it for each
+    #[arg(long, required = true, value_name = "PATH=WEIGHT", value_parser = WeightedAdapter::parse, allow_hyphen_values = true)]
+    pub(crate) adapter: Vec<WeightedAdapter>,
+    /// How: cat, linear, svd, ties, ties_svd, dare_linear, dare_linear_svd, dare_ties, dare_ties_svd, magnitude_prune or
+    /// magnitude_prune_svd; left out, svd, and linear for IA³
+    #[arg(long = "type", value_name = "TYPE", value_parser = combine_type)]
+    pub(crate) kind: Option<CombineType>,
+    /// The folder to write, new or empty
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// The base model, for what depends on it: DoRA, methods other than LoRA, modules_to_save that differ
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Rank of the result; left out, the largest of the adapters', and for linear the smallest that holds the sum
+    #[arg(long, alias = "rank", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) svd_rank: Option<u16>,
+    /// The share of elements that ties, dare_… and magnitude_prune keep, above 0 and up to 1
+    #[arg(long, default_value_t = 0.5, value_parser = density)]
+    pub(crate) density: f64,
+    /// Which sign wins in ties: that of the sum (total) or of more adapters (frequency)
+    #[arg(long, value_enum, default_value_t = MajoritySignMethod::Total)]
+    pub(crate) majority_sign_method: MajoritySignMethod,
+    /// Seed of the elements that dare_… keeps
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Combine A and B apart where PEFT does (linear, ties, dare_linear, dare_ties, magnitude_prune), or the factors of IA³
+    #[arg(long)]
+    pub(crate) peft_compatible: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// An adapter and what its change is multiplied with.
+#[derive(Debug, Clone)]
+pub(crate) struct WeightedAdapter {
+    pub(crate) adapter: String,
+    pub(crate) weight: f64,
+}
+
+impl WeightedAdapter {
+    fn parse(text: &str) -> Result<Self, String> {
+        let Some((adapter, weight)) = text.rsplit_once('=') else {
+            return Ok(Self { adapter: text.to_owned(), weight: 1.0 });
+        };
+        match weight.trim().parse::<f64>() {
+            Ok(weight) if weight.is_finite() && !adapter.is_empty() => Ok(Self { adapter: adapter.to_owned(), weight }),
+            _ => Err(format!("`{weight}` is not a finite number; write PATH=WEIGHT, such as style=0.5")),
+        }
+    }
+}
+
+fn combine_type(name: &str) -> Result<CombineType, String> {
+    CombineType::from_name(name).map_err(|error| error.to_string())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse::<f64>()
+        .ok()
+        .filter(|x| (0.0..=1.0).contains(x))
+        .ok_or_else(|| format!("{text} is not a share from 0 to 1"))
+}
+
+fn density(text: &str) -> Result<f64, String> {
+    share(text).and_then(|x| if x > 0.0 { Ok(x) } else { Err("nothing would be left".to_owned()) })
+}
+
+/// How ties elects the sign of an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MajoritySignMethod {
+    /// That of the sum
+    Total,
+    /// That of more adapters
+    Frequency,
+}
+
 /// What an adapter can be converted to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ConvertTo {
+    /// A LoRA of a chosen rank, from any method that changes weights of linear layers or embeddings
+    Lora,
+    /// A GGUF file with the factors of a LoRA, for llama.cpp's --lora
+    Gguf,
+    /// The files of mlx-lm, from a LoRA
+    Mlx,
     /// The files of AdapterHub's `adapters` package, for bottleneck adapters
     Adapterhub,
     /// adapter_config.json and adapter_model.safetensors, as training writes them
@@ -195,13 +289,20 @@ pub(crate) struct ConvertArgs {
     /// The form to write
     #[arg(long)]
     pub(crate) to: ConvertTo,
-    /// The folder to write, new or empty
+    /// The folder to write, new or empty; the file of `gguf`
     #[arg(long)]
     pub(crate) output: PathBuf,
-    /// The base model. `adapterhub` needs it where the adapter does not name one on this machine; with `peft`, the copy of the
-    /// base's output layer that AdapterHub stores beside an adapter is left out
+    /// The base model. `gguf` needs it, `lora` but for a plain LoRA, `adapterhub` where the adapter does not name one on this machine; with
+    /// `peft`, the copy of the base's output layer that AdapterHub stores beside an adapter is left out
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// With `lora`: the rank of every site
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) rank: Option<u16>,
+    /// With `lora`: each site gets the smallest rank with at most this relative error (Frobenius norm of what its change lacks);
+    /// left out like --rank, 0.01
+    #[arg(long, value_parser = share, conflicts_with = "rank")]
+    pub(crate) max_error: Option<f64>,
     /// What the adapter is called in formats that name it
     #[arg(long, default_value = "adapter")]
     pub(crate) name: String,

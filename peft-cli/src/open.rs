@@ -6,10 +6,10 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use peft_core::{Task, read_keys};
 use peft_hub::{Kind, Options};
-use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
 use peft_models::source::Placement;
 use peft_models::tokenizer::Tokenizer;
+use peft_models::{AnyModel, ModelFiles};
 use peft_train::class_labels;
 use peft_train::data::{ClassHead, DecoderInputs, HfTextTokenizer};
 
@@ -29,6 +29,23 @@ pub(crate) fn settle_classes(files: &mut ModelFiles, labels: &[String], adapter:
         && (files.lacks_class_head() || folder.join(class_labels::FILE).is_file())
     {
         files.set_labels(labels).with_context(|| format!("adapter {}", folder.display()))?;
+    }
+    Ok(())
+}
+
+/// The base model that `spec` names, with the classes of these adapters' heads, read matrix by matrix as it is asked for them.
+pub(crate) fn base<'p>(spec: &str, adapters: impl IntoIterator<Item = &'p Path>) -> Result<AnyModel> {
+    let mut files = model(spec)?;
+    for adapter in adapters {
+        settle_classes(&mut files, &[], Some(adapter))?;
+    }
+    Ok(files.load_deferred(&Placement::cpu(None), 0)?)
+}
+
+/// Refuses a folder to write that holds something.
+pub(crate) fn refuse_filled(output: &Path) -> Result<()> {
+    if output.is_file() || std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some()) {
+        bail!("{} holds files already: give --output a folder that is new or empty", output.display());
     }
     Ok(())
 }

@@ -51,6 +51,7 @@ pub mod adapter_file;
 pub mod adapter_keys;
 pub mod atomic;
 pub mod checkpoint;
+pub mod combine;
 pub mod config_keys;
 pub mod error;
 pub mod mapping;

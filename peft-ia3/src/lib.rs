@@ -8,6 +8,7 @@ three places (keys, values, inner activations) where PEFT's default for a family
 */
 
 mod build;
+pub mod combine;
 mod config;
 mod linear;
 mod targets;

@@ -6,6 +6,7 @@ modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA a
 */
 
 mod build;
+pub mod combine;
 mod config;
 mod dora;
 mod embedding;
@@ -13,6 +14,7 @@ pub mod eva;
 mod init;
 mod linalg;
 mod linear;
+pub mod mlx;
 
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;

@@ -66,6 +66,39 @@ pub(crate) fn svd(w: &Tensor, r: usize) -> Result<Svd> {
     })
 }
 
+/// All singular triplets of `B·A` for `b: [out, r]` and `a: [r, in]`, without the product: `B = Q_B R_B` and `Aᵀ = Q_A R_A`,
+/// and `R_B R_Aᵀ`, of at most r rows and columns, is decomposed. There are `min(r, out, in)` of them.
+///
+/// # Errors
+/// When a value is not finite or the iteration does not converge.
+pub(crate) fn product_svd(a: &Tensor, b: &Tensor) -> Result<Svd> {
+    let ((r, inp), out) = (a.dims2()?, b.dim(0)?);
+    let right = DMatrix::from_vec(inp, r, values(a)?).qr();
+    let left = DMatrix::from_vec(out, r, values(&b.t()?.contiguous()?)?).qr();
+    let core = left.r() * right.r().transpose();
+    let limit = 100 * r.max(10);
+    let parts = core.try_svd(true, true, f64::EPSILON, limit).and_then(|d| Some((d.u?, d.singular_values, d.v_t?)));
+    let (u, s, v_t) = parts.ok_or_else(|| Error::msg("the singular value decomposition does not converge"))?;
+    let (u, v, k) = (left.q() * u, right.q() * v_t.transpose(), s.len());
+    Ok(Svd { u: rows(u.as_slice(), (k, out))?, s: s.iter().copied().collect(), v: rows(v.as_slice(), (k, inp))? })
+}
+
+/// `‖B·A‖` (Frobenius) for `b: [out, r]` and `a: [r, in]`: from the product or, where r is smaller than the matrix, from Gram
+/// matrices, `‖BA‖² = ⟨BᵀB, AAᵀ⟩`. Whatever the shapes, neither is larger than A or B.
+///
+/// # Errors
+/// When shapes do not fit.
+pub(crate) fn product_norm(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let (a, b) = (a.to_dtype(DType::F64)?, b.to_dtype(DType::F64)?);
+    let ((r, inp), out) = (a.dims2()?, b.dim(0)?);
+    let squares = if r.saturating_mul(r) < out.saturating_mul(inp) {
+        (b.t()?.contiguous()?.matmul(&b)? * a.matmul(&a.t()?.contiguous()?)?)?
+    } else {
+        b.matmul(&a)?.sqr()?
+    };
+    Ok(squares.sum_all()?.to_scalar::<f64>()?.max(0.0).sqrt())
+}
+
 /// The first `r` singular triplets of a weight by subspace iteration from a random start of `r + oversampling`
 /// directions: `iterations` times there and back through W, which is read as it is stored and never widened.
 ///
@@ -125,6 +158,29 @@ mod tests {
     }
 
     #[test]
+    fn a_product_is_decomposed_without_being_made() {
+        // also more columns than a side has, and columns that depend on each other
+        for (out, inp, r) in [(1, 1, 1), (7, 3, 2), (5, 9, 5), (4, 6, 11), (40, 24, 8)] {
+            let (a, b) = (randn(1, (r, inp), 0.7).unwrap(), randn(2, (out, r), 0.7).unwrap());
+            let d = product_svd(&a, &b).unwrap();
+            assert_eq!(d.s.len(), r.min(out).min(inp));
+            let dense = b.matmul(&a).unwrap();
+            close("BA", &product(&d), &dense, 1e-5).unwrap();
+            let norm = dense.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+            assert!((product_norm(&a, &b).unwrap() - f64::from(norm)).abs() < 1e-5 * f64::from(norm));
+            assert_orthonormal(&d.u);
+            assert_orthonormal(&d.v);
+            for (x, y) in d.s.iter().zip(svd(&dense, r).unwrap().s) {
+                assert!((x - y).abs() < 1e-5 * y.max(1.0), "{x} {y}");
+            }
+        }
+        let (a, b) = (randn(1, (3, 8), 0.7).unwrap(), randn(2, (6, 3), 0.7).unwrap());
+        let twice = |t: &Tensor, dim| Tensor::cat(&[t, t], dim).unwrap();
+        let s = product_svd(&twice(&a, 0), &twice(&b, 1)).unwrap().s;
+        assert!(s[2] > 0.1 && s[3] < 1e-12 * s[0], "{s:?}");
+    }
+
+    #[test]
     fn randomised_finds_the_same_triplets() {
         // Singular values that fall by a half each, as trained weights have a few large ones.
         let (out, inp) = (40, 64);
@@ -147,7 +203,7 @@ mod tests {
     fn hostile_matrices_are_refused() {
         for bad in [f32::NAN, f32::INFINITY] {
             let w = Tensor::new(&[[bad, 1.0], [2.0, 3.0]], &Device::Cpu).unwrap();
-            assert!(svd(&w, 1).is_err() && orthonormal_rows(&w).is_err());
+            assert!(svd(&w, 1).is_err() && orthonormal_rows(&w).is_err() && product_svd(&w, &w).is_err());
         }
         let extreme = Tensor::new(&[[f32::MAX, f32::MIN_POSITIVE], [f32::MAX, -f32::MAX]], &Device::Cpu).unwrap();
         assert!(svd(&extreme, 2).is_ok());

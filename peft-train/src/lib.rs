@@ -8,6 +8,7 @@ mod catalogue;
 pub mod checkpoint;
 pub mod class_labels;
 mod classify;
+pub mod combine;
 pub mod data;
 mod driver;
 pub mod early_stop;

@@ -6,21 +6,30 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use peft_adapters::adapterhub::{self, HubModel};
 use peft_core::{AdapterFolder, BaseModel, atomic, write_adapter};
-use peft_models::source::Placement;
-use peft_models::{AnyModel, ModelFiles};
+use peft_lora::mlx;
+use peft_models::ModelFiles;
+use peft_models::gguf::write_gguf_adapter;
+use peft_train::combine::{Input, unscaled};
 use peft_train::{adapter_files, class_labels};
 use serde_json::{Value, json};
 
 use crate::args::{ConvertArgs, ConvertTo};
+use crate::cmd::combine;
 use crate::open;
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
     let (dir, output) = (open::adapter(&args.adapter)?, &args.output);
-    if output.exists() && std::fs::read_dir(output).is_ok_and(|mut entries| entries.next().is_some()) {
-        bail!("{} holds files already: give --output a folder that is new or empty", output.display());
+    open::refuse_filled(output)?;
+    if args.to != ConvertTo::Lora && (args.rank.is_some() || args.max_error.is_some()) {
+        bail!("--rank and --max-error go with --to lora");
+    }
+    match args.to {
+        ConvertTo::Lora => return combine::to_lora(args, &dir),
+        ConvertTo::Gguf | ConvertTo::Mlx => return factors(args, &dir),
+        ConvertTo::Adapterhub | ConvertTo::Peft => {}
     }
     let base = match (args.to, &args.model) {
-        (ConvertTo::Peft, Some(spec)) => Some(base_model(spec, &dir)?),
+        (ConvertTo::Peft, Some(spec)) => Some(open::base(spec, [dir.as_path()])?),
         _ => None,
     };
     let adapter = adapter_files::open(&dir, base.as_ref().map(|model| model as &dyn BaseModel))?;
@@ -30,11 +39,36 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
             let model = hub_model(&adapter, args.model.as_deref())?;
             adapterhub::write(output, &adapter, &args.name, &labels, &model)
         }
-        ConvertTo::Peft => peft_folder(output, &adapter, &labels),
+        _ => peft_folder(output, &adapter, &labels),
     };
     written.with_context(|| format!("adapter {}", args.adapter))?;
     if args.json {
         out!("{}", json!({"output": output, "tensors": adapter.keys().len()}));
+    }
+    eprintln!("written to {}", output.display());
+    Ok(())
+}
+
+/// `--to gguf` and `--to mlx`, which hold the factors of a LoRA and nothing else.
+fn factors(args: &ConvertArgs, folder: &Path) -> Result<()> {
+    let output = &args.output;
+    let input = Input { name: &args.adapter, weight: 1.0, folder };
+    let of = || format!("adapter {}", args.adapter);
+    let model = args.model.as_deref().map(|spec| open::base(spec, [folder])).transpose()?;
+    let lora = unscaled(input, model.as_ref().map(|model| model as &dyn BaseModel))?;
+    let tensors = match args.to {
+        ConvertTo::Mlx => mlx::write(output, &lora).with_context(of)?,
+        _ => {
+            let Some(spec) = &args.model else {
+                bail!("llama.cpp orders the rows of some layers by the model's heads: give --model")
+            };
+            let files = open::model(spec)?;
+            let factors = lora.plain_factors("llama.cpp").with_context(of)?;
+            write_gguf_adapter(output, files.decoder_config()?, &factors)?
+        }
+    };
+    if args.json {
+        out!("{}", json!({"output": output, "tensors": tensors}));
     }
     eprintln!("written to {}", output.display());
     Ok(())
@@ -49,13 +83,6 @@ fn peft_folder(output: &Path, adapter: &AdapterFolder, labels: &[String]) -> pef
         }
         write_adapter(dir, adapter.config(), tensors.iter().map(|(key, t)| (*key, t)))
     })
-}
-
-/// The base model, read matrix by matrix as it is compared with.
-fn base_model(spec: &str, adapter: &Path) -> Result<AnyModel> {
-    let mut files = open::model(spec)?;
-    open::settle_classes(&mut files, &[], Some(adapter))?;
-    Ok(files.load_deferred(&Placement::cpu(None), 0)?)
 }
 
 /// The base model that was named, or the one that the adapter names where it is on this machine.

@@ -5,6 +5,7 @@ use clap::CommandFactory;
 
 use crate::args::{Args, Command};
 
+mod combine;
 mod convert;
 mod doctor;
 mod eval;
@@ -21,6 +22,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Eval(a) => eval::run(&a),
         Command::Generate(a) => generate::run(&a),
         Command::Merge(a) => merge::run(&a),
+        Command::Combine(a) => combine::run(&a),
         Command::Convert(a) => convert::run(&a),
         Command::Inspect(a) => inspect::run(&a),
         Command::Methods(a) => methods::run(&a),

@@ -2,6 +2,7 @@
 #![allow(missing_docs, unreachable_pub, missing_debug_implementations)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod combine;
 mod harness;
 mod methods;
 mod resume;

@@ -148,7 +148,8 @@ fn a_recipe_file_counts_its_paths_from_its_own_folder() {
 #[test]
 fn help_catalogue_and_completions() {
     let dir = Dir::new();
-    let verbs = ["train", "eval", "generate", "merge", "inspect", "methods", "doctor", "completions"];
+    let verbs =
+        ["train", "eval", "generate", "merge", "combine", "convert", "inspect", "methods", "doctor", "completions"];
     dir.run(&["--version"]).ok();
     let help = dir.run(&["--help"]).ok();
     for verb in verbs {

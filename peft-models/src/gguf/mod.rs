@@ -21,12 +21,14 @@ use memmap2::Mmap;
 use peft_core::mapping;
 use peft_core::suggest::did_you_mean;
 
+mod adapter;
 mod names;
 mod read;
 mod types;
 mod value;
 mod write;
 
+pub use adapter::write_gguf_adapter;
 pub use names::{gguf_name, hf_name};
 pub use types::{block_type, type_name};
 pub use value::{Array, Value};
@@ -116,6 +118,11 @@ impl TensorInfo {
     /// The element type, if it is one that can be loaded.
     pub fn block_type(&self) -> Option<GgmlDType> {
         block_type(self.ggml_type)
+    }
+
+    /// Where the data lies in the file, in bytes.
+    pub fn bytes(&self) -> std::ops::Range<usize> {
+        self.start..self.start + self.length
     }
 }
 

@@ -105,13 +105,13 @@ const ALIGNMENT: u64 = 32;
 const PIECE: usize = if cfg!(test) { 1 << 16 } else { 1 << 22 };
 
 /// A tensor on its way into the file.
-struct Planned<'a> {
-    spec: &'a GgufTensorSpec,
-    name: String,
-    block_type: GgmlDType,
-    bytes: u64,
+pub(super) struct Planned<'a> {
+    pub(super) spec: &'a GgufTensorSpec,
+    pub(super) name: String,
+    pub(super) block_type: GgmlDType,
+    pub(super) bytes: u64,
     /// Rows of a head whose order llama.cpp has otherwise.
-    head_rows: Option<usize>,
+    pub(super) head_rows: Option<usize>,
 }
 
 /// Writes a model: metadata of `config` and `tokenizer`, then each tensor of `tensors`, which `load` hands over by its
@@ -199,7 +199,6 @@ fn plan<'a>(
 ) -> Result<Vec<Planned<'a>>, String> {
     let mut planned = Vec::with_capacity(tensors.len());
     let mut seen = HashSet::new();
-    let permutes_qk = config.family.gguf.is_some_and(|gguf| gguf.permutes_qk);
     for spec in tensors {
         if spec.name == "lm_head.weight" && config.tie_word_embeddings {
             continue;
@@ -216,20 +215,25 @@ fn plan<'a>(
             spec.name == "lm_head.weight" || (config.tie_word_embeddings && spec.name == "model.embed_tokens.weight");
         let block_type = type_for(wanted.block_type(), &spec.shape, head);
         let bytes = (elements / block_type.block_size()) as u64 * block_type.type_size() as u64;
-        let heads = match permuted_projection(&spec.name) {
-            Some(Projection::Query) if permutes_qk => Some(config.num_attention_heads),
-            Some(Projection::Key) if permutes_qk => Some(config.num_key_value_heads),
-            _ => None,
-        };
         let rows = spec.shape.first().copied().unwrap_or(0);
-        if let Some(heads) = heads
-            && rows != heads * config.head_dim
-        {
-            return Err(format!("tensor `{}` has {rows} rows, not {heads} heads of {}", spec.name, config.head_dim));
-        }
-        planned.push(Planned { spec, name, block_type, bytes, head_rows: heads.map(|_| config.head_dim) });
+        let head_rows = permuted_head(config, &spec.name, rows)?;
+        planned.push(Planned { spec, name, block_type, bytes, head_rows });
     }
     Ok(planned)
+}
+
+/// The rows of a head in the tensor called `name` in Hugging Face's files, where llama.cpp has its `rows` in another order.
+pub(super) fn permuted_head(config: &DecoderConfig, name: &str, rows: usize) -> Result<Option<usize>, String> {
+    let permutes_qk = config.family.gguf.is_some_and(|gguf| gguf.permutes_qk);
+    let heads = match permuted_projection(name) {
+        Some(Projection::Query) if permutes_qk => config.num_attention_heads,
+        Some(Projection::Key) if permutes_qk => config.num_key_value_heads,
+        _ => return Ok(None),
+    };
+    if rows != heads * config.head_dim {
+        return Err(format!("tensor `{name}` has {rows} rows, not {heads} heads of {}", config.head_dim));
+    }
+    Ok(Some(config.head_dim))
 }
 
 /// The element type for a tensor: see the module's documentation.
@@ -266,7 +270,7 @@ fn type_for(wanted: GgmlDType, shape: &[usize], head: bool) -> GgmlDType {
     if fits(fallback) { fallback } else { GgmlDType::F16 }
 }
 
-fn header(metadata: &[(String, Value)], planned: &[Planned<'_>], factors: Option<&[f32]>) -> Vec<u8> {
+pub(super) fn header(metadata: &[(String, Value)], planned: &[Planned<'_>], factors: Option<&[f32]>) -> Vec<u8> {
     let mut out = Vec::new();
     out.extend_from_slice(b"GGUF");
     out.extend_from_slice(&3u32.to_le_bytes());
@@ -361,12 +365,17 @@ fn push_value(out: &mut Vec<u8>, value: &Value) {
     }
 }
 
-fn pad(out: &mut impl Write, written: u64) -> std::io::Result<()> {
+pub(super) fn pad(out: &mut impl Write, written: u64) -> std::io::Result<()> {
     let zeros = (written.next_multiple_of(ALIGNMENT) - written) as usize;
     out.write_all([0u8; ALIGNMENT as usize].get(..zeros).unwrap_or_default())
 }
 
-fn write_tensor(out: &mut impl Write, planned: &Planned<'_>, values: &Tensor, path: &Path) -> Result<(), GgufError> {
+pub(super) fn write_tensor(
+    out: &mut impl Write,
+    planned: &Planned<'_>,
+    values: &Tensor,
+    path: &Path,
+) -> Result<(), GgufError> {
     let name = &planned.spec.name;
     let wrong = |reason: String| GgufError::Tensor { path: path.into(), name: name.clone(), reason };
     let candle = |source| candle_error(path, name, source);
