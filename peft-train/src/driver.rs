@@ -108,7 +108,7 @@ pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result
     let (read, targets) = read(batch, ctx)?;
     let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
     let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
-    head.loss(model, &normed, 1.0, None, ctx)
+    head.loss(model, &normed, &[], None, ctx)
 }
 
 /// Loss of a batch without gradients, and the likeliest class of each row.
@@ -133,15 +133,8 @@ pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<
 pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
     let (read, targets) = read(batch, ctx)?;
     let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
-    let of_head = head.read.ctx(ctx);
-    let normed = model.final_norm(&head.rows, &of_head)?;
-    let mut losses = Vec::with_capacity(head.targets.len());
-    for (start, ids) in chunks(head.targets) {
-        let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
-        let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
-        losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
-    }
-    Ok(losses)
+    let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
+    head.losses(model, &normed, ctx)
 }
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
@@ -152,21 +145,45 @@ pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>)
     (0..model.num_blocks()).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
 }
 
-/// Runs a micro-batch forward and backward, adding the gradients of `scale · Σ nll` to `grads`. `lowest` is the lowest
-/// segment with a parameter (0 the embedding, `1..` the blocks).
+/// What a loss makes of the negative log-likelihoods of a micro-batch's counted tokens.
+#[derive(Clone, Copy)]
+pub enum LossOf<'a> {
+    /// Their sum times a factor.
+    Sum(f64),
+    /// Any function of them: here its derivative by each, given all of them in the order of [`Batch::targets`].
+    Weighed(&'a dyn Fn(&[f32]) -> Vec<f64>),
+}
+
+impl std::fmt::Debug for LossOf<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sum(scale) => f.debug_tuple("Sum").field(scale).finish(),
+            Self::Weighed(_) => f.debug_tuple("Weighed").finish_non_exhaustive(),
+        }
+    }
+}
+
+impl From<f64> for LossOf<'_> {
+    fn from(scale: f64) -> Self {
+        Self::Sum(scale)
+    }
+}
+
+/// Runs a micro-batch forward and backward, adding the gradients of its loss to `grads`: of `scale · Σ nll` where `loss` is a
+/// number. `lowest` is the lowest segment with a parameter (0 the embedding, `1..` the blocks).
 ///
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
-pub fn forward_backward<M: Segmented>(
+pub fn forward_backward<'a, M: Segmented>(
     model: &M,
     batch: &Batch,
     ctx: &Ctx<'_>,
     lowest: usize,
     keep: impl Into<Keep>,
-    scale: f64,
+    loss: impl Into<LossOf<'a>>,
     grads: &mut Grads,
 ) -> Result<Measured> {
-    let keep = keep.into();
+    let (keep, loss) = (keep.into(), loss.into());
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
     let (read, targets) = read(batch, ctx)?;
     let input = model.prepare(tokens(batch), ctx)?;
@@ -206,7 +223,7 @@ pub fn forward_backward<M: Segmented>(
     let needs_below = first < blocks || lowest == 0;
     let head = Head { rows: hidden.detach(), read: &read, targets: &targets };
     drop(hidden);
-    let (measured, d_rows) = head.backward(model, ctx, scale, needs_below, grads)?;
+    let (measured, d_rows) = head.backward(model, ctx, loss, needs_below, grads)?;
     let Some(mut gradient) = d_rows else { return Ok(measured) };
     drop(head);
 
@@ -303,13 +320,13 @@ impl Head<'_> {
         &self,
         model: &M,
         ctx: &Ctx<'_>,
-        scale: f64,
+        loss: LossOf<'_>,
         needs_rows: bool,
         grads: &mut Grads,
     ) -> Result<(Measured, Option<Tensor>)> {
         let rows = leaf(&self.rows, needs_rows)?;
         let normed = model.final_norm(&rows, &self.read.ctx(ctx))?;
-        if let Some((weight, softcap)) = model.plain_head(&self.read.ctx(ctx)) {
+        if let (LossOf::Sum(scale), Some((weight, softcap))) = (loss, model.plain_head(&self.read.ctx(ctx))) {
             let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
             let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
             let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
@@ -318,7 +335,17 @@ impl Head<'_> {
         }
         let inner = leaf(&normed.detach(), normed.track_op())?;
         let mut d_normed = Vec::new();
-        let measured = self.loss(model, &inner, scale, Some((grads, &mut d_normed)), ctx)?;
+        let weights = match loss {
+            LossOf::Sum(scale) => vec![scale; self.targets.len()],
+            LossOf::Weighed(weigh) => {
+                let weights = weigh(&self.losses(model, &normed.detach(), &ctx.untracked())?);
+                if weights.len() != self.targets.len() {
+                    return Err(Error::msg("a loss has another number of derivatives than tokens"));
+                }
+                weights
+            }
+        };
+        let measured = self.loss(model, &inner, &weights, Some((grads, &mut d_normed)), ctx)?;
         if !normed.track_op() {
             return Ok((measured, None));
         }
@@ -327,13 +354,26 @@ impl Head<'_> {
         Ok((measured, d_rows))
     }
 
+    /// The negative log-likelihood of each row's target, over chunks of rows.
+    fn losses<M: Segmented>(&self, model: &M, normed: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
+        let of_head = self.read.ctx(ctx);
+        let mut losses = Vec::with_capacity(self.targets.len());
+        for (start, ids) in chunks(self.targets) {
+            let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
+            let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
+            losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
+        }
+        Ok(losses)
+    }
+
     /// The loss over chunks of rows, so that full logits are never held; with `backward`, each chunk's gradients are
-    /// taken at once and its graph dropped.
+    /// taken at once and its graph dropped. `weights` are the derivatives of the loss by each row's negative log-likelihood; none
+    /// are needed without `backward`.
     fn loss<M: Segmented>(
         &self,
         model: &M,
         normed: &Tensor,
-        scale: f64,
+        weights: &[f64],
         mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
         ctx: &Ctx<'_>,
     ) -> Result<Measured> {
@@ -344,12 +384,23 @@ impl Head<'_> {
             let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
             let chunk = leaf(&chunk, backward.is_some() && normed.track_op())?;
             let logits = model.logits(&chunk, &if backward.is_some() { ctx } else { ctx.untracked() })?;
+            // One factor for all rows goes into the kernel.
+            let weights = weights.get(start..start + ids.len()).unwrap_or_default();
+            let shared = weights.first().copied().filter(|first| weights.iter().all(|w| w == first));
+            let scale = shared.unwrap_or(1.0);
             let scored = kernels::cross_entropy_rows(&logits.detach(), ids, scale, None, backward.is_some())?;
             measured.nll += scored.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
             measured.hits += scored.hits;
             if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
                 && logits.track_op()
             {
+                let d_logits = match shared {
+                    Some(_) => d_logits,
+                    None => {
+                        let weights = Tensor::new(weights, d_logits.device())?.to_dtype(d_logits.dtype())?;
+                        d_logits.broadcast_mul(&weights.unsqueeze(1)?)?
+                    }
+                };
                 let store = kernels::seed(&logits, &d_logits)?.backward()?;
                 d_normed.extend(grads.drain(store, Some(chunk.id()))?);
             }

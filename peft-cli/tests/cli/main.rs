@@ -4,6 +4,7 @@
 
 mod harness;
 mod methods;
+mod mezo;
 mod resume;
 mod road;
 mod wrong_input;
