@@ -105,8 +105,18 @@ fn tokens(batch: &Batch) -> TokenBatch<'_> {
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Measured> {
+    evaluate_above(model, batch, None, ctx)
+}
+
+/// As [`evaluate`], from the hidden states that no parameter reaches.
+pub(crate) fn evaluate_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Measured> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
     let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
     head.loss(model, &normed, &[], None, ctx)
 }
@@ -116,8 +126,18 @@ pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result
 /// # Errors
 /// When a tensor operation fails or a label is outside the head.
 pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<(Measured, Vec<u32>)> {
+    predict_above(model, batch, None, ctx)
+}
+
+/// As [`predict`], from the hidden states that no parameter reaches.
+pub(crate) fn predict_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<(Measured, Vec<u32>)> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
     let ctx = head.read.ctx(ctx);
     let logits = model.logits(&model.final_norm(&head.rows, &ctx)?, &ctx)?;
     let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
@@ -131,8 +151,18 @@ pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
+    token_losses_above(model, batch, None, ctx)
+}
+
+/// As [`token_losses`], from the hidden states that no parameter reaches.
+pub(crate) fn token_losses_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Vec<f32>> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
     let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
     head.losses(model, &normed, ctx)
 }
@@ -299,12 +329,45 @@ fn read(batch: &Batch, ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
 }
 
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
-fn read_hidden<M: Segmented>(model: &M, batch: &Batch, read: &ReadRows, ctx: &Ctx<'_>) -> Result<Tensor> {
+fn read_hidden<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    read: &ReadRows,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Tensor> {
     let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
-    let embedded = model.embed(tokens(batch), &ctx)?;
+    let (first, hidden) = match below {
+        Some(below) => (below.block, below.hidden.clone()),
+        None => (0, model.embed(tokens(batch), &ctx)?),
+    };
     let run = |hidden: Tensor, i| run_block(model, i, &hidden, read, &input, &ctx);
-    (0..model.num_blocks()).try_fold(embedded, run)
+    (first..model.num_blocks()).try_fold(hidden, run)
+}
+
+/// What goes into the lowest block that may change between passes over one batch.
+#[derive(Debug)]
+pub(crate) struct Below {
+    block: usize,
+    /// `[tokens, hidden]`.
+    hidden: Tensor,
+}
+
+impl Below {
+    /// The blocks below `lowest`, the lowest segment with a parameter, run once; nothing where there are none.
+    pub(crate) fn run<M: Segmented>(model: &M, batch: &Batch, lowest: usize, ctx: &Ctx<'_>) -> Result<Option<Self>> {
+        // The last block is always run again: it makes only what is read.
+        let block = lowest.saturating_sub(1).min(model.num_blocks().saturating_sub(1));
+        if block == 0 {
+            return Ok(None);
+        }
+        let ctx = ctx.untracked();
+        let input = model.prepare(tokens(batch), &ctx)?;
+        let embedded = model.embed(tokens(batch), &ctx)?;
+        let hidden = (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))?;
+        Ok(Some(Self { block, hidden }))
+    }
 }
 
 /// The hidden states that reach the head, and what they predict.

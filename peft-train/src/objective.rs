@@ -8,7 +8,7 @@ use peft_core::{Ctx, Error, Result, Segmented, Task};
 
 use crate::classify::Confusion;
 use crate::data::{Batch, ChoiceBatch};
-use crate::driver::{Measured, evaluate, predict, token_losses};
+use crate::driver::{Below, Measured, evaluate_above, predict_above, token_losses_above};
 use crate::t_few::{Counts, TFew};
 
 /// What training lowers.
@@ -105,16 +105,29 @@ pub fn measure<M: Segmented>(
     micro_batches: &[MicroBatch],
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, f64)> {
+    measure_above(objective, classes, model, micro_batches, &[], ctx)
+}
+
+/// As [`measure`], each micro-batch from what no parameter reaches, where that is at hand.
+pub(crate) fn measure_above<M: Segmented>(
+    objective: Objective,
+    classes: Option<usize>,
+    model: &M,
+    micro_batches: &[MicroBatch],
+    below: &[Option<Below>],
+    ctx: &Ctx<'_>,
+) -> Result<(Measured, f64)> {
     let (mut measured, mut value) = (Measured::default(), 0.0);
     let mut confusion = Confusion::new(classes.unwrap_or(0));
     let (mut right, mut rows) = (0usize, 0usize);
     let counts = Counts::of(micro_batches);
-    for micro_batch in micro_batches {
+    for (i, micro_batch) in micro_batches.iter().enumerate() {
+        let below = below.get(i).and_then(Option::as_ref);
         match (micro_batch, objective) {
             (MicroBatch::Rows(batch), _) if batch.targets().ids.is_empty() => {}
-            (MicroBatch::Rows(batch), Objective::Loss) => measured += evaluate(model, batch, ctx)?,
+            (MicroBatch::Rows(batch), Objective::Loss) => measured += evaluate_above(model, batch, below, ctx)?,
             (MicroBatch::Rows(batch), Objective::Accuracy | Objective::F1) => {
-                let (found, predicted) = predict(model, batch, ctx)?;
+                let (found, predicted) = predict_above(model, batch, below, ctx)?;
                 measured += found;
                 right += found.hits;
                 rows += found.counted;
@@ -124,7 +137,7 @@ pub fn measure<M: Segmented>(
             }
             (MicroBatch::Rows(_), Objective::TFew(_)) => return Err(Error::msg("t_few needs rows with choices")),
             (MicroBatch::Choices(choices), _) => {
-                let nll = token_losses(model, &choices.batch, ctx)?;
+                let nll = token_losses_above(model, &choices.batch, below, ctx)?;
                 if let Objective::TFew(losses) = objective {
                     value += losses.weigh(&nll, choices, &counts).0;
                 }
@@ -167,5 +180,47 @@ impl Chosen {
 
     pub(crate) fn own_is_likeliest(&self) -> usize {
         self.pairs.iter().filter(|(own, likeliest)| own == likeliest).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use peft_core::{AdapterSet, Route};
+    use peft_models::Decoder;
+    use peft_models::config::DecoderConfig;
+    use peft_models::source::{Placement, RandomSource};
+    use serde_json::json;
+
+    use super::*;
+
+    /// What lies below the lowest parameter may be run once for all points of a step: not a bit differs.
+    #[test]
+    fn a_pass_from_what_no_parameter_reaches_is_the_whole_pass() {
+        let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 12,
+            "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": "silu"});
+        let config = DecoderConfig::from_hf_map(config.as_object().unwrap().clone(), Path::new("config.json")).unwrap();
+        let placement = Placement::cpu(None);
+        let source = RandomSource { seed: 0, std: 0.3, untied_head: true, placement: placement.clone() };
+        let model = Decoder::load(config, &source, &placement).unwrap();
+        let ids: Vec<u32> = (0..9).map(|i| i * 5 % 32).collect();
+        let batch = Batch {
+            labels: ids.iter().map(|&id| id as i32).collect(),
+            position_ids: vec![0, 1, 2, 3, 0, 1, 2, 3, 4],
+            input_ids: ids,
+            bounds: vec![0, 4, 9],
+            ..Batch::default()
+        };
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let whole = measure(Objective::Loss, None, &model, &[MicroBatch::Rows(batch.clone())], &ctx).unwrap();
+        for (lowest, runs) in [(0, false), (1, false), (2, true), (3, true), (4, true)] {
+            let below = [Below::run(&model, &batch, lowest, &ctx).unwrap()];
+            assert_eq!(below[0].is_some(), runs, "segment {lowest}");
+            let rows = [MicroBatch::Rows(batch.clone())];
+            assert_eq!(measure_above(Objective::Loss, None, &model, &rows, &below, &ctx).unwrap(), whole);
+        }
     }
 }

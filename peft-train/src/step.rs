@@ -9,10 +9,10 @@ use peft_core::{
 
 use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::TrainerState;
-use crate::driver::{LossOf, Measured, forward_backward};
+use crate::driver::{Below, LossOf, Measured, forward_backward};
 use crate::grads::Grads;
 use crate::mezo::Mezo;
-use crate::objective::{Chosen, MicroBatch, Objective, measure};
+use crate::objective::{Chosen, MicroBatch, Objective, measure_above};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
 use crate::t_few::Counts;
 use crate::trainer::Plan;
@@ -132,9 +132,12 @@ impl<M: Segmented> Step<'_, M> {
             Task::Classification { classes, .. } => Some(classes),
             Task::CausalLm | Task::Seq2SeqLm => self.plan.choices.as_ref().and_then(|c| c.classes()),
         };
+        // What lies below the lowest parameter is the same at all points of a step.
+        let below = micro_batches.iter().map(|b| Below::run(self.model, b.batch(), self.lowest, &ctx));
+        let below = below.collect::<Result<Vec<_>>>()?;
         let mut measured = Measured::default();
         let estimate = mezo.step(self.opt_params, learning_rate, || {
-            let (found, value) = measure(self.plan.objective, classes, self.model, micro_batches, &ctx)?;
+            let (found, value) = measure_above(self.plan.objective, classes, self.model, micro_batches, &below, &ctx)?;
             measured += found;
             Ok(value)
         })?;

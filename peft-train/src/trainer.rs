@@ -285,20 +285,18 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let (ctx, batch_size) = (Ctx::eval(&self.set, &route), self.plan.eval_batch_size);
         let mut metrics = BTreeMap::new();
         let measured = match (self.model.task(), &self.plan.eval_choices) {
-            (Task::CausalLm | Task::Seq2SeqLm, Some(choices)) => {
+            (Task::Classification { classes, .. }, _) => {
+                let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
+                metrics.insert("f1".to_string(), confusion.macro_f1());
+                measured
+            }
+            (_, Some(choices)) => {
                 let found = evaluate_choices(self.model, choices, &ctx, batch_size, |_| {})?;
                 metrics.insert("accuracy".to_string(), found.accuracy());
                 metrics.extend(found.f1().map(|f1| ("f1".to_string(), f1)));
                 found.own
             }
-            (task, _) => match task {
-                Task::CausalLm | Task::Seq2SeqLm => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
-                Task::Classification { classes, .. } => {
-                    let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
-                    metrics.insert("f1".to_string(), confusion.macro_f1());
-                    measured
-                }
-            },
+            (_, None) => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
         };
         let counted = measured.counted as f64;
         metrics.entry("accuracy".to_string()).or_insert(measured.hits as f64 / counted);
@@ -307,7 +305,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let value = row.get(&metric).ok_or_else(|| {
             Error::config(
                 "train.metric",
-                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with a class head, eval_f1"),
+                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with classes, eval_f1"),
             )
         })?;
         let verdict = self.early_stop.observe(self.state.step, value);

@@ -11,8 +11,7 @@ use peft_core::{AdapterSet, BaseModel, Task};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
-    Batch, Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in,
-    preview,
+    Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
 };
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
 use peft_train::log::{Progress, RunLogger};
@@ -22,17 +21,20 @@ use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
 use peft_train::recipe::{Recipe, parse_value};
 use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
 use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, UpdateRule, checkpoint};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 
 use crate::args::TrainArgs;
 use crate::memory::LongestBatch;
 use crate::{memory, open, sample};
 use results::{Finished, facts};
+use start::prepare_adapter;
 
 mod mezo;
 mod results;
+mod start;
 
 pub(crate) use results::write_result;
+pub(crate) use start::start;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     let recipe = load_recipe(args)?;
@@ -442,76 +444,6 @@ fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
         packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
     };
     Ok(Sampler::new(train, options)?)
-}
-
-/// Whether a prompt starts from the embeddings of a text.
-fn starts_from_text(method: &Map<String, Value>) -> bool {
-    method.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT")
-}
-
-/// `method` with the base's own tokenizer where it names none.
-fn with_tokenizer(mut method: Map<String, Value>, files: &ModelFiles) -> Map<String, Value> {
-    let path = files.path().display().to_string();
-    method.entry("tokenizer_name_or_path").or_insert_with(|| path.into());
-    method
-}
-
-/// The `[method]` table as JSON.
-fn method_table(recipe: &Recipe) -> Result<Map<String, Value>> {
-    Ok(match serde_json::to_value(&recipe.method)? {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    })
-}
-
-/// The adapter that a `[method]` table starts from, where it does not look at the training data.
-pub(crate) fn start(
-    mut table: Map<String, Value>,
-    files: &ModelFiles,
-    model: &AnyModel,
-    seed: u64,
-) -> Result<Prepared> {
-    Ok(match table.remove("init_from") {
-        Some(Value::String(from)) => {
-            if let Some(key) = table.keys().find(|k| *k != "type") {
-                bail!(
-                    "`method.{key}` cannot be given with method.init_from: type and keys come from its adapter_config.json"
-                );
-            }
-            methods::open(&open::adapter(&from)?, model)?
-        }
-        Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
-        None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, seed)?,
-        None => methods::create(&table, model, seed)?,
-    })
-}
-
-fn prepare_adapter(
-    recipe: &Recipe,
-    files: &ModelFiles,
-    model: &AnyModel,
-    train: &Dataset,
-    resume: bool,
-) -> Result<Prepared> {
-    let table = method_table(recipe)?;
-    let output = Path::new(recipe.output.dir.as_deref().unwrap_or_default());
-    let seed = recipe.train.seed;
-    let mut prepared = if !table.contains_key("init_from") && methods::looks_at_data(&table)? {
-        match if resume { checkpoint::list(output)?.pop() } else { None } {
-            // What was found in the data is in the checkpoint, ranks included.
-            Some((_, dir)) => methods::open(&dir, model)?,
-            None => {
-                let mut batches = sampler(recipe, train)?;
-                methods::create_on(&table, model, seed, || Batch::new(train, &batches.next_batch()))?
-            }
-        }
-    } else {
-        start(table, files, model, seed)?
-    };
-    if let Some(path) = &recipe.model.path {
-        prepared.adapter.config.insert("base_model_name_or_path".into(), path.clone().into());
-    }
-    Ok(prepared)
 }
 
 /// A new run in the folder of an old one starts without the old checkpoints, so that a later --resume cannot mix them.

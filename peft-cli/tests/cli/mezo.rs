@@ -111,7 +111,8 @@ fn every_kind_of_parameter_is_trained_and_made_again() {
 
 /// Rows whose answer is one of two, on a causal model through a template and words.
 fn verbalised() -> String {
-    let row = |i: usize| json!({"text": if i % 2 == 0 { "up" } else { "down" }, "label": i % 2}).to_string() + "\n";
+    let row =
+        |i: usize| json!({"text": if i.is_multiple_of(2) { "up" } else { "down" }, "label": i % 2}).to_string() + "\n";
     (0..24).map(row).collect()
 }
 

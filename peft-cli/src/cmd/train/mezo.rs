@@ -8,7 +8,7 @@ use peft_train::methods;
 use peft_train::mezo::{Mezo, MezoConfig, Record, checksum};
 use peft_train::recipe::{Recipe, TrainTable};
 
-use super::method_table;
+use super::start::method_table;
 
 /// The settings that a recipe gives MeZO.
 pub(super) fn config(t: &TrainTable) -> MezoConfig {
