@@ -46,6 +46,9 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
                 .into(),
         );
     }
+    if recipe.data.choices.len() == 1 {
+        return Err("`data.choices` needs two or more answers".into());
+    }
     if !mezo {
         return Ok(());
     }

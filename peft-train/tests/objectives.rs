@@ -268,7 +268,7 @@ fn choices_of_rows() {
     for (rows, given, says) in [
         (rows, &[][..], "rows.jsonl:1: has no choices"),
         (rows, &["yes", "nope"], "rows.jsonl:2: its completion \"no\" is none of the choices"),
-        (rows, &["yes"], "two or more"),
+        (rows, &["yes"], "rows.jsonl:2: its completion"),
         (rows, &["yes", "no", "yes"], "\"yes\" twice"),
         ("{\"prompt\": \"a\", \"completion\": \"yes\", \"choices\": \"yes\"}\n", &["yes", "no"], "list of texts"),
         ("{\"prompt\": \"a\", \"completion\": \"yes\", \"choices\": [\"yes\"]}\n", &[], "two or more"),

@@ -175,6 +175,7 @@ fn t_few_trains_on_rows_with_choices() {
     set("train.unlikelihood=-1").fails(&["train.unlikelihood"]);
     set("data.packing=true").fails(&["packing"]);
     set("train.objective=loss").ok();
+    set("data.choices=[\"a\"]").fails(&["data.choices", "two or more"]);
     dir.write("recipe.toml", &recipe.replace("\"t_few\"", "\"loss\"\nunlikelihood = 1"));
     dir.run(&["train", "recipe.toml", "--dry-run"]).fails(&["train.unlikelihood", "t_few"]);
 }

@@ -66,7 +66,7 @@ impl Choices {
     /// `given`.
     ///
     /// # Errors
-    /// A format without answers, a row without two or more answers of which its own is one, and all that a row can be refused for.
+    /// A format without answers, a row whose own answer is none of them, and all that a row can be refused for.
     pub fn load(
         spec: &DataSpec,
         format: Format,
@@ -75,9 +75,7 @@ impl Choices {
         given: &[String],
     ) -> Result<Self, DataError> {
         let column = answer_column(format)?;
-        if !given.is_empty() {
-            check_answers(given).map_err(|why| DataError::Config(format!("data.choices {why}")))?;
-        }
+        check_apart(given).map_err(|why| DataError::Config(format!("the list of choices {why}")))?;
         let options = EncodeOptions { format, ..options.clone() };
         let encoder = Encoder::new(tokenizer, &options)?;
         let (mut examples, mut rows): (Vec<Example>, Vec<ChoiceRow>) = (Vec::new(), Vec::new());
@@ -209,7 +207,10 @@ fn of_row(row: &Row, column: &str, given: &[String], encoder: &Encoder<'_>) -> R
         Some(Value::Array(list)) => {
             let texts = list.iter().map(text_of).collect::<Option<Vec<_>>>();
             let texts = texts.ok_or_else(|| DataError::row(&row.at, "`choices` is a list of texts"))?;
-            check_answers(&texts).map_err(|why| DataError::row(&row.at, format!("`choices` {why}")))?;
+            if texts.len() < 2 {
+                return Err(DataError::row(&row.at, "`choices` needs two or more answers"));
+            }
+            check_apart(&texts).map_err(|why| DataError::row(&row.at, format!("`choices` {why}")))?;
             Some(texts)
         }
         Some(_) => return Err(DataError::row(&row.at, "`choices` is a list of texts")),
@@ -241,10 +242,7 @@ fn text_of(value: &Value) -> Option<String> {
     }
 }
 
-fn check_answers(answers: &[String]) -> Result<(), String> {
-    if answers.len() < 2 {
-        return Err("needs two or more answers".into());
-    }
+fn check_apart(answers: &[String]) -> Result<(), String> {
     match answers.iter().enumerate().find(|(i, a)| answers.iter().take(*i).any(|b| b == *a)) {
         Some((_, twice)) => Err(format!("has {twice:?} twice")),
         None => Ok(()),

@@ -115,7 +115,6 @@ fn recipes_that_no_method_can_follow_name_the_key() {
         (json!({"type": "last_layers"}), "the model's 2 blocks"),
         (json!({"type": "last_layers", "num_layers": 0}), "num_layers"),
         (json!({"type": "last_layers", "num_layers": 3}), "this model has 2 blocks"),
-        (json!({"type": "last_layers", "num_layers": 1, "modules_to_save": ["norm"]}), "modules_to_save"),
         (json!({"type": "last_layers", "num_layer": 1}), "`num_layers`"),
         (json!({"type": "trainable_tokens"}), "token_indices"),
         (json!({"type": "trainable_tokens", "token_indices": [1, 48]}), "token id 48"),
