@@ -20,6 +20,8 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Train an adapter as a recipe says; flags override the recipe
     Train(TrainArgs),
+    /// Make a run of train.optimizer = "mezo" again from its record of a few kilobytes
+    Replay(ReplayArgs),
     /// Measure the loss of a model, with or without an adapter, on a file of rows
     Eval(EvalArgs),
     /// Write text with a model, with or without an adapter
@@ -88,6 +90,27 @@ pub(crate) struct TrainArgs {
     /// Check everything and print the plan without training
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ReplayArgs {
+    /// The record: mezo.safetensors of a run, or the folder that it is in
+    pub(crate) record: PathBuf,
+    /// Base model: a folder, a .gguf file or a hub id; left out, the one that the record names
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// The adapter that the run started from, where the record's own start is not to be had
+    #[arg(long)]
+    pub(crate) adapter: Option<String>,
+    /// Only so many steps, from the first; left out, all, and the result is checked against the run's own
+    #[arg(long)]
+    pub(crate) steps: Option<usize>,
+    /// Output folder
+    #[arg(long)]
+    pub(crate) output: PathBuf,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,

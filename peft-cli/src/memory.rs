@@ -41,6 +41,25 @@ pub(crate) struct LongestBatch {
 /// Estimated peak of a training step in bytes: weights, adapter with gradients and two moments, kept records, and the
 /// working memory of one block's backward pass and of the logits.
 pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, keep: Keep) -> u64 {
+    let parts = estimate_parts(model, adapter, batch, keep);
+    let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
+    let sum = parts.fixed + optimizer + parts.records + parts.working + parts.logits;
+    // Pages that the allocator holds between buffers of many sizes: up to 15 % in measured steps, and a budget must hold.
+    sum + sum / 6
+}
+
+/// What a step's memory consists of, in bytes.
+struct Parts {
+    /// Weights and the process.
+    fixed: u64,
+    /// What waits for the backward pass, and one block's record that is made again.
+    records: u64,
+    /// One block's working memory.
+    working: u64,
+    logits: u64,
+}
+
+fn estimate_parts(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, keep: Keep) -> Parts {
     let blocks = model.num_blocks() as u64;
     let (tokens, prefixed) = match adapter.virtual_tokens() {
         // Where tokens look both ways, each sequence has rows of its own for a prompt.
@@ -57,7 +76,7 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch
     let kept = match keep.checkpointing {
         Checkpointing::Off => blocks,
         Checkpointing::Full => 0,
-        Checkpointing::KeepTop(n) => n as u64,
+        Checkpointing::KeepTop(n) => (n as u64).min(blocks),
     };
     let records = kept * record + (blocks - kept.min(blocks)) * input_bytes(model, tokens, keep.records);
     // A block that runs again has its record only then.
@@ -68,10 +87,19 @@ pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch
     };
     // Their gradient takes their place.
     let logits = (tokens.min(LOGIT_ROWS) * width * 4) as u64;
-    let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
-    let process = 40 << 20;
-    let sum = model.nbytes() as u64 + optimizer + records + again + working_bytes(model, tokens) + logits + process;
-    // Pages that the allocator holds between buffers of many sizes: up to 15 % in measured steps, and a budget must hold.
+    Parts {
+        fixed: model.nbytes() as u64 + (40 << 20),
+        records: records + again,
+        working: working_bytes(model, tokens),
+        logits,
+    }
+}
+
+/// Estimated peak of a step of forward passes alone: weights, adapter, one block's activations and the logits.
+pub(crate) fn estimate_forward(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch) -> u64 {
+    let keep = Keep { checkpointing: Checkpointing::KeepTop(usize::MAX), records: DType::F32 };
+    let whole = estimate_parts(model, adapter, batch, keep);
+    let sum = whole.fixed + 4 * adapter.trainable_elements() as u64 + whole.working + whole.logits;
     sum + sum / 6
 }
 

@@ -155,7 +155,8 @@ impl FrozenLinear {
                 let shift = (trained.get(ctx) - base.to_dtype(trained.dtype())?)?.to_dtype(y.dtype())?;
                 Ok(peft_kernels::add_bias(&y, &shift)?)
             }
-            _ => Ok(y),
+            (Some(trained), None) => Ok(peft_kernels::add_bias(&y, &trained.get(ctx).to_dtype(y.dtype())?)?),
+            (None, _) => Ok(y),
         }
     }
 

@@ -78,7 +78,7 @@ impl SiteModule {
 pub struct SiteAdapter {
     /// The module, where there is one.
     pub module: Option<SiteModule>,
-    /// A bias in place of the base's (`bias = "all"` or `"lora_only"`).
+    /// A bias in place of the base's (`bias = "all"` or `"lora_only"`, BitFit), or on a linear layer that has none.
     pub bias: Option<Parameter>,
     form: OnceLock<Option<Arc<ServingForm>>>,
 }
@@ -104,8 +104,11 @@ impl SiteAdapter {
             None | Some(SiteModule::Sublayer(_)) => Some(ServingForm::default()),
             Some(_) => None,
         };
-        if let (Some(form), Some(trained), Some(bias)) = (&mut form, &self.bias, base.bias()) {
-            let shift = (trained.value() - bias.to_dtype(trained.dtype())?)?;
+        if let (Some(form), Some(trained)) = (&mut form, &self.bias) {
+            let shift = match base.bias() {
+                Some(bias) => (trained.value() - bias.to_dtype(trained.dtype())?)?,
+                None => trained.value(),
+            };
             form.shift = Some(match form.shift.take() {
                 Some(s) => (s + shift)?,
                 None => shift,

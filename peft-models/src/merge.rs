@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::{
     Adapter, BaseLayer, BaseModel, Context, Delta, Error, FrozenLinear, PlannedTensor, Result, ShardWriter, Site,
-    SiteAdapter, SiteModule, SiteTable,
+    SiteAdapter, SiteKind, SiteModule, SiteTable,
 };
 
 use crate::gguf::{GgufTensorSpec, GgufType, GgufWriteOptions, write_gguf};
@@ -62,6 +62,17 @@ impl<'a> Merged<'a> {
                     adapter.peft_type()
                 )));
             }
+            let added =
+                |id| matches!(model.sites().get(id).map(|s| s.kind), Some(SiteKind::Linear { bias: false, .. }));
+            if let Some((id, _)) = adapter.touched().find(|(id, s)| s.bias.is_some() && added(*id)) {
+                let path = model.sites().get(id).map_or("", |s| s.path.as_str());
+                return Err(Error::msg(format!(
+                    "an adapter of type {} cannot be merged: it adds a bias to `{path}`, which has none in models of type `{}`; \
+                     serve it unmerged, or train without add_biases",
+                    adapter.peft_type(),
+                    model.model_type()
+                )));
+            }
         }
         let tied = match (model.tied_embedding(), head(model.sites())) {
             (Some(path), Some(head)) => {
@@ -94,15 +105,15 @@ impl<'a> Merged<'a> {
                 continue;
             }
             let (weight, bias) = match site.kind {
-                peft_core::SiteKind::Linear { in_features, out_features, bias } => {
+                SiteKind::Linear { in_features, out_features, bias } => {
                     let mut shape = vec![out_features, in_features];
                     if site.stored.fan_in_fan_out {
                         shape.reverse();
                     }
                     (shape, bias.then_some(out_features))
                 }
-                peft_core::SiteKind::Embedding { vocab, dim } => (vec![vocab, dim], None),
-                peft_core::SiteKind::Norm { dim, bias } => (vec![dim], bias.then_some(dim)),
+                SiteKind::Embedding { vocab, dim } => (vec![vocab, dim], None),
+                SiteKind::Norm { dim, bias } => (vec![dim], bias.then_some(dim)),
             };
             all.push((format!("{}.weight", site.stored_name()), weight));
             all.extend(bias.map(|n| (format!("{}.bias", site.stored_name()), vec![n])));

@@ -21,6 +21,14 @@ pub struct MethodInfo {
     pub paper: &'static str,
 }
 
+impl MethodInfo {
+    /// Whether Hugging Face PEFT has it too and loads its files.
+    #[must_use]
+    pub fn is_in_peft(&self) -> bool {
+        !["BOTTLENECK", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
+    }
+}
+
 /// Every method there is.
 pub const METHODS: &[MethodInfo] = &[
     MethodInfo {
@@ -85,6 +93,24 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "target_modules, modules_to_save",
         paper: "Zhao et al. 2023, arXiv:2312.11420",
+    },
+    MethodInfo {
+        name: "bitfit",
+        peft_type: "BITFIT",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "target_modules, add_biases (served, not merged), modules_to_save",
+        paper: "Ben Zaken et al. 2022, arXiv:2106.10199",
+    },
+    MethodInfo {
+        name: "last_layers",
+        peft_type: "LAST_LAYERS",
+        trainable: true,
+        mergeable: true,
+        servable: true,
+        variants: "num_layers, final_norm, output_head, exclude_modules, modules_to_save",
+        paper: "Lee et al. 2019, arXiv:1911.03090",
     },
     MethodInfo {
         name: "trainable_tokens",

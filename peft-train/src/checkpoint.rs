@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::class_labels;
 use crate::data::SamplerState;
 use crate::early_stop::EarlyStopState;
-use crate::optim::Optimizer;
+use crate::update_rule::UpdateRule;
 
 const STATE: &str = "trainer_state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -53,19 +53,13 @@ pub fn folder(output: &Path) -> PathBuf {
 ///
 /// # Errors
 /// When the disk refuses; older checkpoints are untouched then.
-pub fn save(
-    output: &Path,
-    state: &TrainerState,
-    adapter: &Adapter,
-    optimizer: &dyn Optimizer,
-    keep: usize,
-) -> Result<PathBuf> {
+pub fn save(output: &Path, state: &TrainerState, adapter: &Adapter, rule: &UpdateRule, keep: usize) -> Result<PathBuf> {
     let dir = folder(output);
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
         write_files(tmp, adapter.config.clone(), &adapter.tensors(), &adapter.labels)?;
-        write_state(&tmp.join(OPTIMIZER), &optimizer.state().map_err(|e| Error::msg(e.to_string()))?)?;
+        write_state(&tmp.join(OPTIMIZER), &rule.state()?)?;
         if let Some(hook) = adapter.training_hook() {
             write_state(&tmp.join(HOOK), &hook.state()?)?;
         }
@@ -129,11 +123,11 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     Ok(found)
 }
 
-/// Reads a checkpoint into `adapter` and `optimizer` and gives the state.
+/// Reads a checkpoint into `adapter` and `rule` and gives the state.
 ///
 /// # Errors
 /// A damaged checkpoint, or one of another run (recipe, data or model changed).
-pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, fingerprint: &str) -> Result<TrainerState> {
+pub fn load(dir: &Path, adapter: &Adapter, rule: &mut UpdateRule, fingerprint: &str) -> Result<TrainerState> {
     let file = dir.join(STATE);
     let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
     let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::file(&file, e.to_string()))?;
@@ -155,7 +149,7 @@ pub fn load(dir: &Path, adapter: &Adapter, optimizer: &mut dyn Optimizer, finger
     }
     adapter.check().with_context(|| dir.display().to_string())?;
     let tensors = read_state(&dir.join(OPTIMIZER))?;
-    optimizer.load_state(&tensors).map_err(|e| Error::file(dir.join(OPTIMIZER), e.to_string()))?;
+    rule.load_state(&tensors).map_err(|e| Error::file(dir.join(OPTIMIZER), e.to_string()))?;
     if let Some(hook) = adapter.training_hook() {
         let file = dir.join(HOOK);
         hook.load_state(&read_state(&file)?).map_err(|e| Error::file(&file, e.to_string()))?;

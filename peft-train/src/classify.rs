@@ -2,8 +2,9 @@
 
 use peft_core::{Ctx, Error, Result, Segmented};
 
-use crate::data::{Batch, Dataset};
-use crate::driver::{Measured, predict};
+use crate::data::{Batch, Choices, Dataset};
+use crate::driver::{Measured, predict, token_losses};
+use crate::objective::Chosen;
 use crate::trainer::sum_over;
 
 /// How often each class was predicted for each class.
@@ -82,6 +83,64 @@ pub fn evaluate_classes<M: Segmented>(
     };
     let measured = sum_over(model, data, batch_size, one, progress)?;
     Ok((measured, confusion))
+}
+
+/// What rows with several possible answers gave.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChoicesMeasured {
+    /// The likelihood of the rows' own answers.
+    pub own: Measured,
+    /// Rows.
+    pub rows: usize,
+    /// Rows whose own answer is the likeliest.
+    pub right: usize,
+    confusion: Option<Confusion>,
+}
+
+impl ChoicesMeasured {
+    /// Share of rows whose own answer is the likeliest.
+    #[must_use]
+    pub fn accuracy(&self) -> f64 {
+        self.right as f64 / self.rows.max(1) as f64
+    }
+
+    /// Macro F1, where the answers are the same for all rows.
+    #[must_use]
+    pub fn f1(&self) -> Option<f64> {
+        self.confusion.as_ref().map(Confusion::macro_f1)
+    }
+}
+
+/// For every row, which of its answers is the likeliest. `progress` is told the rows done.
+///
+/// # Errors
+/// When a tensor operation fails.
+pub fn evaluate_choices<M: Segmented>(
+    model: &M,
+    choices: &Choices,
+    ctx: &Ctx<'_>,
+    batch_size: usize,
+    mut progress: impl FnMut(usize),
+) -> Result<ChoicesMeasured> {
+    let mut measured = ChoicesMeasured {
+        own: Measured::default(),
+        rows: 0,
+        right: 0,
+        confusion: choices.classes().map(Confusion::new),
+    };
+    let rows: Vec<usize> = (0..choices.len()).collect();
+    for rows in rows.chunks(batch_size.max(1)) {
+        let batch = choices.batch(rows);
+        let found = Chosen::of(&batch, &token_losses(model, &batch.batch, ctx)?);
+        measured.own += found.own;
+        measured.rows += found.pairs.len();
+        measured.right += found.own_is_likeliest();
+        if let Some(confusion) = &mut measured.confusion {
+            found.pairs.iter().for_each(|&(own, likeliest)| confusion.add(own, likeliest));
+        }
+        progress(rows.len());
+    }
+    Ok(measured)
 }
 
 #[cfg(test)]

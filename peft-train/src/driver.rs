@@ -119,10 +119,20 @@ fn tokens(batch: &Batch) -> TokenBatch<'_> {
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Measured> {
+    evaluate_above(model, batch, None, ctx)
+}
+
+/// As [`evaluate`], from the hidden states that no parameter reaches.
+pub(crate) fn evaluate_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Measured> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
     let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
-    head.loss(model, &normed, 1.0, None, ctx)
+    head.loss(model, &normed, &[], None, ctx)
 }
 
 /// Loss of a batch without gradients, and the likeliest class of each row.
@@ -130,8 +140,18 @@ pub fn evaluate<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result
 /// # Errors
 /// When a tensor operation fails or a label is outside the head.
 pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<(Measured, Vec<u32>)> {
+    predict_above(model, batch, None, ctx)
+}
+
+/// As [`predict`], from the hidden states that no parameter reaches.
+pub(crate) fn predict_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<(Measured, Vec<u32>)> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
     let ctx = head.read.ctx(ctx);
     let logits = model.logits(&model.final_norm(&head.rows, &ctx)?, &ctx)?;
     let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
@@ -145,17 +165,20 @@ pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
 pub fn token_losses<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
+    token_losses_above(model, batch, None, ctx)
+}
+
+/// As [`token_losses`], from the hidden states that no parameter reaches.
+pub(crate) fn token_losses_above<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Vec<f32>> {
     let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, ctx)?, read: &read, targets: &targets };
-    let of_head = head.read.ctx(ctx);
-    let normed = model.final_norm(&head.rows, &of_head)?;
-    let mut losses = Vec::with_capacity(head.targets.len());
-    for (start, ids) in chunks(head.targets) {
-        let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
-        let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
-        losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
-    }
-    Ok(losses)
+    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
+    let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
+    head.losses(model, &normed, ctx)
 }
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
@@ -166,21 +189,45 @@ pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>)
     (0..model.num_blocks()).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
 }
 
-/// Runs a micro-batch forward and backward, adding the gradients of `scale · Σ nll` to `grads`. `lowest` is the lowest
-/// segment with a parameter (0 the embedding, `1..` the blocks).
+/// What a loss makes of the negative log-likelihoods of a micro-batch's counted tokens.
+#[derive(Clone, Copy)]
+pub enum LossOf<'a> {
+    /// Their sum times a factor.
+    Sum(f64),
+    /// Any function of them: here its derivative by each, given all of them in the order of [`Batch::targets`].
+    Weighed(&'a dyn Fn(&[f32]) -> Vec<f64>),
+}
+
+impl std::fmt::Debug for LossOf<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sum(scale) => f.debug_tuple("Sum").field(scale).finish(),
+            Self::Weighed(_) => f.debug_tuple("Weighed").finish_non_exhaustive(),
+        }
+    }
+}
+
+impl From<f64> for LossOf<'_> {
+    fn from(scale: f64) -> Self {
+        Self::Sum(scale)
+    }
+}
+
+/// Runs a micro-batch forward and backward, adding the gradients of its loss to `grads`: of `scale · Σ nll` where `loss` is a
+/// number. `lowest` is the lowest segment with a parameter (0 the embedding, `1..` the blocks).
 ///
 /// # Errors
 /// When a tensor operation fails or a label is outside the vocabulary.
-pub fn forward_backward<M: Segmented>(
+pub fn forward_backward<'a, M: Segmented>(
     model: &M,
     batch: &Batch,
     ctx: &Ctx<'_>,
     lowest: usize,
     keep: impl Into<Keep>,
-    scale: f64,
+    loss: impl Into<LossOf<'a>>,
     grads: &mut Grads,
 ) -> Result<Measured> {
-    let keep = keep.into();
+    let (keep, loss) = (keep.into(), loss.into());
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
     let (read, targets) = read(batch, ctx)?;
     let input = model.prepare(tokens(batch), ctx)?;
@@ -220,7 +267,7 @@ pub fn forward_backward<M: Segmented>(
     let needs_below = first < blocks || lowest == 0;
     let head = Head { rows: hidden.detach(), read: &read, targets: &targets };
     drop(hidden);
-    let (measured, d_rows) = head.backward(model, ctx, scale, needs_below, grads)?;
+    let (measured, d_rows) = head.backward(model, ctx, loss, needs_below, grads)?;
     let Some(mut gradient) = d_rows else { return Ok(measured) };
     drop(head);
 
@@ -296,12 +343,45 @@ fn read(batch: &Batch, ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
 }
 
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
-fn read_hidden<M: Segmented>(model: &M, batch: &Batch, read: &ReadRows, ctx: &Ctx<'_>) -> Result<Tensor> {
+fn read_hidden<M: Segmented>(
+    model: &M,
+    batch: &Batch,
+    read: &ReadRows,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+) -> Result<Tensor> {
     let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
-    let embedded = model.embed(tokens(batch), &ctx)?;
+    let (first, hidden) = match below {
+        Some(below) => (below.block, below.hidden.clone()),
+        None => (0, model.embed(tokens(batch), &ctx)?),
+    };
     let run = |hidden: Tensor, i| run_block(model, i, &hidden, read, &input, &ctx);
-    (0..model.num_blocks()).try_fold(embedded, run)
+    (first..model.num_blocks()).try_fold(hidden, run)
+}
+
+/// What goes into the lowest block that may change between passes over one batch.
+#[derive(Debug)]
+pub(crate) struct Below {
+    block: usize,
+    /// `[tokens, hidden]`.
+    hidden: Tensor,
+}
+
+impl Below {
+    /// The blocks below `lowest`, the lowest segment with a parameter, run once; nothing where there are none.
+    pub(crate) fn run<M: Segmented>(model: &M, batch: &Batch, lowest: usize, ctx: &Ctx<'_>) -> Result<Option<Self>> {
+        // The last block is always run again: it makes only what is read.
+        let block = lowest.saturating_sub(1).min(model.num_blocks().saturating_sub(1));
+        if block == 0 {
+            return Ok(None);
+        }
+        let ctx = ctx.untracked();
+        let input = model.prepare(tokens(batch), &ctx)?;
+        let embedded = model.embed(tokens(batch), &ctx)?;
+        let hidden = (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))?;
+        Ok(Some(Self { block, hidden }))
+    }
 }
 
 /// The hidden states that reach the head, and what they predict.
@@ -317,13 +397,13 @@ impl Head<'_> {
         &self,
         model: &M,
         ctx: &Ctx<'_>,
-        scale: f64,
+        loss: LossOf<'_>,
         needs_rows: bool,
         grads: &mut Grads,
     ) -> Result<(Measured, Option<Tensor>)> {
         let rows = leaf(&self.rows, needs_rows)?;
         let normed = model.final_norm(&rows, &self.read.ctx(ctx))?;
-        if let Some((weight, softcap)) = model.plain_head(&self.read.ctx(ctx)) {
+        if let (LossOf::Sum(scale), Some((weight, softcap))) = (loss, model.plain_head(&self.read.ctx(ctx))) {
             let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
             let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
             let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
@@ -332,7 +412,17 @@ impl Head<'_> {
         }
         let inner = leaf(&normed.detach(), normed.track_op())?;
         let mut d_normed = Vec::new();
-        let measured = self.loss(model, &inner, scale, Some((grads, &mut d_normed)), ctx)?;
+        let weights = match loss {
+            LossOf::Sum(scale) => vec![scale; self.targets.len()],
+            LossOf::Weighed(weigh) => {
+                let weights = weigh(&self.losses(model, &normed.detach(), &ctx.untracked())?);
+                if weights.len() != self.targets.len() {
+                    return Err(Error::msg("a loss has another number of derivatives than tokens"));
+                }
+                weights
+            }
+        };
+        let measured = self.loss(model, &inner, &weights, Some((grads, &mut d_normed)), ctx)?;
         if !normed.track_op() {
             return Ok((measured, None));
         }
@@ -341,13 +431,26 @@ impl Head<'_> {
         Ok((measured, d_rows))
     }
 
+    /// The negative log-likelihood of each row's target, over chunks of rows.
+    fn losses<M: Segmented>(&self, model: &M, normed: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
+        let of_head = self.read.ctx(ctx);
+        let mut losses = Vec::with_capacity(self.targets.len());
+        for (start, ids) in chunks(self.targets) {
+            let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
+            let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
+            losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
+        }
+        Ok(losses)
+    }
+
     /// The loss over chunks of rows, so that full logits are never held; with `backward`, each chunk's gradients are
-    /// taken at once and its graph dropped.
+    /// taken at once and its graph dropped. `weights` are the derivatives of the loss by each row's negative log-likelihood; none
+    /// are needed without `backward`.
     fn loss<M: Segmented>(
         &self,
         model: &M,
         normed: &Tensor,
-        scale: f64,
+        weights: &[f64],
         mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
         ctx: &Ctx<'_>,
     ) -> Result<Measured> {
@@ -358,12 +461,23 @@ impl Head<'_> {
             let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
             let chunk = leaf(&chunk, backward.is_some() && normed.track_op())?;
             let logits = model.logits(&chunk, &if backward.is_some() { ctx } else { ctx.untracked() })?;
+            // One factor for all rows goes into the kernel.
+            let weights = weights.get(start..start + ids.len()).unwrap_or_default();
+            let shared = weights.first().copied().filter(|first| weights.iter().all(|w| w == first));
+            let scale = shared.unwrap_or(1.0);
             let scored = kernels::cross_entropy_rows(&logits.detach(), ids, scale, None, backward.is_some())?;
             measured.nll += scored.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
             measured.hits += scored.hits;
             if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
                 && logits.track_op()
             {
+                let d_logits = match shared {
+                    Some(_) => d_logits,
+                    None => {
+                        let weights = Tensor::new(weights, d_logits.device())?.to_dtype(d_logits.dtype())?;
+                        d_logits.broadcast_mul(&weights.unsqueeze(1)?)?
+                    }
+                };
                 let store = kernels::seed(&logits, &d_logits)?.backward()?;
                 d_normed.extend(grads.drain(store, Some(chunk.id()))?);
             }

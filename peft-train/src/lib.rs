@@ -16,12 +16,23 @@ pub mod eva;
 mod grads;
 pub mod log;
 pub mod methods;
+pub mod mezo;
+mod objective;
 pub mod optim;
 pub mod recipe;
+mod recipe_combinations;
 pub mod schedule;
+mod step;
+mod t_few;
 mod trainer;
+mod update_rule;
 
-pub use classify::{Confusion, evaluate_classes};
-pub use driver::{Checkpointing, Keep, LOGIT_ROWS, Measured, evaluate, forward_backward, predict, token_losses};
+pub use classify::{ChoicesMeasured, Confusion, evaluate_choices, evaluate_classes};
+pub use driver::{
+    Checkpointing, Keep, LOGIT_ROWS, LossOf, Measured, evaluate, forward_backward, predict, token_losses,
+};
 pub use grads::Grads;
-pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset};
+pub use objective::{MicroBatch, Objective, measure};
+pub use t_few::{Counts, TFew};
+pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset, opt_params};
+pub use update_rule::UpdateRule;

@@ -15,7 +15,7 @@ use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
 use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
 use peft_reparam::ReparamConfig;
-use peft_selective::{LnConfig, TokensConfig};
+use peft_selective::{BitfitConfig, LastLayersConfig, LnConfig, TokensConfig};
 use serde_json::{Map, Value};
 
 use crate::adapter_files;
@@ -53,6 +53,8 @@ enum Config {
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
     Ln(Box<LnConfig>),
+    Bitfit(Box<BitfitConfig>),
+    LastLayers(Box<LastLayersConfig>),
     Tokens(Box<TokensConfig>),
     Reparam(Box<ReparamConfig>),
     Full(Map<String, Value>),
@@ -83,6 +85,8 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
+            "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_recipe(&keys)?)),
+            "last_layers" => Self::LastLayers(Box::new(LastLayersConfig::from_recipe(&keys)?)),
             "trainable_tokens" => Self::Tokens(Box::new(TokensConfig::from_recipe(&keys)?)),
             "lora" => Self::Lora(Box::new(LoraConfig::from_recipe(&keys)?)),
             name => Self::Reparam(Box::new(ReparamConfig::from_recipe(name, &keys)?)),
@@ -100,6 +104,8 @@ impl Config {
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
+            "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_adapter_config(keys)?)),
+            "last_layers" => Self::LastLayers(Box::new(LastLayersConfig::from_adapter_config(keys)?)),
             "trainable_tokens" => Self::Tokens(Box::new(TokensConfig::from_adapter_config(keys)?)),
             "lora" => Self::Lora(Box::new(LoraConfig::from_adapter_config(keys)?)),
             name => Self::Reparam(Box::new(ReparamConfig::from_adapter_config(name, keys)?)),
@@ -118,6 +124,8 @@ impl Config {
             Self::Lora(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ia3(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Ln(config) => selected(config.for_base(base)?.build(base, strict)?),
+            Self::Bitfit(config) => selected(config.for_base(base)?.build(base, strict)?),
+            Self::LastLayers(config) => selected(config.for_base(base)?.build(base, strict)?),
             Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
@@ -140,6 +148,8 @@ impl Config {
             Self::Lora(config) => selected(config.build(base, 0, report)?),
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
+            Self::Bitfit(config) => selected(config.build(base, report)?),
+            Self::LastLayers(config) => selected(config.build(base, report)?),
             Self::Tokens(config) => selected(config.build(base, 0, report)?),
             Self::Reparam(config) => {
                 let names = files.keys().map(str::to_owned).collect();

@@ -6,6 +6,9 @@ use peft_core::suggest::did_you_mean;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::objective::Objective;
+use crate::recipe_combinations;
+
 /// A recipe that cannot be used; the message names the file or key.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -59,6 +62,9 @@ pub struct DataTable {
     pub label_words: Table,
     /// Names of the classes of a class head, in the order of their numbers; left out, the model's or those in the data.
     pub labels: Vec<String>,
+    /// The possible answers of every row, of which its own is one; left out, the keys of `label_words`, or each row's own in a
+    /// column `choices`. Evaluation then measures how often the right one is the likeliest.
+    pub choices: Vec<String>,
     /// Tokens a row, at most.
     pub max_length: usize,
     /// Fill batches by tokens instead of rows.
@@ -81,6 +87,7 @@ impl Default for DataTable {
             chat_template: None,
             label_words: Table::new(),
             labels: Vec::new(),
+            choices: Vec::new(),
             max_length: 512,
             packing: false,
             shuffle: true,
@@ -121,7 +128,7 @@ pub struct TrainTable {
     pub weight_decay: f64,
     /// Largest gradient norm; 0 is off.
     pub max_grad_norm: f64,
-    /// `adamw` or `sgd`.
+    /// `adamw`, `sgd` or `mezo`, which trains by forward passes alone.
     pub optimizer: String,
     /// AdamW's first decay.
     pub beta1: Option<f64>,
@@ -131,6 +138,16 @@ pub struct TrainTable {
     pub eps: Option<f64>,
     /// SGD's momentum.
     pub momentum: Option<f64>,
+    /// MeZO: how far parameters are moved for a difference of losses; 1e-3 if left out.
+    pub mezo_eps: Option<f64>,
+    /// MeZO: differences that a step takes the mean of; 1 if left out.
+    pub mezo_samples: Option<usize>,
+    /// What is lowered: `loss`; `t_few`, T-Few's losses on rows with choices; or, with `mezo`, minus `accuracy` or minus `f1`.
+    pub objective: String,
+    /// T-Few: weight of the unlikelihood loss; 1 if left out.
+    pub unlikelihood: Option<f64>,
+    /// T-Few: weight of the length-normalised loss; 1 if left out.
+    pub length_normalised: Option<f64>,
     /// LoRA+: learning rate of B over that of A.
     pub loraplus_lr_ratio: Option<f64>,
     /// Seed of initialisation, data order and dropout.
@@ -166,6 +183,11 @@ impl Default for TrainTable {
             beta2: None,
             eps: None,
             momentum: None,
+            mezo_eps: None,
+            mezo_samples: None,
+            objective: "loss".into(),
+            unlikelihood: None,
+            length_normalised: None,
             loraplus_lr_ratio: None,
             seed: 0,
             eval_batch_size: None,
@@ -261,6 +283,14 @@ impl Recipe {
         Ok(recipe)
     }
 
+    /// What training lowers.
+    ///
+    /// # Errors
+    /// A name that is no objective's, or a weight that does not belong to it.
+    pub fn objective(&self) -> Result<Objective, RecipeError> {
+        recipe_combinations::objective(self).map_err(RecipeError)
+    }
+
     /// The recipe as TOML, every default filled in.
     #[must_use]
     pub fn to_toml(&self) -> String {
@@ -329,6 +359,7 @@ impl Recipe {
                 self.model.quantize
             ));
         }
+        recipe_combinations::check(self)?;
         match self.model.init.as_str() {
             "pretrained" | "random" => Ok(()),
             other => Err(format!("`model.init` = \"{other}\" is neither \"pretrained\" nor \"random\"")),

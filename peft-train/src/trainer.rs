@@ -6,22 +6,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
-use peft_core::{
-    Adapter, AdapterSet, BaseLayer, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng, Task,
-    TrainingHook,
-};
+use peft_core::{Adapter, AdapterSet, BaseLayer, Ctx, Error, Parameter, Result, Role, Route, Segmented, Task};
 use std::sync::Arc;
 
-use crate::audit::{AuditEntry, audit_gradients};
 use crate::checkpoint::{self, TrainerState};
-use crate::classify::evaluate_classes;
-use crate::data::{Batch, Dataset, Sampler};
-use crate::driver::{Keep, Measured, evaluate, forward_backward};
+use crate::classify::{evaluate_choices, evaluate_classes};
+use crate::data::{Batch, Choices, Dataset, Sampler};
+use crate::driver::{Keep, Measured, evaluate};
 use crate::early_stop::{Best, EarlyStop};
-use crate::grads::Grads;
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
-use crate::optim::{OptParam, Optimizer, clip_grad_norm};
+use crate::objective::{MicroBatch, Objective};
+use crate::optim::OptParam;
 use crate::schedule::Schedule;
+use crate::step::Step;
+use crate::update_rule::UpdateRule;
 
 /// What a run is made of, every part checked.
 #[derive(Debug)]
@@ -30,6 +28,12 @@ pub struct Plan {
     pub train: Dataset,
     /// Evaluation rows.
     pub eval: Option<Dataset>,
+    /// What training lowers.
+    pub objective: Objective,
+    /// The training rows with all of their answers, where the objective compares these.
+    pub choices: Option<Choices>,
+    /// The evaluation rows with all of their answers, of which accuracy and F1 are then made.
+    pub eval_choices: Option<Choices>,
     /// Order of the rows.
     pub sampler: Sampler,
     /// Rows an evaluation batch.
@@ -92,7 +96,7 @@ pub struct Trainer<'a, M: Segmented> {
     model: &'a M,
     adapter: Arc<Adapter>,
     set: AdapterSet,
-    optimizer: Box<dyn Optimizer>,
+    rule: UpdateRule,
     early_stop: EarlyStop,
     plan: Plan,
     state: TrainerState,
@@ -104,13 +108,13 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     pub fn new(
         model: &'a M,
         adapter: Arc<Adapter>,
-        optimizer: Box<dyn Optimizer>,
+        rule: impl Into<UpdateRule>,
         early_stop: EarlyStop,
         plan: Plan,
     ) -> Self {
         let set = AdapterSet::one("default", adapter.clone());
         let state = TrainerState { fingerprint: plan.fingerprint.clone(), ..TrainerState::default() };
-        Self { model, adapter, set, optimizer, early_stop, plan, state }
+        Self { model, adapter, set, rule: rule.into(), early_stop, plan, state }
     }
 
     /// Goes on from the newest complete checkpoint of the output folder, if there is one; gives its step.
@@ -119,10 +123,16 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     /// A damaged checkpoint, or one of another run.
     pub fn resume(&mut self) -> Result<Option<u64>> {
         let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
-        self.state = checkpoint::load(&dir, &self.adapter, self.optimizer.as_mut(), &self.plan.fingerprint)?;
+        self.state = checkpoint::load(&dir, &self.adapter, &mut self.rule, &self.plan.fingerprint)?;
         self.plan.sampler.seek(self.state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
         self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), self.state.early_stop);
         Ok(Some(step))
+    }
+
+    /// What changes the parameters, with its state.
+    #[must_use]
+    pub fn rule(&self) -> &UpdateRule {
+        &self.rule
     }
 
     /// The state now.
@@ -137,7 +147,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     /// A failed audit, a loss or gradient that is not finite (the state before it is kept in a checkpoint), a full disk.
     pub fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
         let parameters: Vec<Parameter> = self.adapter.parameters().into_iter().cloned().collect();
-        let opt_params: Vec<OptParam> = parameters.iter().map(|p| self.opt_param(p)).collect();
+        let opt_params = opt_params(&parameters, self.plan.weight_decay, self.plan.loraplus_lr_ratio);
         let lowest = self.adapter.lowest_segment(self.model.sites()).unwrap_or(0);
         let mut eval = None;
         let mut ended = Ended::Done;
@@ -168,12 +178,6 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 
-    fn opt_param(&self, p: &Parameter) -> OptParam {
-        let lr_scale = if p.role() == Role::LoraB { self.plan.loraplus_lr_ratio } else { 1.0 };
-        let weight_decay = if p.role() == Role::NoDecay { 0.0 } else { self.plan.weight_decay };
-        OptParam { lr_scale, weight_decay, ..OptParam::new(p.name(), p.var().clone()) }
-    }
-
     fn step(
         &mut self,
         parameters: &[Parameter],
@@ -183,48 +187,30 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         progress: &mut Progress,
     ) -> Result<()> {
         let started = Instant::now();
-        let batches: Vec<Batch> = (0..self.plan.accumulation)
-            .map(|_| Batch::new(&self.plan.train, &self.plan.sampler.next_batch()))
-            .collect();
-        let counted: usize = batches.iter().map(|b| b.targets().ids.len()).sum();
-        if counted == 0 {
+        let batches = self.micro_batches();
+        if batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
             return Err(Error::msg("a batch has no counted token"));
         }
-        let refs: Vec<&Parameter> = parameters.iter().collect();
-        let mut grads = Grads::new(&refs);
-        let mut measured = Measured::default();
-        let route = Route::Uniform(0);
-        for (i, batch) in batches.iter().enumerate() {
-            if batch.targets().ids.is_empty() {
-                continue;
-            }
-            let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32) };
-            let ctx = Ctx { adapters: &self.set, route: &route, mode: Mode::Train { track: true }, rng };
-            let scale = 1.0 / counted as f64;
-            measured += forward_backward(self.model, batch, &ctx, lowest, self.plan.keep, scale, &mut grads)?;
-        }
-        // What is logged is the data's loss alone, so that runs and methods compare.
-        let loss = measured.nll / counted as f64;
-        let mut grads = grads.into_vec();
-        let penalty = match self.adapter.training_hook() {
-            Some(hook) => add_penalty(hook, parameters, &mut grads)?,
-            None => 0.0,
-        };
-        let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
-        if !(loss + penalty).is_finite() || !norm.is_finite() {
-            return Err(self.not_finite(loss + penalty, &batches, logger));
-        }
-        if self.state.step == 0 {
-            self.audit(parameters, &grads)?;
-        }
         let lr = self.plan.schedule.lr(self.state.step);
-        self.optimizer.step(opt_params, &grads, lr).map_err(message)?;
-        if let Some(hook) = self.adapter.training_hook() {
-            let named = parameters.iter().zip(&grads).filter_map(|(p, g)| Some((p.name(), g.as_ref()?)));
-            hook.after_step(self.state.step, &named.collect())?;
+        let step = Step {
+            model: self.model,
+            adapter: &self.adapter,
+            set: &self.set,
+            plan: &self.plan,
+            state: &self.state,
+            parameters,
+            opt_params,
+            lowest,
+        };
+        let made = match &mut self.rule {
+            UpdateRule::Gradient(optimizer) => step.by_gradients(&batches, optimizer.as_mut(), lr)?,
+            UpdateRule::Mezo(mezo) => step.by_differences(&batches, mezo, lr)?,
+        };
+        if !made.is_finite() {
+            return Err(self.not_finite(made.loss, &batches, logger));
         }
 
-        let tokens: usize = batches.iter().map(Batch::tokens).sum();
+        let tokens: usize = batches.iter().map(|b| b.batch().tokens()).sum();
         let seconds = started.elapsed().as_secs_f64();
         let state = &mut self.state;
         state.step += 1;
@@ -233,12 +219,13 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         state.epochs = epochs(&self.plan.sampler);
         state.tokens += tokens as u64;
         state.seconds += seconds;
-        state.last_loss = Some(loss);
+        state.last_loss = Some(made.loss);
         let row = StepRow {
             step: state.step,
-            loss,
+            loss: made.loss,
+            objective: made.objective,
             learning_rate: lr,
-            grad_norm: norm.norm,
+            grad_norm: made.grad_norm,
             tokens: tokens as u64,
             seconds,
             epoch: Some(state.epochs),
@@ -247,24 +234,26 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         logger.step(&row).map_err(message)
     }
 
-    fn audit(&self, parameters: &[Parameter], grads: &[Option<Tensor>]) -> Result<()> {
-        // LoRA's A has an exactly zero gradient only while its B is zero; an adapter that was resumed has a gradient.
-        let fresh = parameters.iter().filter(|p| p.role() == Role::LoraB).all(|p| is_zero(&p.value()).unwrap_or(false));
-        // A layer whose ranks were all taken away has parameters without an element.
-        let trained = parameters.iter().zip(grads).filter(|(p, _)| p.elem_count() > 0);
-        let entries = trained.map(|(p, g)| AuditEntry {
-            name: p.name(),
-            grad: g.as_ref(),
-            allow_zero: p.role() == Role::Rows || (p.role() == Role::ZeroAtStart && fresh),
-        });
-        audit_gradients(entries).map_err(message)
+    /// The micro-batches of the coming step.
+    fn micro_batches(&mut self) -> Vec<MicroBatch> {
+        let plan = &mut self.plan;
+        let next = |_| {
+            let rows = plan.sampler.next_batch();
+            match &plan.choices {
+                Some(choices) => MicroBatch::Choices(choices.batch(&rows)),
+                None => MicroBatch::Rows(Batch::new(&plan.train, &rows)),
+            }
+        };
+        (0..plan.accumulation).map(next).collect()
     }
 
-    fn not_finite(&self, loss: f64, batches: &[Batch], logger: &mut RunLogger) -> Error {
+    fn not_finite(&self, loss: f64, batches: &[MicroBatch], logger: &mut RunLogger) -> Error {
         let rows: Vec<String> = batches
             .iter()
-            .flat_map(|b| &b.rows)
-            .filter_map(|&r| self.plan.train.source(r))
+            .flat_map(|b| match b {
+                MicroBatch::Rows(batch) => batch.rows.iter().filter_map(|&r| self.plan.train.source(r)).collect(),
+                MicroBatch::Choices(choices) => choices.sources.clone(),
+            })
             .take(4)
             .map(|l| l.to_string())
             .collect();
@@ -286,7 +275,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn checkpoint(&self, logger: &mut RunLogger) -> Result<PathBuf> {
         logger.sync().map_err(message)?;
         let state = TrainerState { early_stop: self.early_stop.state(), ..self.state.clone() };
-        checkpoint::save(&self.plan.output, &state, &self.adapter, self.optimizer.as_ref(), self.plan.keep_checkpoints)
+        checkpoint::save(&self.plan.output, &state, &self.adapter, &self.rule, self.plan.keep_checkpoints)
     }
 
     /// Evaluates, keeps the adapter if it is the best so far, and says whether to stop.
@@ -295,22 +284,28 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let route = Route::Uniform(0);
         let (ctx, batch_size) = (Ctx::eval(&self.set, &route), self.plan.eval_batch_size);
         let mut metrics = BTreeMap::new();
-        let measured = match self.model.task() {
-            Task::CausalLm | Task::Seq2SeqLm => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
-            Task::Classification { classes, .. } => {
+        let measured = match (self.model.task(), &self.plan.eval_choices) {
+            (Task::Classification { classes, .. }, _) => {
                 let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
                 metrics.insert("f1".to_string(), confusion.macro_f1());
                 measured
             }
+            (_, Some(choices)) => {
+                let found = evaluate_choices(self.model, choices, &ctx, batch_size, |_| {})?;
+                metrics.insert("accuracy".to_string(), found.accuracy());
+                metrics.extend(found.f1().map(|f1| ("f1".to_string(), f1)));
+                found.own
+            }
+            (_, None) => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
         };
         let counted = measured.counted as f64;
-        metrics.insert("accuracy".to_string(), measured.hits as f64 / counted);
+        metrics.entry("accuracy".to_string()).or_insert(measured.hits as f64 / counted);
         let row = EvalRow { step: self.state.step, eval_loss: measured.nll / counted, metrics };
         let metric = self.early_stop.metric().to_string();
         let value = row.get(&metric).ok_or_else(|| {
             Error::config(
                 "train.metric",
-                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with a class head, eval_f1"),
+                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with classes, eval_f1"),
             )
         })?;
         let verdict = self.early_stop.observe(self.state.step, value);
@@ -323,17 +318,15 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     }
 }
 
-/// Adds the gradients of the method's own term of the loss, and gives the term.
-fn add_penalty(hook: &dyn TrainingHook, parameters: &[Parameter], grads: &mut [Option<Tensor>]) -> Result<f64> {
-    let (value, gradients) = hook.penalty()?;
-    for (name, gradient) in gradients {
-        let Some((_, sum)) = parameters.iter().zip(&mut *grads).find(|(p, _)| p.name() == name) else { continue };
-        *sum = Some(match sum.take() {
-            Some(sum) => (&sum + gradient.to_dtype(sum.dtype())?)?,
-            None => gradient,
-        });
-    }
-    Ok(value)
+/// The parameters as optimisers see them: LoRA+'s ratio on LoRA's B, no decay of biases, norms and magnitudes.
+#[must_use]
+pub fn opt_params(parameters: &[Parameter], weight_decay: f64, loraplus_lr_ratio: f64) -> Vec<OptParam> {
+    let of = |p: &Parameter| {
+        let lr_scale = if p.role() == Role::LoraB { loraplus_lr_ratio } else { 1.0 };
+        let weight_decay = if p.role() == Role::NoDecay { 0.0 } else { weight_decay };
+        OptParam { lr_scale, weight_decay, ..OptParam::new(p.name(), p.var().clone()) }
+    };
+    parameters.iter().map(of).collect()
 }
 
 /// Passes over the data so far.
@@ -353,10 +346,6 @@ fn broken_weight<M: Segmented>(model: &M) -> Option<String> {
         BaseLayer::Embedding(e) => checked(&site.path, e.weight().to_dense(f32)),
         BaseLayer::Norm(n) => checked(&site.path, n.weight().to_dtype(f32)),
     })
-}
-
-fn is_zero(t: &Tensor) -> candle_core::Result<bool> {
-    Ok(t.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? == 0.0)
 }
 
 fn message(e: impl std::fmt::Display) -> Error {

@@ -58,6 +58,8 @@ fn all_methods(family: &str) -> Vec<Value> {
         all_linear(family, json!({"use_dora": true})),
         json!({"r": 2, "target_modules": ".*_embeddings", "modules_to_save": ["LayerNorm"]}),
         json!({"type": "full"}),
+        json!({"type": "bitfit"}),
+        json!({"type": "last_layers", "num_layers": 1}),
         bottleneck(),
     ];
     [others, soft_prompts(family)].concat()

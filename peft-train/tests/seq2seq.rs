@@ -94,6 +94,8 @@ fn places() -> Vec<Value> {
         json!({"type": "prompt", "num_virtual_tokens": 3}),
         json!({"type": "p_tuning", "num_virtual_tokens": 2, "encoder_hidden_size": 6}),
         json!({"type": "prefix", "num_virtual_tokens": 3}),
+        json!({"type": "bitfit", "add_biases": true}),
+        json!({"type": "last_layers", "num_layers": 4, "final_norm": true}),
         json!({"type": "full"}),
     ]
 }

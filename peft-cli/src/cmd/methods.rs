@@ -11,12 +11,12 @@ pub(crate) fn run(args: &MethodsArgs) -> Result<()> {
         return Ok(());
     }
     let yes = |b: bool| if b { "yes" } else { "no" };
-    out!("{:<8} {:<13} {:<10} {:<10} {:<9} paper", "name", "peft_type", "trainable", "mergeable", "servable");
+    out!("{:<16} {:<16} {:<10} {:<10} {:<9} paper", "name", "peft_type", "trainable", "mergeable", "servable");
     for m in METHODS {
         let flags = (yes(m.trainable), yes(m.mergeable), yes(m.servable));
-        out!("{:<8} {:<13} {:<10} {:<10} {:<9} {}", m.name, m.peft_type, flags.0, flags.1, flags.2, m.paper);
+        out!("{:<16} {:<16} {:<10} {:<10} {:<9} {}", m.name, m.peft_type, flags.0, flags.1, flags.2, m.paper);
         if !m.variants.is_empty() {
-            out!("{:<8} keys: {}", "", m.variants);
+            out!("{:<16} keys: {}", "", m.variants);
         }
     }
     Ok(())

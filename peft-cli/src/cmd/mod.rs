@@ -13,12 +13,14 @@ mod generate;
 mod inspect;
 mod merge;
 mod methods;
+mod replay;
 mod train;
 
 /// Runs the command.
 pub(crate) fn run(args: Args) -> Result<()> {
     match args.command {
         Command::Train(a) => train::run(&a),
+        Command::Replay(a) => replay::run(&a),
         Command::Eval(a) => eval::run(&a),
         Command::Generate(a) => generate::run(&a),
         Command::Merge(a) => merge::run(&a),

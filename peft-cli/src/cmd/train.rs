@@ -7,27 +7,34 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use peft_core::{AdapterSet, BaseModel};
+use peft_core::{AdapterSet, BaseModel, Task};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
-    Batch, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
+    Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
 };
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
 use peft_train::log::{Progress, RunLogger};
 use peft_train::methods::{self, Prepared};
+use peft_train::mezo::Mezo;
 use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
 use peft_train::recipe::{Recipe, parse_value};
 use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
-use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, checkpoint};
-use serde_json::{Map, Value, json};
+use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, UpdateRule, checkpoint};
+use serde_json::json;
 
 use crate::args::TrainArgs;
 use crate::memory::LongestBatch;
 use crate::{memory, open, sample};
 use results::{Finished, facts};
+use start::prepare_adapter;
 
+mod mezo;
 mod results;
+mod start;
+
+pub(crate) use results::write_result;
+pub(crate) use start::start;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
     let recipe = load_recipe(args)?;
@@ -77,6 +84,8 @@ struct Run {
     prepared: Prepared,
     train: Dataset,
     eval: Option<Dataset>,
+    choices: Option<Choices>,
+    eval_choices: Option<Choices>,
     format: Format,
 }
 
@@ -97,8 +106,8 @@ impl Run {
         };
         let text = tokenizer.as_ref().map(open::text_tokenizer).transpose()?;
         let spec = |v: &toml::Value| -> Result<DataSpec> { v.clone().try_into().context("data.train and data.eval") };
-        let train = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
-        settle_classes(&mut files, &recipe, &train)?;
+        let train_spec = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
+        settle_classes(&mut files, &recipe, &train_spec)?;
         let options = EncodeOptions {
             template: recipe.data.template.clone(),
             chat_template: recipe.data.chat_template.clone(),
@@ -111,12 +120,34 @@ impl Run {
             ..EncodeOptions::new(format.unwrap_or(Format::Text))
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
-        let (train, format) = Dataset::load(&train, format, text, &options)?;
+        let (train, format) = Dataset::load(&train_spec, format, text, &options)?;
         let eval = match &recipe.data.eval {
             Some(v) => Some(Dataset::load(&spec(v)?, Some(format), text, &options)?.0),
             None => None,
         };
-        let model = files.load(&placement, recipe.train.seed)?;
+        let task = files.config().task();
+        let compares = recipe.objective()?.compares_choices(task);
+        if !recipe.data.choices.is_empty() && matches!(task, Task::Classification { .. }) {
+            bail!(
+                "`data.choices` are answers of a language model; a class head has `data.labels`, the names of its classes"
+            );
+        }
+        let answers = match recipe.data.choices.as_slice() {
+            [] => options.label_words.keys().cloned().collect(),
+            given => given.to_vec(),
+        };
+        let with_answers = |spec: &DataSpec| Choices::load(spec, format, text, &options, &answers);
+        let choices = if compares { Some(with_answers(&train_spec)?) } else { None };
+        let eval_choices = match &recipe.data.eval {
+            Some(v) if compares || !recipe.data.choices.is_empty() => Some(with_answers(&spec(v)?)?),
+            _ => None,
+        };
+        // Full fine-tuning trains copies of all weights and reads the base's own once, so they need not stay in memory.
+        let full = recipe.method.get("type").and_then(toml::Value::as_str) == Some("full");
+        let model = match full && recipe.sample.prompts.is_empty() {
+            true => files.load_deferred(&placement, recipe.train.seed)?,
+            false => files.load(&placement, recipe.train.seed)?,
+        };
         if !model.fresh_layers().is_empty() && !random {
             eprintln!(
                 "{path} has no weights for {}: they start at random (seed {}) and are trained and stored with the adapter",
@@ -125,6 +156,9 @@ impl Run {
             );
         }
         let mut prepared = prepare_adapter(&recipe, &files, &model, &train, resume)?;
+        if recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo {
+            mezo::check(&prepared.adapter, prepared.method)?;
+        }
         prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
         for note in &prepared.notes {
             eprintln!("{note}");
@@ -137,7 +171,7 @@ impl Run {
             train.len(),
             started.elapsed().as_secs_f64()
         );
-        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, format })
+        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, choices, eval_choices, format })
     }
 
     fn output(&self) -> PathBuf {
@@ -166,6 +200,9 @@ impl Run {
         Ok(Plan {
             train: self.train.clone(),
             eval: self.eval.clone(),
+            objective: self.recipe.objective()?,
+            choices: self.choices.clone(),
+            eval_choices: self.eval_choices.clone(),
             schedule: Schedule::new(kind, t.learning_rate, warmup, steps, &ScheduleOptions::default())?,
             sampler,
             eval_batch_size: t.eval_batch_size.unwrap_or(t.batch_size),
@@ -186,6 +223,9 @@ impl Run {
 
     fn keep(&self) -> Result<Keep> {
         let records = self.activation_dtype()?;
+        if self.is_mezo()? {
+            return Ok(Keep { checkpointing: Checkpointing::Full, records });
+        }
         let checkpointing = match &self.recipe.train.gradient_checkpointing {
             toml::Value::Boolean(true) => Checkpointing::Full,
             toml::Value::Boolean(false) => Checkpointing::Off,
@@ -211,8 +251,17 @@ impl Run {
         }
     }
 
+    fn is_mezo(&self) -> Result<bool> {
+        Ok(self.recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo)
+    }
+
     /// The largest micro-batch that the data can give.
     fn longest_batch(&self) -> LongestBatch {
+        if let Some(choices) = &self.choices {
+            let rows = self.recipe.train.batch_size;
+            let sequences = rows.saturating_mul(choices.most_answers());
+            return LongestBatch { tokens: rows.saturating_mul(choices.longest_row()), sequences };
+        }
         let sequences = self.recipe.train.batch_size;
         let longest = self.train.stats().max_length;
         let tokens =
@@ -242,7 +291,15 @@ impl Run {
         let trainable = adapter.trainable_elements();
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
-        let peak = memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep);
+        let forward_only = self.is_mezo()?;
+        let peak = match forward_only {
+            true => memory::estimate_forward(&self.model, adapter, &self.longest_batch()),
+            false => memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep),
+        };
+        let recomputed = match forward_only {
+            true => "none: forward passes only".to_string(),
+            false => format!("blocks recomputed: {:?}", plan.keep.checkpointing),
+        };
         let tokenizer = self.tokenizer.as_ref();
         let decode =
             |ids: &[u32]| tokenizer.and_then(|t| t.decode(ids, false).ok()).unwrap_or_else(|| format!("{ids:?}"));
@@ -262,7 +319,8 @@ impl Run {
                 "virtual_tokens": adapter.virtual_tokens().map_or(0, |tokens| tokens.count), "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
-                "estimated_peak_bytes": peak, "gradient_checkpointing": format!("{:?}", plan.keep.checkpointing), "preview": rows
+                "estimated_peak_bytes": peak, "gradient_checkpointing": if forward_only { "None".to_string() } else { format!("{:?}", plan.keep.checkpointing) },
+                "optimizer": self.recipe.train.optimizer, "objective": self.recipe.train.objective, "preview": rows
             });
             out!("{result}");
             return Ok(());
@@ -277,11 +335,8 @@ impl Run {
         out!("trainable   {trainable} of {total} parameters ({share:.3} %)");
         out!("data        {} ({})", self.train.stats(), self.format.name());
         out!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
-        out!(
-            "memory      about {:.0} MB at the peak, blocks recomputed: {:?}",
-            peak as f64 / 1e6,
-            plan.keep.checkpointing
-        );
+        out!("updates     {}, lowering {}", self.recipe.train.optimizer, plan.objective);
+        out!("memory      about {:.0} MB at the peak, {recomputed}", peak as f64 / 1e6);
         out!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
             out!("{row}");
@@ -295,7 +350,7 @@ impl Run {
         std::fs::create_dir_all(&output)
             .with_context(|| format!("cannot make the output folder {}", output.display()))?;
         let plan = self.plan()?;
-        let optimizer = self.optimizer()?;
+        let rule = self.rule()?;
         let t = &self.recipe.train;
         let early_stop = EarlyStop::new(EarlyStopConfig {
             metric: t.metric.clone(),
@@ -311,7 +366,8 @@ impl Run {
         let resolved = recipe.with_absolute_paths();
         peft_core::atomic::write_file(output.join("recipe.toml"), resolved.to_toml().as_bytes())?;
 
-        let mut trainer = Trainer::new(&model, adapter.clone(), optimizer, early_stop, plan);
+        let record = mezo::record(&recipe, files.config().labels(), &adapter)?;
+        let mut trainer = Trainer::new(&model, adapter.clone(), rule, early_stop, plan);
         let resumed = if args.resume { trainer.resume()? } else { clear_old_run(&output)? };
         let mut logger = match resumed {
             Some(step) => {
@@ -326,6 +382,9 @@ impl Run {
         progress.finish(&format!("{} steps, last loss {:.4}", state.step, state.last_loss.unwrap_or(f64::NAN)));
         if let Ended::Interrupted(dir) = &outcome.ended {
             bail!("interrupted after step {}; go on with --resume (checkpoint {})", state.step, dir.display());
+        }
+        if let (UpdateRule::Mezo(mezo), Some(record)) = (trainer.rule(), record) {
+            mezo::write(record, mezo, &adapter, &output)?;
         }
         drop(trainer);
 
@@ -344,16 +403,23 @@ impl Run {
         finished.say(&output, &samples, args, &outcome)
     }
 
-    fn optimizer(&self) -> Result<Box<dyn optim::Optimizer>> {
+    fn rule(&self) -> Result<UpdateRule> {
         let t = &self.recipe.train;
         let options = OptimizerOptions {
             beta1: t.beta1,
             beta2: t.beta2,
             eps: t.eps,
             momentum: t.momentum,
+            mezo_eps: t.mezo_eps,
+            mezo_samples: t.mezo_samples,
             ..OptimizerOptions::default()
         };
-        Ok(optim::build(t.optimizer.parse::<OptimizerKind>()?, &options)?)
+        let kind = t.optimizer.parse::<OptimizerKind>()?;
+        optim::check_options(kind, &options)?;
+        Ok(match kind {
+            OptimizerKind::Mezo => Mezo::new(mezo::config(t))?.into(),
+            _ => optim::build(kind, &options)?.into(),
+        })
     }
 
     fn samples(&self, adapters: &AdapterSet) -> Result<Vec<String>> {
@@ -387,57 +453,6 @@ fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
         packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
     };
     Ok(Sampler::new(train, options)?)
-}
-
-/// Whether a prompt starts from the embeddings of a text.
-fn starts_from_text(method: &Map<String, Value>) -> bool {
-    method.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT")
-}
-
-/// `method` with the base's own tokenizer where it names none.
-fn with_tokenizer(mut method: Map<String, Value>, files: &ModelFiles) -> Map<String, Value> {
-    let path = files.path().display().to_string();
-    method.entry("tokenizer_name_or_path").or_insert_with(|| path.into());
-    method
-}
-
-fn prepare_adapter(
-    recipe: &Recipe,
-    files: &ModelFiles,
-    model: &AnyModel,
-    train: &Dataset,
-    resume: bool,
-) -> Result<Prepared> {
-    let mut table: Map<String, Value> = match serde_json::to_value(&recipe.method)? {
-        Value::Object(map) => map,
-        _ => Map::new(),
-    };
-    let output = Path::new(recipe.output.dir.as_deref().unwrap_or_default());
-    let mut prepared = match table.remove("init_from") {
-        Some(Value::String(from)) => {
-            if let Some(key) = table.keys().find(|k| *k != "type") {
-                bail!(
-                    "`method.{key}` cannot be given with method.init_from: type and keys come from its adapter_config.json"
-                );
-            }
-            methods::open(&open::adapter(&from)?, model)?
-        }
-        Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
-        None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, recipe.train.seed)?,
-        None if methods::looks_at_data(&table)? => match if resume { checkpoint::list(output)?.pop() } else { None } {
-            // What was found in the data is in the checkpoint, ranks included.
-            Some((_, dir)) => methods::open(&dir, model)?,
-            None => {
-                let mut batches = sampler(recipe, train)?;
-                methods::create_on(&table, model, recipe.train.seed, || Batch::new(train, &batches.next_batch()))?
-            }
-        },
-        None => methods::create(&table, model, recipe.train.seed)?,
-    };
-    if let Some(path) = &recipe.model.path {
-        prepared.adapter.config.insert("base_model_name_or_path".into(), path.clone().into());
-    }
-    Ok(prepared)
 }
 
 /// A new run in the folder of an old one starts without the old checkpoints, so that a later --resume cannot mix them.

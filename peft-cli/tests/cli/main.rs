@@ -5,6 +5,7 @@
 mod combine;
 mod harness;
 mod methods;
+mod mezo;
 mod resume;
 mod road;
 mod wrong_input;

@@ -7,6 +7,7 @@
 
 pub mod batch;
 pub mod chat;
+pub mod choices;
 pub mod classes;
 pub mod dataset;
 pub mod encode;
@@ -26,6 +27,7 @@ mod structured;
 
 pub use batch::{Batch, Targets};
 pub use chat::ChatTemplate;
+pub use choices::{ChoiceBatch, ChoiceRow, Choices, Score};
 pub use classes::{ClassHead, labels_in};
 pub use dataset::{Dataset, DatasetStats};
 pub use encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor, Truncation};

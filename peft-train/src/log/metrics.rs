@@ -23,6 +23,8 @@ pub struct StepRow {
     pub step: u64,
     /// Mean loss over the step's counted tokens.
     pub loss: f64,
+    /// What the step lowered, where that is not the loss.
+    pub objective: Option<f64>,
     /// Scheduled learning rate of this update.
     pub learning_rate: f64,
     /// Norm of all gradients before clipping.
@@ -46,6 +48,9 @@ impl StepRow {
         let mut m = Map::new();
         m.insert("step".into(), self.step.into());
         m.insert("loss".into(), self.loss.into());
+        if let Some(objective) = self.objective {
+            m.insert("objective".into(), objective.into());
+        }
         m.insert("learning_rate".into(), self.learning_rate.into());
         m.insert("grad_norm".into(), self.grad_norm.into());
         m.insert("tokens".into(), self.tokens.into());
@@ -61,6 +66,7 @@ impl StepRow {
         Self {
             step,
             loss: get("loss"),
+            objective: m.get("objective").and_then(Value::as_f64),
             learning_rate: get("learning_rate"),
             grad_norm: get("grad_norm"),
             tokens: m.get("tokens").and_then(Value::as_u64).unwrap_or(0),
@@ -274,6 +280,7 @@ mod tests {
         StepRow {
             step,
             loss: 1.0 / step as f64,
+            objective: None,
             learning_rate: 2e-4,
             grad_norm: 0.5,
             tokens: 1024,

@@ -97,6 +97,7 @@ impl RunLogger {
             ("train/learning_rate", row.learning_rate),
             ("train/grad_norm", row.grad_norm),
         ];
+        scalars.extend(row.objective.map(|v| ("train/objective", v)));
         scalars.extend(row.tokens_per_second().map(|v| ("train/tokens_per_second", v)));
         scalars.extend(row.epoch.map(|v| ("train/epoch", v)));
         self.events.scalars(row.step, &scalars)
@@ -143,6 +144,7 @@ mod tests {
         StepRow {
             step,
             loss: 3.0 / step as f64,
+            objective: None,
             learning_rate: 1e-4,
             grad_norm: 1.0,
             tokens: 64,

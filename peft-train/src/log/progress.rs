@@ -227,7 +227,16 @@ mod tests {
     }
 
     fn row(step: u64, loss: f64) -> StepRow {
-        StepRow { step, loss, learning_rate: 2e-4, grad_norm: 1.0, tokens: 1000, seconds: 2.0, epoch: None }
+        StepRow {
+            step,
+            loss,
+            objective: None,
+            learning_rate: 2e-4,
+            grad_norm: 1.0,
+            tokens: 1000,
+            seconds: 2.0,
+            epoch: None,
+        }
     }
 
     #[test]

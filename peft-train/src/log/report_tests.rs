@@ -11,6 +11,7 @@ fn rows(n: u64) -> Vec<StepRow> {
             StepRow {
                 step,
                 loss: 0.9 + 2.4 * (-4.0 * t).exp() + noise(step),
+                objective: None,
                 learning_rate: 2e-4 * (t * 20.0).min(1.0) * (1.0 + (t * std::f64::consts::PI).cos()) / 2.0,
                 grad_norm: 0.6 + 2.0 * (-9.0 * t).exp() + noise(step + 50).abs(),
                 tokens: 4096,

@@ -86,6 +86,9 @@ pub enum OptimError {
         /// All names.
         known: String,
     },
+    /// MeZO takes no gradients and is no [`Optimizer`].
+    #[error("mezo takes losses, not gradients; make it with Mezo::new")]
+    Forward,
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -148,10 +151,13 @@ pub enum OptimizerKind {
     AdamW,
     /// Stochastic gradient descent, momentum optional.
     Sgd,
+    /// Forward passes alone ([`crate::mezo`]).
+    Mezo,
 }
 
 impl OptimizerKind {
-    const NAMES: [(&'static str, Self); 3] = [("adamw", Self::AdamW), ("adamw_torch", Self::AdamW), ("sgd", Self::Sgd)];
+    const NAMES: [(&'static str, Self); 4] =
+        [("adamw", Self::AdamW), ("adamw_torch", Self::AdamW), ("sgd", Self::Sgd), ("mezo", Self::Mezo)];
 }
 
 impl FromStr for OptimizerKind {
@@ -173,6 +179,7 @@ impl fmt::Display for OptimizerKind {
         f.write_str(match self {
             Self::AdamW => "adamw",
             Self::Sgd => "sgd",
+            Self::Mezo => "mezo",
         })
     }
 }
@@ -199,13 +206,19 @@ pub struct OptimizerOptions {
     /// SGD: Nesterov's momentum, off by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nesterov: Option<bool>,
+    /// MeZO: how far parameters are moved, 1e-3 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mezo_eps: Option<f64>,
+    /// MeZO: estimates a step, 1 by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mezo_samples: Option<usize>,
 }
 
-/// Makes the optimiser that a recipe names.
+/// Refuses settings that belong to another optimiser.
 ///
 /// # Errors
-/// A setting out of range, or one that belongs to another optimiser.
-pub fn build(kind: OptimizerKind, options: &OptimizerOptions) -> Result<Box<dyn Optimizer>> {
+/// Such a setting, named.
+pub fn check_options(kind: OptimizerKind, options: &OptimizerOptions) -> Result<()> {
     use OptimizerKind as K;
     let o = options;
     let settings = [
@@ -215,15 +228,30 @@ pub fn build(kind: OptimizerKind, options: &OptimizerOptions) -> Result<Box<dyn 
         ("momentum", o.momentum, K::Sgd),
         ("dampening", o.dampening, K::Sgd),
         ("nesterov", o.nesterov.map(|b| f64::from(u8::from(b))), K::Sgd),
+        ("mezo_eps", o.mezo_eps, K::Mezo),
+        ("mezo_samples", o.mezo_samples.map(|n| n as f64), K::Mezo),
     ];
     if let Some((name, Some(value), owner)) = settings.into_iter().find(|(_, v, k)| v.is_some() && *k != kind) {
         let why = match owner {
             K::AdamW => "is a setting of adamw; remove it or change the optimizer",
             K::Sgd => "is a setting of sgd; remove it or change the optimizer",
+            K::Mezo => "is a setting of mezo; remove it or change the optimizer",
         };
         return Err(OptimError::Hyper { name, value, why });
     }
+    Ok(())
+}
+
+/// Makes the optimiser that a recipe names.
+///
+/// # Errors
+/// A setting out of range, or one that belongs to another optimiser; MeZO, which is none.
+pub fn build(kind: OptimizerKind, options: &OptimizerOptions) -> Result<Box<dyn Optimizer>> {
+    use OptimizerKind as K;
+    check_options(kind, options)?;
+    let o = options;
     Ok(match kind {
+        K::Mezo => return Err(OptimError::Forward),
         K::AdamW => {
             let d = AdamWConfig::default();
             Box::new(AdamW::new(AdamWConfig {
@@ -305,6 +333,10 @@ mod tests {
         build(OptimizerKind::Sgd, &momentum).unwrap();
         let e = build(OptimizerKind::AdamW, &momentum).unwrap_err().to_string();
         assert_eq!(e, "momentum = 0.9: is a setting of sgd; remove it or change the optimizer");
+        let mezo = OptimizerOptions { mezo_eps: Some(0.1), ..Default::default() };
+        assert!(check_options(OptimizerKind::Sgd, &mezo).unwrap_err().to_string().contains("setting of mezo"));
+        check_options("mezo".parse().unwrap(), &mezo).unwrap();
+        assert!(check_options(OptimizerKind::Mezo, &momentum).is_err());
         assert!(build(OptimizerKind::AdamW, &OptimizerOptions { beta1: Some(1.5), ..Default::default() }).is_err());
     }
 }

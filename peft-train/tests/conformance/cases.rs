@@ -195,6 +195,30 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "ln", "target_modules": ["input_layernorm"], "modules_to_save": ["lm_head"]}),
         ),
+        case("bitfit", BIASED, json!({"type": "bitfit"})),
+        case(
+            "bitfit, some, saved head",
+            BIASED,
+            json!({"type": "bitfit", "target_modules": ["q_proj", "layers.1.self_attn.o_proj"],
+                "modules_to_save": ["lm_head"]}),
+        ),
+        case("bitfit, added", UNTIED, json!({"type": "bitfit", "add_biases": true})),
+        case(
+            "bitfit, added to some and the tied head",
+            TIED,
+            json!({"type": "bitfit", "add_biases": true, "target_modules": ["v_proj", "lm_head"]}),
+        ),
+        case("last layers", BIASED, json!({"type": "last_layers", "num_layers": 1})),
+        case(
+            "last layers, norm and head",
+            TIED,
+            json!({"type": "last_layers", "num_layers": 1, "final_norm": true, "output_head": true}),
+        ),
+        case(
+            "last layers, all, some left out, saved head",
+            UNTIED,
+            json!({"type": "last_layers", "num_layers": 2, "exclude_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        ),
         case("trainable tokens", UNTIED, json!({"type": "trainable_tokens", "token_indices": [3, 40, 7]})),
         case("trainable tokens, tied", TIED, json!({"type": "trainable_tokens", "token_indices": [7, 3]})),
         case(

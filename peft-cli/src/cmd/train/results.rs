@@ -52,6 +52,22 @@ pub(super) fn facts(
     }
 }
 
+/// Writes what was trained: an adapter, or the model that full fine-tuning makes.
+pub(crate) fn write_result(
+    files: &ModelFiles,
+    model: &AnyModel,
+    adapter: &Arc<Adapter>,
+    method: &str,
+    output: &Path,
+) -> Result<()> {
+    if method != "full" {
+        return Ok(checkpoint::write_adapter_files(output, adapter)?);
+    }
+    let merged = Merged::new(model, vec![adapter.clone()])?;
+    let dtype = files.config().dtype().unwrap_or(candle_core::DType::F32);
+    Ok(write_folder(files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?)
+}
+
 /// A run that reached its end, with what its results are made of.
 pub(super) struct Finished<'a> {
     pub(super) recipe: &'a Recipe,
@@ -65,20 +81,14 @@ pub(super) struct Finished<'a> {
 
 impl Finished<'_> {
     pub(super) fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
-        if self.facts.method == "full" {
-            let merged = Merged::new(self.model, vec![self.adapter.clone()])?;
-            let dtype = self.files.config().dtype().unwrap_or(candle_core::DType::F32);
-            write_folder(self.files, &merged, &output.join("model"), dtype, MAX_SHARD_BYTES)?;
-        } else {
-            checkpoint::write_adapter_files(output, &self.adapter)?;
-        }
+        write_result(self.files, self.model, &self.adapter, &self.facts.method, output)?;
         let (title, recipe) = (open::title(output), self.recipe.to_toml());
         let card = ModelCard {
             title: &title,
             facts: &self.facts,
             recipe: &recipe,
             samples,
-            loads_in_peft: self.facts.method != "full",
+            loads_in_peft: METHODS.iter().any(|m| m.name == self.facts.method && m.is_in_peft()),
         };
         card.write(&output.join("README.md"))?;
         let metrics = read_metrics(&output.join(RunLogger::METRICS))?;

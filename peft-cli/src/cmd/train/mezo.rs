@@ -1,0 +1,63 @@
+//! What training without gradients asks of a method, and the record of its run.
+
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use peft_core::Adapter;
+use peft_train::methods;
+use peft_train::mezo::{Mezo, MezoConfig, Record, checksum};
+use peft_train::recipe::{Recipe, TrainTable};
+
+use super::start::method_table;
+
+/// The settings that a recipe gives MeZO.
+pub(super) fn config(t: &TrainTable) -> MezoConfig {
+    MezoConfig { eps: t.mezo_eps.unwrap_or(1e-3), samples: t.mezo_samples.unwrap_or(1), seed: t.seed }
+}
+
+/// Refuses methods that need a gradient, and dropout, which differences of losses do not have.
+pub(super) fn check(adapter: &Adapter, method: &str) -> Result<()> {
+    if adapter.training_hook().is_some() {
+        bail!(
+            "method {method} acts on gradients, and train.optimizer = \"mezo\" has none: use adamw, or another method"
+        );
+    }
+    let on = |v: &serde_json::Value| v.as_f64().is_some_and(|p| p > 0.0);
+    if let Some((key, value)) = adapter.config.iter().find(|(key, value)| key.ends_with("dropout") && on(value)) {
+        bail!("`method.{key}` is {value}, and train.optimizer = \"mezo\" compares losses without dropout: set it to 0");
+    }
+    Ok(())
+}
+
+/// The record of a run about to begin, where its start can be made again: one that was found in the training data, or at random
+/// weights of the base, cannot.
+pub(super) fn record(recipe: &Recipe, labels: Option<&[String]>, adapter: &Adapter) -> Result<Option<Record>> {
+    let method = method_table(&recipe.with_absolute_paths())?;
+    let from = method.contains_key("init_from");
+    let is_mezo = recipe.train.optimizer.trim().eq_ignore_ascii_case("mezo");
+    if !is_mezo || recipe.model.init == "random" || (!from && methods::looks_at_data(&method)?) {
+        return Ok(None);
+    }
+    let (t, MezoConfig { eps, samples, seed }) = (&recipe.train, config(&recipe.train));
+    Ok(Some(Record {
+        version: Record::VERSION,
+        base_model: recipe.with_absolute_paths().model.path.unwrap_or_default(),
+        method,
+        dtype: recipe.model.dtype.clone(),
+        labels: labels.unwrap_or_default().to_vec(),
+        seed,
+        eps,
+        samples,
+        weight_decay: t.weight_decay,
+        loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
+        start: checksum(&adapter.parameters())?,
+        end: String::new(),
+        taken: Vec::new(),
+    }))
+}
+
+/// Writes the record of a run that has ended.
+pub(super) fn write(record: Record, mezo: &Mezo, adapter: &Adapter, output: &Path) -> Result<()> {
+    let end = checksum(&adapter.parameters())?;
+    Ok(Record { end, taken: mezo.taken().to_vec(), ..record }.write(&output.join(Record::FILE))?)
+}

@@ -1,0 +1,226 @@
+//! What training lowers: the loss, T-Few's three losses, or a score that has no gradient.
+
+use std::fmt;
+use std::str::FromStr;
+
+use peft_core::suggest::did_you_mean;
+use peft_core::{Ctx, Error, Result, Segmented, Task};
+
+use crate::classify::Confusion;
+use crate::data::{Batch, ChoiceBatch};
+use crate::driver::{Below, Measured, evaluate_above, predict_above, token_losses_above};
+use crate::t_few::{Counts, TFew};
+
+/// What training lowers.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum Objective {
+    /// Mean negative log-likelihood of the counted tokens (of the rows, with a class head).
+    #[default]
+    Loss,
+    /// Minus the share of rows whose class, or right answer, is the likeliest.
+    Accuracy,
+    /// Minus the macro F1 of the classes.
+    F1,
+    /// T-Few's losses on rows with choices.
+    TFew(TFew),
+}
+
+impl Objective {
+    const NAMES: [&str; 4] = ["loss", "accuracy", "f1", "t_few"];
+
+    /// Whether it has a gradient.
+    #[must_use]
+    pub fn has_gradient(self) -> bool {
+        matches!(self, Self::Loss | Self::TFew(_))
+    }
+
+    /// Whether it compares the answers of rows, on a model with this task.
+    #[must_use]
+    pub fn compares_choices(self, task: Task) -> bool {
+        match self {
+            Self::Loss => false,
+            Self::TFew(_) => true,
+            Self::Accuracy | Self::F1 => !matches!(task, Task::Classification { .. }),
+        }
+    }
+}
+
+impl FromStr for Objective {
+    type Err = Error;
+
+    fn from_str(name: &str) -> Result<Self> {
+        Ok(match name {
+            "loss" => Self::Loss,
+            "accuracy" => Self::Accuracy,
+            "f1" => Self::F1,
+            "t_few" => Self::TFew(TFew::default()),
+            _ => {
+                let near = did_you_mean(name, Self::NAMES);
+                let message = format!("`{name}` is not an objective{near}; known: {}", Self::NAMES.join(", "));
+                return Err(Error::config("train.objective", message));
+            }
+        })
+    }
+}
+
+impl fmt::Display for Objective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Loss => "loss",
+            Self::Accuracy => "accuracy",
+            Self::F1 => "f1",
+            Self::TFew(_) => "t_few",
+        })
+    }
+}
+
+/// A micro-batch of a step.
+#[derive(Debug, Clone)]
+pub enum MicroBatch {
+    /// Rows as they are.
+    Rows(Batch),
+    /// Rows with all of their answers.
+    Choices(ChoiceBatch),
+}
+
+impl MicroBatch {
+    /// What the model is given.
+    #[must_use]
+    pub fn batch(&self) -> &Batch {
+        match self {
+            Self::Rows(batch) => batch,
+            Self::Choices(choices) => &choices.batch,
+        }
+    }
+}
+
+/// The objective over the micro-batches of a step, by forward passes alone, and the likelihood of the rows' own targets.
+///
+/// # Errors
+/// When a tensor operation fails, or the rows are not of the objective's kind.
+pub fn measure<M: Segmented>(
+    objective: Objective,
+    classes: Option<usize>,
+    model: &M,
+    micro_batches: &[MicroBatch],
+    ctx: &Ctx<'_>,
+) -> Result<(Measured, f64)> {
+    measure_above(objective, classes, model, micro_batches, &[], ctx)
+}
+
+/// As [`measure`], each micro-batch from what no parameter reaches, where that is at hand.
+pub(crate) fn measure_above<M: Segmented>(
+    objective: Objective,
+    classes: Option<usize>,
+    model: &M,
+    micro_batches: &[MicroBatch],
+    below: &[Option<Below>],
+    ctx: &Ctx<'_>,
+) -> Result<(Measured, f64)> {
+    let (mut measured, mut value) = (Measured::default(), 0.0);
+    let mut confusion = Confusion::new(classes.unwrap_or(0));
+    let (mut right, mut rows) = (0usize, 0usize);
+    let counts = Counts::of(micro_batches);
+    for (i, micro_batch) in micro_batches.iter().enumerate() {
+        let below = below.get(i).and_then(Option::as_ref);
+        match (micro_batch, objective) {
+            (MicroBatch::Rows(batch), _) if batch.targets().ids.is_empty() => {}
+            (MicroBatch::Rows(batch), Objective::Loss) => measured += evaluate_above(model, batch, below, ctx)?,
+            (MicroBatch::Rows(batch), Objective::Accuracy | Objective::F1) => {
+                let (found, predicted) = predict_above(model, batch, below, ctx)?;
+                measured += found;
+                right += found.hits;
+                rows += found.counted;
+                for (class, predicted) in batch.targets().ids.into_iter().zip(predicted) {
+                    confusion.add(class, predicted);
+                }
+            }
+            (MicroBatch::Rows(_), Objective::TFew(_)) => return Err(Error::msg("t_few needs rows with choices")),
+            (MicroBatch::Choices(choices), _) => {
+                let nll = token_losses_above(model, &choices.batch, below, ctx)?;
+                if let Objective::TFew(losses) = objective {
+                    value += losses.weigh(&nll, choices, &counts).0;
+                }
+                let found = Chosen::of(choices, &nll);
+                measured += found.own;
+                right += found.own_is_likeliest();
+                rows += found.pairs.len();
+                found.pairs.iter().for_each(|&(own, likeliest)| confusion.add(own, likeliest));
+            }
+        }
+    }
+    let value = match objective {
+        Objective::Loss => measured.nll / measured.counted.max(1) as f64,
+        Objective::Accuracy => -(right as f64) / rows.max(1) as f64,
+        Objective::F1 => -confusion.macro_f1(),
+        Objective::TFew(_) => value,
+    };
+    Ok((measured, value))
+}
+
+/// What was chosen in a batch of rows with choices.
+pub(crate) struct Chosen {
+    /// The likelihood of the rows' own answers.
+    pub(crate) own: Measured,
+    /// Of each row, its own answer and the likeliest.
+    pub(crate) pairs: Vec<(u32, u32)>,
+}
+
+impl Chosen {
+    pub(crate) fn of(choices: &ChoiceBatch, nll: &[f32]) -> Self {
+        let (mut own, mut pairs) = (Measured::default(), Vec::new());
+        for (row, scores) in choices.rows.iter().zip(choices.scores(nll)) {
+            if let Some(score) = scores.get(row.right) {
+                own += Measured { nll: score.nll, counted: score.tokens, hits: 0 };
+            }
+            pairs.push((row.right as u32, choices.likeliest(&scores) as u32));
+        }
+        Self { own, pairs }
+    }
+
+    pub(crate) fn own_is_likeliest(&self) -> usize {
+        self.pairs.iter().filter(|(own, likeliest)| own == likeliest).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::path::Path;
+
+    use peft_core::{AdapterSet, Route};
+    use peft_models::Decoder;
+    use peft_models::config::DecoderConfig;
+    use peft_models::source::{Placement, RandomSource};
+    use serde_json::json;
+
+    use super::*;
+
+    /// What lies below the lowest parameter may be run once for all points of a step: not a bit differs.
+    #[test]
+    fn a_pass_from_what_no_parameter_reaches_is_the_whole_pass() {
+        let config = json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 12,
+            "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 3, "hidden_act": "silu"});
+        let config = DecoderConfig::from_hf_map(config.as_object().unwrap().clone(), Path::new("config.json")).unwrap();
+        let placement = Placement::cpu(None);
+        let source = RandomSource { seed: 0, std: 0.3, untied_head: true, placement: placement.clone() };
+        let model = Decoder::load(config, &source, &placement).unwrap();
+        let ids: Vec<u32> = (0..9).map(|i| i * 5 % 32).collect();
+        let batch = Batch {
+            labels: ids.iter().map(|&id| id as i32).collect(),
+            position_ids: vec![0, 1, 2, 3, 0, 1, 2, 3, 4],
+            input_ids: ids,
+            bounds: vec![0, 4, 9],
+            ..Batch::default()
+        };
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let whole = measure(Objective::Loss, None, &model, &[MicroBatch::Rows(batch.clone())], &ctx).unwrap();
+        for (lowest, runs) in [(0, false), (1, false), (2, true), (3, true), (4, true)] {
+            let below = [Below::run(&model, &batch, lowest, &ctx).unwrap()];
+            assert_eq!(below[0].is_some(), runs, "segment {lowest}");
+            let rows = [MicroBatch::Rows(batch.clone())];
+            assert_eq!(measure_above(Objective::Loss, None, &model, &rows, &below, &ctx).unwrap(), whole);
+        }
+    }
+}

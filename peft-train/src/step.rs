@@ -1,0 +1,189 @@
+//! One optimiser step: by gradients of its micro-batches, or by differences of losses.
+
+use std::cell::Cell;
+
+use candle_core::Tensor;
+use peft_core::{
+    Adapter, AdapterSet, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng, Task, TrainingHook,
+};
+
+use crate::audit::{AuditEntry, audit_gradients};
+use crate::checkpoint::TrainerState;
+use crate::driver::{Below, LossOf, Measured, forward_backward};
+use crate::grads::Grads;
+use crate::mezo::Mezo;
+use crate::objective::{Chosen, MicroBatch, Objective, measure_above};
+use crate::optim::{OptParam, Optimizer, clip_grad_norm};
+use crate::t_few::Counts;
+use crate::trainer::Plan;
+
+/// What a step works on.
+pub(crate) struct Step<'a, M> {
+    pub(crate) model: &'a M,
+    pub(crate) adapter: &'a Adapter,
+    pub(crate) set: &'a AdapterSet,
+    pub(crate) plan: &'a Plan,
+    pub(crate) state: &'a TrainerState,
+    pub(crate) parameters: &'a [Parameter],
+    pub(crate) opt_params: &'a [OptParam],
+    /// The lowest segment with a parameter.
+    pub(crate) lowest: usize,
+}
+
+/// What a step measured. Where a value is not finite, nothing was updated.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Made {
+    /// Mean negative log-likelihood of the rows' own targets.
+    pub(crate) loss: f64,
+    /// What is lowered, where it is something else.
+    pub(crate) objective: Option<f64>,
+    pub(crate) grad_norm: f64,
+}
+
+impl Made {
+    pub(crate) fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.grad_norm.is_finite() && self.objective.is_none_or(f64::is_finite)
+    }
+}
+
+impl<M: Segmented> Step<'_, M> {
+    /// Backward through every micro-batch, one update by `optimizer`.
+    pub(crate) fn by_gradients(
+        &self,
+        micro_batches: &[MicroBatch],
+        optimizer: &mut dyn Optimizer,
+        learning_rate: f64,
+    ) -> Result<Made> {
+        let refs: Vec<&Parameter> = self.parameters.iter().collect();
+        let mut grads = Grads::new(&refs);
+        let (measured, objective) = self.backward(micro_batches, &mut grads)?;
+        // What is logged is the data's loss alone, so that runs and methods compare.
+        let loss = measured.nll / measured.counted.max(1) as f64;
+        let mut grads = grads.into_vec();
+        let penalty = match self.adapter.training_hook() {
+            Some(hook) => add_penalty(hook, self.parameters, &mut grads)?,
+            None => 0.0,
+        };
+        let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
+        let made = Made { loss, objective, grad_norm: norm.norm };
+        if !(made.is_finite() && norm.is_finite() && penalty.is_finite()) {
+            let loss = if penalty.is_finite() { loss } else { penalty };
+            return Ok(Made { loss, grad_norm: f64::NAN, ..made });
+        }
+        if self.state.step == 0 {
+            audit(self.parameters, &grads)?;
+        }
+        optimizer.step(self.opt_params, &grads, learning_rate).map_err(message)?;
+        if let Some(hook) = self.adapter.training_hook() {
+            let named = self.parameters.iter().zip(&grads).filter_map(|(p, g)| Some((p.name(), g.as_ref()?)));
+            hook.after_step(self.state.step, &named.collect())?;
+        }
+        Ok(made)
+    }
+
+    /// Gradients of all micro-batches; the likelihood of the rows' own targets, and the objective where it is another.
+    fn backward(&self, micro_batches: &[MicroBatch], grads: &mut Grads) -> Result<(Measured, Option<f64>)> {
+        let counted: usize = micro_batches.iter().map(|b| b.batch().targets().ids.len()).sum();
+        let (counts, route) = (Counts::of(micro_batches), Route::Uniform(0));
+        let (mut measured, mut objective) = (Measured::default(), None);
+        for (i, micro_batch) in micro_batches.iter().enumerate() {
+            let batch = micro_batch.batch();
+            if batch.targets().ids.is_empty() {
+                continue;
+            }
+            let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32) };
+            let ctx = Ctx { adapters: self.set, route: &route, mode: Mode::Train { track: true }, rng };
+            match (self.plan.objective, micro_batch) {
+                (Objective::TFew(losses), MicroBatch::Choices(choices)) => {
+                    let found = Cell::new((0.0, Measured::default()));
+                    let weigh = |nll: &[f32]| {
+                        let (value, weights) = losses.weigh(nll, choices, &counts);
+                        found.set((value, Chosen::of(choices, nll).own));
+                        weights
+                    };
+                    let loss = LossOf::Weighed(&weigh);
+                    forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
+                    let (value, own) = found.get();
+                    measured += own;
+                    objective = Some(objective.unwrap_or(0.0) + value);
+                }
+                (Objective::Loss, MicroBatch::Rows(_)) => {
+                    let scale = 1.0 / counted as f64;
+                    measured += forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, scale, grads)?;
+                }
+                (objective, _) => {
+                    return Err(Error::msg(format!("objective {objective} has no gradient on these rows")));
+                }
+            }
+        }
+        Ok((measured, objective))
+    }
+
+    /// Losses at two points for each sample, one update along the samples' directions. Dropout is off.
+    pub(crate) fn by_differences(
+        &self,
+        micro_batches: &[MicroBatch],
+        mezo: &mut Mezo,
+        learning_rate: f64,
+    ) -> Result<Made> {
+        let route = Route::Uniform(0);
+        let ctx = Ctx::eval(self.set, &route);
+        let classes = match self.model.task() {
+            Task::Classification { classes, .. } => Some(classes),
+            Task::CausalLm | Task::Seq2SeqLm => self.plan.choices.as_ref().and_then(|c| c.classes()),
+        };
+        // What lies below the lowest parameter is the same at all points of a step.
+        let below = micro_batches.iter().map(|b| Below::run(self.model, b.batch(), self.lowest, &ctx));
+        let below = below.collect::<Result<Vec<_>>>()?;
+        let mut measured = Measured::default();
+        let estimate = mezo.step(self.opt_params, learning_rate, || {
+            let (found, value) = measure_above(self.plan.objective, classes, self.model, micro_batches, &below, &ctx)?;
+            measured += found;
+            Ok(value)
+        })?;
+        let plain = self.plan.objective == Objective::Loss;
+        if plain && self.state.step == 0 && estimate.norm == 0.0 && estimate.loss.is_finite() {
+            return Err(Error::msg(
+                "moving all trainable parameters does not move the loss: either nothing of the model reads them, or \
+                 train.mezo_eps is too small",
+            ));
+        }
+        let loss = measured.nll / measured.counted.max(1) as f64;
+        let loss = if estimate.loss.is_finite() { loss } else { estimate.loss };
+        Ok(Made { loss, objective: (!plain).then_some(estimate.loss), grad_norm: estimate.norm })
+    }
+}
+
+fn audit(parameters: &[Parameter], grads: &[Option<Tensor>]) -> Result<()> {
+    // LoRA's A has an exactly zero gradient only while its B is zero; an adapter that was resumed has a gradient.
+    let fresh = parameters.iter().filter(|p| p.role() == Role::LoraB).all(|p| is_zero(&p.value()).unwrap_or(false));
+    // A layer whose ranks were all taken away has parameters without an element.
+    let trained = parameters.iter().zip(grads).filter(|(p, _)| p.elem_count() > 0);
+    let entries = trained.map(|(p, g)| AuditEntry {
+        name: p.name(),
+        grad: g.as_ref(),
+        allow_zero: p.role() == Role::Rows || (p.role() == Role::ZeroAtStart && fresh),
+    });
+    audit_gradients(entries).map_err(message)
+}
+
+/// Adds the gradients of the method's own term of the loss, and gives the term.
+fn add_penalty(hook: &dyn TrainingHook, parameters: &[Parameter], grads: &mut [Option<Tensor>]) -> Result<f64> {
+    let (value, gradients) = hook.penalty()?;
+    for (name, gradient) in gradients {
+        let Some((_, sum)) = parameters.iter().zip(&mut *grads).find(|(p, _)| p.name() == name) else { continue };
+        *sum = Some(match sum.take() {
+            Some(sum) => (&sum + gradient.to_dtype(sum.dtype())?)?,
+            None => gradient,
+        });
+    }
+    Ok(value)
+}
+
+fn is_zero(t: &Tensor) -> candle_core::Result<bool> {
+    Ok(t.abs()?.max_all()?.to_dtype(candle_core::DType::F32)?.to_scalar::<f32>()? == 0.0)
+}
+
+fn message(e: impl std::fmt::Display) -> Error {
+    Error::msg(e.to_string())
+}
