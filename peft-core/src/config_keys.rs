@@ -66,6 +66,13 @@ impl<'a> ConfigKeys<'a> {
         }
     }
 
+    /// The keys that are in `known`, for a file: a later program's keys are ignored, as PEFT does.
+    #[must_use]
+    pub fn only(&self, known: &Map<String, Value>) -> Map<String, Value> {
+        let kept = self.0.iter().filter(|(key, _)| known.contains_key(*key));
+        kept.map(|(key, value)| (key.clone(), value.clone())).collect()
+    }
+
     /// Refuses keys that are not in `known`, for what a user wrote.
     ///
     /// # Errors

@@ -41,12 +41,9 @@ impl Ia3Config {
         let keys = ConfigKeys(config);
         // How a weight is stored is a matter of the base, not of the adapter; PEFT corrects it too.
         keys.flag("fan_in_fan_out", false)?;
-        let known = defaults();
-        // IA³ has no layer filter: PEFT drops such keys.
-        let own: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
         Ok(Self {
-            targets: TargetSpec::from_config(&own)?,
+            // IA³ has no layer filter: PEFT drops such keys.
+            targets: TargetSpec::from_config(&keys.only(&defaults()))?,
             feedforward: keys.get(FEEDFORWARD).map(Feedforward::parse).transpose()?,
             paper: false,
             init_ia3_weights: keys.flag("init_ia3_weights", true)?,

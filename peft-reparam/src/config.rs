@@ -36,8 +36,7 @@ impl ReparamConfig {
             }
         }
         // What PEFT knows under the names of a method's own stands where all selections look for it.
-        let mut selection: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let mut selection = ConfigKeys(config).only(&known);
         for (own, common) in kind.patterns {
             let value = selection.remove(*own);
             if let Some(common) = common {

@@ -40,12 +40,10 @@ impl BitfitConfig {
     /// # Errors
     /// A value of the wrong type; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        let known = known();
-        let own: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let keys = ConfigKeys(config);
         Ok(Self {
-            targets: TargetSpec::from_config(&own)?,
-            add: ConfigKeys(config).flag(ADD, false)?,
+            targets: TargetSpec::from_config(&keys.only(&known()))?,
+            add: keys.flag(ADD, false)?,
             raw: config.clone(),
         })
     }

@@ -45,15 +45,12 @@ impl LastLayersConfig {
     /// # Errors
     /// A value of the wrong type; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        let known = known();
-        let own: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
         let keys = ConfigKeys(config);
         Ok(Self {
             num_layers: keys.count(COUNT, usize::MAX)?,
             final_norm: keys.flag(NORM, false)?,
             output_head: keys.flag(HEAD, false)?,
-            targets: TargetSpec::from_config(&own)?,
+            targets: TargetSpec::from_config(&keys.only(&known()))?,
             raw: config.clone(),
         })
     }

@@ -27,10 +27,7 @@ impl LnConfig {
     /// # Errors
     /// A value of the wrong type; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        let known = known();
-        let own: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
-        Ok(Self { targets: TargetSpec::from_config(&own)?, raw: config.clone() })
+        Ok(Self { targets: TargetSpec::from_config(&ConfigKeys(config).only(&known()))?, raw: config.clone() })
     }
 
     /// Reads the `[method]` table of a recipe: PEFT's keys, where an unknown one is an error with the nearest known.

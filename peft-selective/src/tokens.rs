@@ -38,13 +38,11 @@ impl TokensConfig {
     /// # Errors
     /// A value of the wrong type, or no tokens; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        let (keys, known) = (ConfigKeys(config), known());
-        let own: Map<_, _> =
-            config.iter().filter(|(k, _)| known.contains_key(*k)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        let keys = ConfigKeys(config);
         let Some(ids) = keys.get(IDS) else { return Err(Error::config(IDS, "is not given; name the tokens to train")) };
         Ok(Self {
             ids: token_ids(IDS, ids)?,
-            targets: TargetSpec::from_config(&own)?,
+            targets: TargetSpec::from_config(&keys.only(&known()))?,
             identity: keys.flag("init_weights", true)?,
             raw: config.clone(),
         })
