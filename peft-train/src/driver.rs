@@ -129,10 +129,7 @@ pub(crate) fn evaluate_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<Measured> {
-    let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
-    let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
-    head.loss(model, &normed, &[], None, ctx)
+    with_head(model, batch, below, ctx, |head| head.loss(model, &head.normed(model, ctx)?, &[], None, ctx))
 }
 
 /// Loss of a batch without gradients, and the likeliest class of each row.
@@ -150,14 +147,13 @@ pub(crate) fn predict_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, Vec<u32>)> {
-    let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
-    let ctx = head.read.ctx(ctx);
-    let logits = model.logits(&model.final_norm(&head.rows, &ctx)?, &ctx)?;
-    let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
-    let nll = scored.nll.iter().map(|&x| f64::from(x)).sum();
-    let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
-    Ok((Measured { nll, counted: head.targets.len(), hits: scored.hits }, predicted))
+    with_head(model, batch, below, ctx, |head| {
+        let logits = model.logits(&head.normed(model, ctx)?, &head.read.ctx(ctx))?;
+        let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
+        let nll = scored.nll.iter().map(|&x| f64::from(x)).sum();
+        let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
+        Ok((Measured { nll, counted: head.targets.len(), hits: scored.hits }, predicted))
+    })
 }
 
 /// Negative log-likelihood of each counted token, in the order of [`Batch::targets`].
@@ -175,18 +171,20 @@ pub(crate) fn token_losses_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<Vec<f32>> {
-    let (read, targets) = read(batch, ctx)?;
-    let head = Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets };
-    let normed = model.final_norm(&head.rows, &head.read.ctx(ctx))?;
-    head.losses(model, &normed, ctx)
+    with_head(model, batch, below, ctx, |head| head.losses(model, &head.normed(model, ctx)?, ctx))
 }
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
+    hidden_before(model, batch, model.num_blocks(), ctx)
+}
+
+/// The hidden states `[tokens, hidden]` that go into a block, without a graph.
+fn hidden_before<M: Segmented>(model: &M, batch: &Batch, block: usize, ctx: &Ctx<'_>) -> Result<Tensor> {
     let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
     let embedded = model.embed(tokens(batch), &ctx)?;
-    (0..model.num_blocks()).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
+    (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
 }
 
 /// What a loss makes of the negative log-likelihoods of a micro-batch's counted tokens.
@@ -342,6 +340,18 @@ fn read(batch: &Batch, ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
     Ok((ReadRows::new(targets.positions, ctx.route), targets.ids))
 }
 
+/// What `f` makes of the hidden states that reach the head in a pass without a graph.
+fn with_head<M: Segmented, R>(
+    model: &M,
+    batch: &Batch,
+    below: Option<&Below>,
+    ctx: &Ctx<'_>,
+    f: impl FnOnce(&Head<'_>) -> Result<R>,
+) -> Result<R> {
+    let (read, targets) = read(batch, ctx)?;
+    f(&Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets })
+}
+
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
 fn read_hidden<M: Segmented>(
     model: &M,
@@ -376,11 +386,7 @@ impl Below {
         if block == 0 {
             return Ok(None);
         }
-        let ctx = ctx.untracked();
-        let input = model.prepare(tokens(batch), &ctx)?;
-        let embedded = model.embed(tokens(batch), &ctx)?;
-        let hidden = (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))?;
-        Ok(Some(Self { block, hidden }))
+        Ok(Some(Self { block, hidden: hidden_before(model, batch, block, ctx)? }))
     }
 }
 
@@ -392,6 +398,11 @@ struct Head<'a> {
 }
 
 impl Head<'_> {
+    /// The rows behind the final norm.
+    fn normed<M: Segmented>(&self, model: &M, ctx: &Ctx<'_>) -> Result<Tensor> {
+        model.final_norm(&self.rows, &self.read.ctx(ctx))
+    }
+
     /// Gradient of the rows (where it is needed) and of the parameters of norm and head.
     fn backward<M: Segmented>(
         &self,
