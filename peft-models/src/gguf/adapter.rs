@@ -5,13 +5,12 @@
 //! has in another order for queries and keys of some families. Conventions: `convert_lora_to_gguf.py` and
 //! `src/llama-adapter.cpp` in ggml-org/llama.cpp.
 
-use std::{io::Write, path::Path};
+use std::path::Path;
 
 use candle_core::{DType, quantized::GgmlDType};
-use peft_core::atomic::write_file_with;
 use peft_core::combine::LoraFactors;
 
-use super::write::{Planned, header, pad, permuted_head, write_tensor};
+use super::write::{Planned, header, permuted_head, write_planned};
 use super::{GgufError, GgufTensorSpec, Value, gguf_name};
 use crate::config::DecoderConfig;
 
@@ -74,23 +73,9 @@ pub fn write_gguf_adapter(
     .map(|(key, value)| (key.to_owned(), value))
     .collect();
     let head = header(&metadata, &planned, None);
-
-    // Failures inside the closure are not all I/O errors; they are carried out here.
-    let mut failure = None;
-    let written = write_file_with(path, |mut out| {
-        out.write_all(&head)?;
-        for (tensor, values) in planned.iter().zip(&tensors) {
-            if let Err(error) = write_tensor(&mut out, tensor, values, path) {
-                failure = Some(error);
-                return Err(std::io::Error::other("a tensor could not be written"));
-            }
-            pad(&mut out, tensor.bytes)?;
-        }
-        Ok(())
-    });
-    match (failure, written) {
-        (Some(error), _) => Err(error),
-        (None, Err(error)) => Err(error.into()),
-        (None, Ok(())) => Ok(tensors.len()),
-    }
+    let mut values = tensors.iter();
+    write_planned(path, &head, &planned, |_| {
+        values.next().cloned().ok_or_else(|| inexpressible("a tensor of the plan is missing".into()))
+    })?;
+    Ok(tensors.len())
 }

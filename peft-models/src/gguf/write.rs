@@ -150,22 +150,30 @@ pub fn write_gguf(
         }
     }
     metadata.extend(described);
-    let head = header(&metadata, &planned, factors.as_deref());
+    let mut head = header(&metadata, &planned, factors.as_deref());
+    if let Some(factors) = &factors {
+        let start = head.len();
+        head.extend(factors.iter().flat_map(|factor| factor.to_le_bytes()));
+        head.resize(start + (head.len() - start).next_multiple_of(ALIGNMENT as usize), 0);
+    }
+    write_planned(path, &head, &planned, |tensor| {
+        load(tensor.spec).map_err(|source| candle_error(path, &tensor.spec.name, source))
+    })
+}
 
+/// Writes a head and then each tensor, which `load` hands over in turn. The file appears whole or not at all.
+pub(super) fn write_planned<'p>(
+    path: &Path,
+    head: &[u8],
+    planned: &'p [Planned<'p>],
+    mut load: impl FnMut(&'p Planned<'p>) -> Result<Tensor, GgufError>,
+) -> Result<(), GgufError> {
     // Failures inside the closure are not all I/O errors; they are carried out here.
     let mut failure = None;
     let written = write_file_with(path, |mut out| {
-        out.write_all(&head)?;
-        if let Some(factors) = &factors {
-            let bytes: Vec<u8> = factors.iter().flat_map(|factor| factor.to_le_bytes()).collect();
-            out.write_all(&bytes)?;
-            pad(&mut out, bytes.len() as u64)?;
-        }
-        for tensor in &planned {
-            let result = load(tensor.spec)
-                .map_err(|source| candle_error(path, &tensor.spec.name, source))
-                .and_then(|values| write_tensor(&mut out, tensor, &values, path));
-            if let Err(error) = result {
+        out.write_all(head)?;
+        for tensor in planned {
+            if let Err(error) = load(tensor).and_then(|values| write_tensor(&mut out, tensor, &values, path)) {
                 failure = Some(error);
                 return Err(std::io::Error::other("a tensor could not be written"));
             }
@@ -365,17 +373,12 @@ fn push_value(out: &mut Vec<u8>, value: &Value) {
     }
 }
 
-pub(super) fn pad(out: &mut impl Write, written: u64) -> std::io::Result<()> {
+fn pad(out: &mut impl Write, written: u64) -> std::io::Result<()> {
     let zeros = (written.next_multiple_of(ALIGNMENT) - written) as usize;
     out.write_all([0u8; ALIGNMENT as usize].get(..zeros).unwrap_or_default())
 }
 
-pub(super) fn write_tensor(
-    out: &mut impl Write,
-    planned: &Planned<'_>,
-    values: &Tensor,
-    path: &Path,
-) -> Result<(), GgufError> {
+fn write_tensor(out: &mut impl Write, planned: &Planned<'_>, values: &Tensor, path: &Path) -> Result<(), GgufError> {
     let name = &planned.spec.name;
     let wrong = |reason: String| GgufError::Tensor { path: path.into(), name: name.clone(), reason };
     let candle = |source| candle_error(path, name, source);
