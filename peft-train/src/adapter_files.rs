@@ -2,8 +2,11 @@
 
 use std::path::Path;
 
+use candle_core::Tensor;
 use peft_adapters::adapterhub;
-use peft_core::{AdapterFolder, BaseModel, Result};
+use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
+
+use crate::class_labels;
 
 /// Opens an adapter folder of PEFT's, ours or AdapterHub's. Formats that store a copy of the model's head beside the adapter
 /// are rid of it where it is that of `base`.
@@ -12,4 +15,30 @@ use peft_core::{AdapterFolder, BaseModel, Result};
 /// What makes the folder unreadable, by the file and the key.
 pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
     if adapterhub::is_adapterhub(folder)? { adapterhub::open(folder, base) } else { AdapterFolder::open(folder) }
+}
+
+/// Writes PEFT's two files with the names of an adapter's classes, if it has any, as a folder that is there whole or not at all.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write<'a>(
+    out: &Path,
+    config: &AdapterConfig,
+    labels: &[String],
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<()> {
+    atomic::replace_dir(out, |dir| write_into(dir, config, labels, tensors))
+}
+
+/// The same into a folder that is there.
+pub(crate) fn write_into<'a>(
+    dir: &Path,
+    config: &AdapterConfig,
+    labels: &[String],
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+) -> Result<()> {
+    if !labels.is_empty() {
+        class_labels::write(dir, labels)?;
+    }
+    write_adapter(dir, config, tensors)
 }

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use peft_core::{
-    Adapter, AdapterConfig, Context, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_adapter,
-    write_safetensors,
+    Adapter, AdapterConfig, Context, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_safetensors,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::class_labels;
+use crate::adapter_files;
 use crate::data::SamplerState;
 use crate::early_stop::EarlyStopState;
 use crate::update_rule::UpdateRule;
@@ -90,10 +89,7 @@ fn write_files(
     tensors: &[(String, Tensor)],
     labels: &[String],
 ) -> Result<()> {
-    if !labels.is_empty() {
-        class_labels::write(dir, labels)?;
-    }
-    write_adapter(dir, &AdapterConfig::new(config)?, tensors.iter().map(|(n, t)| (n.as_str(), t)))
+    adapter_files::write_into(dir, &AdapterConfig::new(config)?, labels, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }
 
 /// The complete checkpoints of an output folder with their steps, oldest first.

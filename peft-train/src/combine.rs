@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use peft_core::combine::Combined;
-use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result, atomic, write_adapter};
+use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result};
 use peft_lora::combine::{CombineOptions, CombineType, RankRule, Source};
 
 use crate::{adapter_files, class_labels, methods};
@@ -77,12 +77,7 @@ pub fn unscaled(input: Input<'_>, base: Option<&dyn BaseModel>) -> Result<Combin
 /// When the disk refuses.
 pub fn write(out: &Path, combined: &Combined, labels: &[String]) -> Result<()> {
     let config = AdapterConfig::new(combined.config.clone())?;
-    atomic::replace_dir(out, |dir| {
-        if !labels.is_empty() {
-            class_labels::write(dir, labels)?;
-        }
-        write_adapter(dir, &config, combined.tensors.iter().map(|(key, t)| (key.as_str(), t)))
-    })
+    adapter_files::write(out, &config, labels, combined.tensors.iter().map(|(key, t)| (key.as_str(), t)))
 }
 
 /// The names of the classes of all adapters that have a class head.

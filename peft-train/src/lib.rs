@@ -13,6 +13,7 @@ pub mod data;
 mod driver;
 pub mod early_stop;
 pub mod eva;
+pub mod fnv;
 mod grads;
 pub mod log;
 pub mod methods;

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use peft_adapters::adapterhub::{self, HubModel};
-use peft_core::{AdapterFolder, BaseModel, atomic, write_adapter};
+use peft_core::{AdapterFolder, BaseModel};
 use peft_lora::mlx;
 use peft_models::ModelFiles;
 use peft_models::gguf::write_gguf_adapter;
@@ -77,12 +77,7 @@ fn factors(args: &ConvertArgs, folder: &Path) -> Result<()> {
 fn peft_folder(output: &Path, adapter: &AdapterFolder, labels: &[String]) -> peft_core::Result<()> {
     let tensors = adapter.keys().map(|key| Ok((key, adapter.tensor(key, &Device::Cpu)?)));
     let tensors = tensors.collect::<peft_core::Result<Vec<_>>>()?;
-    atomic::replace_dir(output, |dir| {
-        if !labels.is_empty() {
-            class_labels::write(dir, labels)?;
-        }
-        write_adapter(dir, adapter.config(), tensors.iter().map(|(key, t)| (*key, t)))
-    })
+    adapter_files::write(output, adapter.config(), labels, tensors.iter().map(|(key, t)| (*key, t)))
 }
 
 /// The base model that was named, or the one that the adapter names where it is on this machine.

@@ -14,6 +14,7 @@ use peft_train::data::{
     Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
 };
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
+use peft_train::fnv::Fnv;
 use peft_train::log::{Progress, RunLogger};
 use peft_train::methods::{self, Prepared};
 use peft_train::mezo::Mezo;
@@ -156,7 +157,7 @@ impl Run {
             );
         }
         let mut prepared = prepare_adapter(&recipe, &files, &model, &train, resume)?;
-        if recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo {
+        if is_mezo(&recipe)? {
             mezo::check(&prepared.adapter, prepared.method)?;
         }
         prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
@@ -223,7 +224,7 @@ impl Run {
 
     fn keep(&self) -> Result<Keep> {
         let records = self.activation_dtype()?;
-        if self.is_mezo()? {
+        if is_mezo(&self.recipe)? {
             return Ok(Keep { checkpointing: Checkpointing::Full, records });
         }
         let checkpointing = match &self.recipe.train.gradient_checkpointing {
@@ -251,10 +252,6 @@ impl Run {
         }
     }
 
-    fn is_mezo(&self) -> Result<bool> {
-        Ok(self.recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo)
-    }
-
     /// The largest micro-batch that the data can give.
     fn longest_batch(&self) -> LongestBatch {
         if let Some(choices) = &self.choices {
@@ -279,10 +276,9 @@ impl Run {
         recipe.train.memory_budget = None;
         recipe.train.gradient_checkpointing = toml::Value::Boolean(false);
         let text = format!("{}|{}|{}|{}|{}", recipe.to_toml(), stats.rows, stats.tokens, stats.counted_tokens, steps);
-        // FNV-1a, 64 bits: told apart from an accident, not from an attack.
-        let hash =
-            text.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0000_0100_0000_01b3));
-        format!("{hash:016x}")
+        let mut hash = Fnv::default();
+        hash.text(&text);
+        hash.to_string()
     }
 
     fn describe(&self, as_json: bool) -> Result<()> {
@@ -291,7 +287,7 @@ impl Run {
         let trainable = adapter.trainable_elements();
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
-        let forward_only = self.is_mezo()?;
+        let forward_only = is_mezo(&self.recipe)?;
         let peak = match forward_only {
             true => memory::estimate_forward(&self.model, adapter, &self.longest_batch()),
             false => memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep),
@@ -428,6 +424,11 @@ impl Run {
         let most = self.recipe.sample.max_new_tokens;
         sample::continuations(&self.model, tokenizer, adapters, prompts, most).context("sample.prompts")
     }
+}
+
+/// Whether the run is trained by forward passes alone.
+fn is_mezo(recipe: &Recipe) -> Result<bool> {
+    Ok(recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo)
 }
 
 /// The classes of a class head: those that the recipe names, those of the adapter to start from, those of the checkpoint, or

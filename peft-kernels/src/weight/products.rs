@@ -123,7 +123,7 @@ impl FrozenWeight {
         tokens: usize,
         f: impl FnOnce(Tokens<'_>, Factor, &dyn Format) -> Result<R>,
     ) -> Result<Option<R>> {
-        if tokens <= thin::MAX_TOKENS || self.out_features == 0 || self.in_features == 0 || !InF32::available() {
+        if tokens <= thin::MAX_TOKENS || !InF32::available() {
             return Ok(None);
         }
         let factor = Factor { out: self.out_features, inp: self.in_features, contracted };

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{Mezo, MezoConfig, Taken};
+use crate::fnv::Fnv;
 
 /// The learning rates, `[steps]`.
 const RATES: &str = "learning_rate";
@@ -18,8 +19,6 @@ const DERIVATIVES: &str = "projected_gradient";
 const START: &str = "mezo";
 /// Elements that are looked at together.
 const PIECE: usize = 1 << 18;
-/// The one version there is.
-const VERSION: u32 = 1;
 
 /// All that makes a run again on its base.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -54,8 +53,8 @@ pub struct Record {
 }
 
 impl Record {
-    /// The version that is written.
-    pub const VERSION: u32 = VERSION;
+    /// The one version there is.
+    pub const VERSION: u32 = 1;
     /// Name of the file in an output folder.
     pub const FILE: &str = "mezo.safetensors";
 
@@ -87,8 +86,9 @@ impl Record {
         let text = file.metadata().get(START).ok_or_else(foreign)?;
         let mut record: Self =
             serde_json::from_str(text).map_err(|e| Error::file(path, format!("its header is damaged: {e}")))?;
-        if record.version != VERSION {
-            return Err(Error::file(path, format!("has version {}; this program reads {VERSION}", record.version)));
+        let (version, known) = (record.version, Self::VERSION);
+        if version != known {
+            return Err(Error::file(path, format!("has version {version}; this program reads {known}")));
         }
         let names: Vec<String> = file.names().map(str::to_string).collect();
         let tensors = names.into_iter().map(|n| file.tensor(&n, &Device::Cpu).map(|t| (n, t)));
@@ -145,25 +145,24 @@ impl Mezo {
     }
 }
 
-/// Tells parameters from others by their names, shapes and bits: FNV-1a over 64 bits, against accidents and not attacks.
+/// Tells parameters from others by their names, shapes and bits ([`Fnv`]).
 ///
 /// # Errors
 /// When a value cannot be copied from its device.
 pub fn checksum(parameters: &[&Parameter]) -> Result<String> {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut eat = |word: u64| hash = (hash ^ word).wrapping_mul(0x0000_0100_0000_01b3);
+    let mut hash = Fnv::default();
     for parameter in parameters {
-        parameter.name().bytes().for_each(|b| eat(u64::from(b)));
+        hash.text(parameter.name());
         let value = parameter.value().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        value.dims().iter().for_each(|&d| eat(d as u64));
+        value.dims().iter().for_each(|&d| hash.word(d as u64));
         // In pieces: a copy of a table would be a good part of a small model.
         let flat = value.flatten_all()?;
         for first in (0..flat.elem_count()).step_by(PIECE) {
             let piece = flat.narrow(0, first, PIECE.min(flat.elem_count() - first))?;
-            piece.to_vec1::<f32>()?.iter().for_each(|x| eat(u64::from(x.to_bits())));
+            piece.to_vec1::<f32>()?.iter().for_each(|x| hash.word(u64::from(x.to_bits())));
         }
     }
-    Ok(format!("{hash:016x}"))
+    Ok(hash.to_string())
 }
 
 #[cfg(test)]
@@ -174,7 +173,7 @@ mod tests {
     fn record() -> Record {
         let taken = |i: usize| Taken { learning_rate: 1e-3 / (i + 1) as f32, derivatives: vec![i as f32, 0.1] };
         Record {
-            version: VERSION,
+            version: Record::VERSION,
             base_model: "base".into(),
             method: serde_json::json!({"r": 2}).as_object().unwrap().clone(),
             dtype: "auto".into(),
