@@ -5,7 +5,7 @@
 #     CLI=path/to/peft-cli bench/bf16_curve.sh …                 # another build than this tree's
 #
 # SmolLM2-135M as a folder in bf16, which f32 widens without a change, as users' checkpoints are; LoRA of rank 16 on all linear layers,
-# one epoch, batch 16, learning rate 2e-4, linear with 10 steps of warm-up (as bench/learning.sh). A seed draws the start of
+# one epoch, batch 16, learning rate 2e-4, linear with 10 steps of warm-up. A seed draws the start of
 # the adapter and the order of the rows. The loss of a step is a mean over few counted tokens, so steps are compared by tens, by
 # seed and as the mean of all seeds, and so is the loss on TEST at the end. The f32 curves of two seeds show beside it
 # how far curves are apart for other reasons.

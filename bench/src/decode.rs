@@ -1,6 +1,7 @@
-//! Greedy decoding by the base alone, through this project's library.
+//! Greedy decoding through this project's library, by the base alone or beside an adapter that is served, not merged.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -9,6 +10,7 @@ use peft_core::AdapterSet;
 use peft_models::generate::{GenerateOptions, Request, generate};
 use peft_models::source::Placement;
 use peft_models::{Decoder, ModelFiles};
+use peft_train::methods;
 use serde_json::{Value, json};
 
 /// The prompts in a JSONL file of `{"input_ids": […]}`.
@@ -28,22 +30,67 @@ pub fn prompts(path: &Path) -> Result<Vec<Vec<u32>>> {
     Ok(prompts)
 }
 
+/// How often base and adapter are measured in turn.
+const ROUNDS: usize = 3;
+
 /// Writes `new_tokens` tokens after each of `prompts`, all in one batch, in `f32`; `stored` leaves the weights as they lie
 /// in the file. The seconds are those of the whole call, the prompts' own pass included.
 ///
 /// # Errors
 /// When the model cannot be loaded or generation fails.
 pub fn run(files: &ModelFiles, prompts: &[Vec<u32>], new_tokens: usize, stored: bool) -> Result<Value> {
-    let weights = if stored { None } else { Some(DType::F32) };
-    let model: Decoder = files.load_decoder(&Placement::cpu(weights), 0)?;
-    let requests: Vec<Request> = prompts.iter().map(|p| Request { prompt: p.clone(), slot: None }).collect();
-    let write = |max_new_tokens| {
-        let options = GenerateOptions { max_new_tokens, ..GenerateOptions::default() };
-        generate(&model, &AdapterSet::empty(), &requests, &options, |_, _| true)
-    };
+    let model = load(files, stored)?;
+    let write = |new_tokens| write(&model, &AdapterSet::empty(), prompts, new_tokens);
     // Whatever is made at the first use is not what is measured.
     write(2)?;
+    let (seconds, written) = write(new_tokens)?;
+    Ok(json!({ "seconds": seconds, "tokens": written }))
+}
+
+/// The same with the adapter in a folder and without it, in turn: the medians of each, and the median of their ratios.
+///
+/// # Errors
+/// As [`run`], and when the adapter does not fit the model.
+pub fn with_adapter(
+    files: &ModelFiles,
+    adapter: &Path,
+    prompts: &[Vec<u32>],
+    new_tokens: usize,
+    stored: bool,
+) -> Result<Value> {
+    let model = load(files, stored)?;
+    let adapted = AdapterSet::one("adapter", Arc::new(methods::open(adapter, &model)?.adapter));
+    let sets = [AdapterSet::empty(), adapted];
+    let mut seconds = [Vec::new(), Vec::new()];
+    for set in &sets {
+        write(&model, set, prompts, 2)?;
+    }
+    for _ in 0..ROUNDS {
+        for (set, seconds) in sets.iter().zip(&mut seconds) {
+            seconds.push(write(&model, set, prompts, new_tokens)?.0);
+        }
+    }
+    let [base, adapted] = seconds;
+    let ratios = adapted.iter().zip(&base).map(|(a, b)| a / b).collect();
+    Ok(json!({ "seconds": median(adapted), "base_seconds": median(base), "overhead": median(ratios) - 1.0 }))
+}
+
+fn load(files: &ModelFiles, stored: bool) -> Result<Decoder> {
+    let weights = if stored { None } else { Some(DType::F32) };
+    Ok(files.load_decoder(&Placement::cpu(weights), 0)?)
+}
+
+/// Seconds, and what was written, every row beside the set's only adapter if it has one.
+fn write(model: &Decoder, set: &AdapterSet, prompts: &[Vec<u32>], new_tokens: usize) -> Result<(f64, Vec<Vec<u32>>)> {
+    let slot = set.slot("adapter");
+    let requests: Vec<Request> = prompts.iter().map(|p| Request { prompt: p.clone(), slot }).collect();
+    let options = GenerateOptions { max_new_tokens: new_tokens, ..GenerateOptions::default() };
     let started = Instant::now();
-    let written = write(new_tokens)?;
-    Ok(json!({ "seconds": started.elapsed().as_secs_f64(), "tokens": written }))
+    let written = generate(model, set, &requests, &options, |_, _| true)?;
+    Ok((started.elapsed().as_secs_f64(), written))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -14,9 +14,11 @@ use serde_json::{Value, json};
 
 pub mod decode;
 pub mod growth;
+pub mod methods_picture;
 pub mod naive;
 pub mod ours;
 pub mod shape;
+mod style;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use peft_bench::growth::{self, GrowthOptions};
-use peft_bench::{Settings, decode, naive, ours, shape};
+use peft_bench::{Settings, decode, methods_picture, naive, ours, shape};
 use peft_core::kernels;
 use peft_models::ModelFiles;
 
@@ -26,10 +26,12 @@ enum What {
     Step(StepArgs),
     /// The same step as one would write it in stock candle
     Naive(StepArgs),
-    /// Greedy tokens after prompts, by the base alone
+    /// Greedy tokens after prompts, by the base alone or beside an adapter
     Decode(DecodeArgs),
     /// How a step's speed and memory grow, one dimension at a time: tables on stdout, pictures in a folder
     Growth(GrowthArgs),
+    /// A picture of what bench/methods measured: accuracy over trained parameters
+    MethodsPicture(MethodsPictureArgs),
 }
 
 #[derive(Debug, Args)]
@@ -93,6 +95,9 @@ struct DecodeArgs {
     /// The prompts, one batch: JSONL with `input_ids`
     #[arg(long)]
     rows: PathBuf,
+    /// A folder with an adapter: decoding with it and without it in turn, and by how much it is slower
+    #[arg(long)]
+    adapter: Option<PathBuf>,
     /// Tokens to write after each prompt, whatever they are
     #[arg(long, default_value_t = 128)]
     new_tokens: usize,
@@ -120,6 +125,19 @@ struct GrowthArgs {
     up_to: Option<usize>,
 }
 
+#[derive(Debug, Args)]
+struct MethodsPictureArgs {
+    /// Measurements, JSON lines
+    #[arg(long)]
+    results: PathBuf,
+    /// Whose lines to draw
+    #[arg(long)]
+    model: String,
+    /// The picture, an SVG file
+    #[arg(long)]
+    out: PathBuf,
+}
+
 fn main() -> Result<()> {
     peft_alloc::keep_pages();
     let report = match Cli::parse().what {
@@ -127,10 +145,18 @@ fn main() -> Result<()> {
         What::Naive(args) => kernels::on_pool(|| anyhow::Ok(naive::run(&args.files()?, &args.settings())?.1))?,
         What::Decode(args) => kernels::on_pool(|| {
             let files = ModelFiles::open(&args.model)?;
-            decode::run(&files, &decode::prompts(&args.rows)?, args.new_tokens, args.stored)
+            let prompts = decode::prompts(&args.rows)?;
+            match &args.adapter {
+                None => decode::run(&files, &prompts, args.new_tokens, args.stored),
+                Some(adapter) => decode::with_adapter(&files, adapter, &prompts, args.new_tokens, args.stored),
+            }
         })?,
         What::Growth(GrowthArgs { model, out, only, rounds, up_to }) => {
             return growth::run(&GrowthOptions { model, out, only, rounds, up_to });
+        }
+        What::MethodsPicture(MethodsPictureArgs { results, model, out }) => {
+            let svg = methods_picture::draw(&results, &model)?;
+            return std::fs::write(&out, svg).with_context(|| out.display().to_string());
         }
     };
     println!("{report}");

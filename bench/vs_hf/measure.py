@@ -14,8 +14,9 @@ class Refused(Failed):
 
 
 def measure(command, log):
-    """Run `command`; its last line of stdout is a JSON object or nothing. Adds `began_at`, `wall_seconds` and `peak_bytes`, the
-    largest resident memory that the system saw, loading included: the same clock and the same scale for both sides."""
+    """Run `command`; its last line of stdout is a JSON object or nothing. Adds `began_at`, `wall_seconds`, the
+    `cpu_seconds` of all threads, and `peak_bytes`, the largest resident memory that the system saw, loading included: the same
+    clocks and the same scale for both sides."""
     command = [str(part) for part in command]
     with open(log, "w", encoding="utf-8") as stderr:
         began_at, started = time.time(), time.perf_counter()
@@ -37,6 +38,7 @@ def measure(command, log):
     return {
         "began_at": began_at,
         "wall_seconds": wall_seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * 1024,
         **(json.loads(last) if last.startswith("{") else {}),
     }

@@ -6,11 +6,9 @@ use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 use super::{Point, Sweep};
+use crate::style::{GRID, LINE, TEXT, failed};
 
 const SIZE: (u32, u32) = (1000, 300);
-const LINE: RGBColor = RGBColor(0x2f, 0x6f, 0xb3);
-const GRID: RGBColor = RGBColor(0xdd, 0xdd, 0xdd);
-const TEXT: RGBColor = RGBColor(0x44, 0x44, 0x44);
 
 /// The picture of `points`, at least one.
 ///
@@ -77,8 +75,4 @@ where
     chart.draw_series(LineSeries::new(points.iter().copied(), LINE.stroke_width(2))).map_err(failed)?;
     chart.draw_series(points.iter().map(|&p| Circle::new(p, 3, LINE.filled()))).map_err(failed)?;
     Ok(())
-}
-
-fn failed(e: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("a picture: {e}")
 }

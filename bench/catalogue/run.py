@@ -1,0 +1,118 @@
+"""One line of the table: training here (and in PEFT), the accuracy that came of it, and what it costs."""
+import dataclasses
+import json
+import random
+import shutil
+
+from catalogue.lines import LINES
+from vs_hf.measure import Failed, measure
+
+LABELS = ("negative", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """A base model and its budget: rows of TRAIN, passes over them, rows a step."""
+
+    name: str
+    index: int
+    rows: int
+    epochs: int
+    batch: int
+    encoder: bool = False
+
+
+BASES = {
+    "smollm2": Base("smollm2", 0, 512, 1, 16),
+    "minilm": Base("minilm", 1, 2000, 2, 32, encoder=True),
+}
+
+
+class Task:
+    """The rows of one model, prepared once; both sides read the same tokens in the same order."""
+
+    def __init__(self, base, folder, tmp, binaries, python, peer, train, test, options):
+        self.base, self.folder, self.binaries, self.python, self.peer, self.options = base, folder, binaries, python, peer, options
+        self.tmp = tmp / base.name
+        shutil.rmtree(self.tmp, ignore_errors=True)
+        self.tmp.mkdir(parents=True)
+        draw = random.Random(options.seed)
+        draw.shuffle(train)
+        self.texts = self.write("test", test[: options.test_rows])
+        self.train = self.tokens("train", train[: options.rows or base.rows])
+        self.test = self.tokens("test", test[: options.test_rows]) if base.encoder else self.texts
+        prompt = {"input_ids": json.loads(self.train.read_text().splitlines()[0])["input_ids"][:32]}
+        self.prompt = self.tmp / "prompt.jsonl"
+        self.prompt.write_text(json.dumps(prompt) + "\n")
+
+    def row(self, row):
+        if self.base.encoder:
+            return {"text": row["text"], "label": LABELS.index(row["label"])}
+        return {"prompt": f"Review: {row['text']}\nSentiment:", "completion": f" {row['label']}"}
+
+    def write(self, name, rows):
+        path = self.tmp / f"{name}.rows.jsonl"
+        path.write_text("".join(json.dumps(self.row(row)) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    def tokens(self, name, rows):
+        path = self.tmp / f"{name}.jsonl"
+        self.call_peer("tokens", "--rows", self.write(name, rows), "--output", path)
+        return path
+
+    def call_peer(self, verb, *arguments):
+        return measure([self.python, self.peer, verb, "--model", self.folder, *arguments], self.tmp / "peer.log")
+
+    def ours(self, program, *arguments):
+        return measure([self.binaries / program, *arguments], self.tmp / "ours.log")
+
+    def accuracy(self, model, adapter):
+        """Of an adapter of either side, or of the model alone."""
+        adapted = ["--adapter", adapter] if adapter else []
+        how = ["--format", "tokens"] if self.base.encoder else ["--format", "completion", *(f"--choice= {label}" for label in LABELS)]
+        return self.ours("peft-cli", "eval", "--model", model, *adapted, "--data", self.test, *how, "--dtype", "f32", "--json")["accuracy"]
+
+    def line(self, name):
+        """{side: measurement} of the line that is called `name`."""
+        line, output = LINES[name], self.tmp / "ours"
+        rate, epochs, batch = line.rates[self.base.index], self.options.epochs or self.base.epochs, self.options.batch or self.base.batch
+        method = dict(line.method)
+        sides = {}
+        if line.peer:
+            start, trained = self.tmp / "start", self.tmp / "hf"
+            shutil.rmtree(start, ignore_errors=True)
+            self.call_peer("start", "--line", name, "--output", start, "--seed", self.options.seed)
+            method = {"init_from": str(start)}
+            if self.options.peer:
+                shutil.rmtree(trained, ignore_errors=True)
+                sides["hf"] = self.call_peer(
+                    "train", "--line", name, "--rows", self.train, "--start", start, "--output", trained,
+                    "--batch", batch, "--epochs", epochs, "--learning-rate", rate,
+                )
+                sides["hf"]["accuracy"] = self.accuracy(self.folder, trained)
+        shutil.rmtree(output, ignore_errors=True)
+        settings = {
+            **{f"method.{key}": value for key, value in method.items()},
+            "model.dtype": "f32", "data.shuffle": False, "train.batch_size": batch, "train.epochs": epochs, "train.seed": self.options.seed,
+            "train.learning_rate": rate, "train.scheduler": "linear", "train.warmup_ratio": 0.1, "output.save_every": 0,
+            **({"data.labels": ["0", "1"]} if self.base.encoder else {}),
+        }
+        if method.get("type") == "adalora":
+            settings["method.total_step"] = epochs * -(-len(self.train.read_text().splitlines()) // batch)
+        sides["ours"] = ours = self.ours(
+            "peft-cli", "train", "--model", self.folder, "--data", self.train, "--format", "tokens", "--output", output, "--json",
+            *(part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")),
+        )
+        ours["losses"] = [row["loss"] for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+        if "hf" in sides and not abs(ours["losses"][0] - sides["hf"]["losses"][0]) <= 1e-3 * sides["hf"]["losses"][0]:
+            raise Failed(f"{name}: the first loss is {ours['losses'][0]:.5f} here and {sides['hf']['losses'][0]:.5f} there")
+        whole = output / "model"
+        adapter = None if whole.exists() else output
+        ours["accuracy"] = self.accuracy(whole if whole.exists() else self.folder, adapter)
+        files = whole.glob("*.safetensors") if whole.exists() else [output / "adapter_model.safetensors"]
+        ours["file_bytes"] = sum(path.stat().st_size for path in files)
+        if adapter and not self.base.encoder:
+            decoded = self.ours("peft-bench", "decode", "--model", self.folder, "--rows", self.prompt, "--adapter", adapter,
+                                "--new-tokens", 64, "--stored")
+            ours["decode_overhead"] = decoded["overhead"]
+        return sides
