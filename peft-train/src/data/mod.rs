@@ -19,6 +19,7 @@ pub mod render;
 pub mod sampler;
 pub mod source;
 pub mod template;
+pub mod text_rows;
 pub mod tokenizer;
 
 mod pyjson;
@@ -37,4 +38,5 @@ pub use pairs::DecoderInputs;
 pub use preview::{RowPreview, preview};
 pub use sampler::{Sampler, SamplerOptions, SamplerState};
 pub use source::{DataSpec, MixturePart, Row};
+pub use text_rows::{TextRow, TextRows, contexts};
 pub use tokenizer::{Framed, HfTextTokenizer, TextTokenizer};
