@@ -7,9 +7,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan};
 use peft_core::{
-    AdapterSet, BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims,
-    ReadRows, Result, Route, Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task, TokenBatch, VirtualSpans,
-    sublayer_sites,
+    AdapterSet, BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind,
+    PromptDims, ReadRows, Result, Route, Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task,
+    TokenBatch, VirtualSpans, sublayer_sites,
 };
 
 use self::block::Block;

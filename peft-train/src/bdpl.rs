@@ -64,10 +64,14 @@ impl Bdpl {
             return out("bdpl_length", "is 0; a prompt has one place or more".into());
         }
         if config.samples < 2 {
-            return out("bdpl_samples", format!("is {}; the losses of two prompts or more are compared", config.samples));
+            return out(
+                "bdpl_samples",
+                format!("is {}; the losses of two prompts or more are compared", config.samples),
+            );
         }
         if candidates.len() < 2 {
-            let message = format!("leaves {} candidates in the training texts, and it takes two or more", candidates.len());
+            let message =
+                format!("leaves {} candidates in the training texts, and it takes two or more", candidates.len());
             return out("bdpl_vocabulary", message);
         }
         if config.length.saturating_mul(candidates.len()) > MAX_ELEMENTS {
@@ -187,7 +191,8 @@ impl Bdpl {
     pub fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
         let (length, width) = (self.config.length, self.candidates.len());
         let found = state.get(PROBABILITIES).filter(|t| t.dtype() == DType::F32 && t.dims() == [length, width]);
-        let found = found.ok_or_else(|| Error::msg(format!("`{PROBABILITIES}` of shape [{length}, {width}] is missing")))?;
+        let found =
+            found.ok_or_else(|| Error::msg(format!("`{PROBABILITIES}` of shape [{length}, {width}] is missing")))?;
         let rows = found.to_vec2::<f32>()?;
         let adds_up = |row: &Vec<f32>| row.iter().all(|p| *p >= 0.0) && (row.iter().sum::<f32>() - 1.0).abs() < 1e-3;
         if !rows.iter().all(adds_up) {

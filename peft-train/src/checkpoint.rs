@@ -173,10 +173,7 @@ pub(crate) fn read_trainer_state(dir: &Path, fingerprint: &str) -> Result<Traine
 }
 
 /// Gives the state of a checkpoint's rule to `load`.
-pub(crate) fn read_rule_state(
-    dir: &Path,
-    load: impl FnOnce(&HashMap<String, Tensor>) -> Result<()>,
-) -> Result<()> {
+pub(crate) fn read_rule_state(dir: &Path, load: impl FnOnce(&HashMap<String, Tensor>) -> Result<()>) -> Result<()> {
     let file = dir.join(OPTIMIZER);
     load(&read_state(&file)?).map_err(|e| Error::file(&file, e.to_string()))
 }

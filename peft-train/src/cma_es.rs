@@ -265,7 +265,9 @@ impl CmaEs {
 }
 
 fn diverged() -> Error {
-    Error::msg("cma-es: the distribution is no longer finite: the function has no minimum, or the step size is too large")
+    Error::msg(
+        "cma-es: the distribution is no longer finite: the function has no minimum, or the step size is too large",
+    )
 }
 
 /// Points a generation that the tutorial proposes for so many coordinates.

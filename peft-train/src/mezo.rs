@@ -76,7 +76,10 @@ impl Mezo {
             return Err(Error::config("train.mezo_samples", "is 0; a step takes one estimate or more"));
         }
         if !(0.0..1.0).contains(&config.momentum) {
-            return Err(Error::config("train.momentum", format!("is {}; it is a number from 0, below 1", config.momentum)));
+            return Err(Error::config(
+                "train.momentum",
+                format!("is {}; it is a number from 0, below 1", config.momentum),
+            ));
         }
         Ok(Self { config, taken: Vec::new(), momenta: Vec::new() })
     }

@@ -304,6 +304,9 @@ mod tests {
             ("[train]\nbatch_size = 0", "train.batch_size"),
             ("[train]\nlearning_rate = nan", "train.learning_rate"),
             ("train = 3", "[train]"),
+            ("[endpoint]\nmodel = \"m\"", "endpoint.url"),
+            ("[train]\nbdpl_length = 3", "setting of bdpl"),
+            ("[train]\noptimizer = \"bbt\"\nlearning_rate = 0.1", "bbt_sigma"),
             ("[model]\nquantize = \"nf4\"", "model.quantize"),
             ("[model", "r.toml"),
         ] {

@@ -2,7 +2,7 @@
 
 use crate::objective::Objective;
 use crate::optim::OptimizerKind;
-use crate::recipe::{Recipe, TrainTable};
+use crate::recipe::{EndpointTable, Recipe, TrainTable};
 use crate::t_few::TFew;
 
 /// The objective that a recipe names, with its weights.
@@ -50,6 +50,11 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
         return Err("`data.choices` needs two or more answers".into());
     }
     check_owner(t, kind)?;
+    if recipe.endpoint.url.is_none() && recipe.endpoint != EndpointTable::default() {
+        return Err("`endpoint.url` is not given, and other keys of [endpoint] are; it is an address such as \
+                    http://localhost:8000/v1"
+            .into());
+    }
     if !kind.is_forward_only() {
         return Ok(());
     }
@@ -57,10 +62,18 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
     let search = kind == OptimizerKind::Bbt;
     let refused = [
         // 1 is what a recipe has without saying so.
-        (kind != OptimizerKind::Bdpl && t.max_grad_norm != 0.0 && t.max_grad_norm != defaults.max_grad_norm, "max_grad_norm", "clips gradients"),
+        (
+            kind != OptimizerKind::Bdpl && t.max_grad_norm != 0.0 && t.max_grad_norm != defaults.max_grad_norm,
+            "max_grad_norm",
+            "clips gradients",
+        ),
         (t.gradient_checkpointing == toml::Value::Boolean(true), "gradient_checkpointing", "is for a backward pass"),
         (t.memory_budget.is_some(), "memory_budget", "fits what waits for a backward pass"),
-        (search && t.learning_rate != defaults.learning_rate, "learning_rate", "scales updates (bbt_sigma is the first step size)"),
+        (
+            search && t.learning_rate != defaults.learning_rate,
+            "learning_rate",
+            "scales updates (bbt_sigma is the first step size)",
+        ),
         (kind != OptimizerKind::Mezo && t.weight_decay != 0.0, "weight_decay", "shrinks parameters"),
     ];
     match refused.iter().find(|(given, ..)| *given) {
@@ -76,7 +89,9 @@ fn check_owner(t: &TrainTable, kind: OptimizerKind) -> Result<(), String> {
     for owner in [OptimizerKind::Bbt, OptimizerKind::Bdpl].into_iter().filter(|owner| *owner != kind) {
         let mut given = given.clone();
         if let Some(key) = given.find(|key| key.starts_with(&format!("{owner}_"))) {
-            return Err(format!("`train.{key}` is a setting of {owner}, and train.optimizer is \"{kind}\"; leave it out"));
+            return Err(format!(
+                "`train.{key}` is a setting of {owner}, and train.optimizer is \"{kind}\"; leave it out"
+            ));
         }
     }
     Ok(())

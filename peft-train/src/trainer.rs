@@ -188,7 +188,6 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             rows.join(", ")
         ))
     }
-
 }
 
 impl<M: Segmented> Stages for Trainer<'_, M> {

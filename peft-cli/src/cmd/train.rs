@@ -258,7 +258,8 @@ impl Run {
         };
         let calls = self.forward_calls(&plan)?;
         let adapter = &self.prepared.adapter;
-        let trainable = adapter.trainable_elements();
+        // Words have no parameters.
+        let trainable = if candidates.is_some() { 0 } else { adapter.trainable_elements() };
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
         let forward_only = calls.is_some();

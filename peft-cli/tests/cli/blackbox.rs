@@ -219,14 +219,17 @@ fn servers_that_are_busy_closed_or_lie_are_named() {
         with(&one).fails(&names);
     }
     faults(Faults::default());
-    with(&["--set", "train.optimizer=adamw"]).fails(&["adamw", "bdpl", "endpoint"]);
+    let url = format!("endpoint.url={}", server.url);
+    let plain = ["train", "--data", "reviews.jsonl", "--output", "out", "--set", &url, "--set", "endpoint.model=rules"];
+    dir.run(&plain).fails(&["adamw", "bdpl", "endpoint"]);
     with(&["--set", "train.objective=t_few"]).fails(&["t_few", "loss, accuracy or f1"]);
     with(&["--set", "data.choices=[]"]).fails(&["accuracy", "data.choices"]);
     with(&["--set", "endpoint.urll=x"]).fails(&["did you mean `url`"]);
     let gone = format!("endpoint.url={}", server.url);
     drop(server);
     let other = Server::new();
-    ask(&dir, &other, &[&short[..], &["--set", &gone, "--set", "endpoint.retries=0"]].concat()).fails(&["127.0.0.1", "--resume"]);
+    ask(&dir, &other, &[&short[..], &["--set", &gone, "--set", "endpoint.retries=0"]].concat())
+        .fails(&["127.0.0.1", "--resume"]);
 }
 
 fn walk(folder: &std::path::Path) -> Vec<std::path::PathBuf> {

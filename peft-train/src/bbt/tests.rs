@@ -21,8 +21,10 @@ fn config(dim: usize) -> BbtConfig {
 
 fn tiny(model_type: &str) -> Decoder {
     let config = match model_type {
-        "gpt2" => json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 40, "n_embd": 12, "n_layer": 3,
-            "n_head": 3, "n_positions": 64}),
+        "gpt2" => {
+            json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 40, "n_embd": 12, "n_layer": 3,
+            "n_head": 3, "n_positions": 64})
+        }
         _ => json!({"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 40, "hidden_size": 12,
             "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
             "max_position_embeddings": 64, "hidden_act": "silu"}),
@@ -63,10 +65,13 @@ fn a_prompt_is_its_start_and_the_projection_of_its_coordinates() {
     let (tokens, width, dim) = (90, 24, 3);
     let start: Vec<f32> = (0..tokens * width).map(|i| (i % 13) as f32 * 0.1).collect();
     let rows = Tensor::from_vec(start.clone(), (tokens, width), &Device::Cpu).unwrap();
-    for (projection, scale) in [(Projection::Normal, 0.5 * 2.0 / 3f64.sqrt() / 4.0), (Projection::Uniform, 0.5 / 3f64.sqrt())] {
+    for (projection, scale) in
+        [(Projection::Normal, 0.5 * 2.0 / 3f64.sqrt() / 4.0), (Projection::Uniform, 0.5 / 3f64.sqrt())]
+    {
         let config = BbtConfig { sigma: 4.0, alpha: 0.5, projection, ..config(dim) };
         let other = StartRows { rows: rows.clone(), deviation: 1.0 };
-        let bbt = Bbt::new(config, Depth::EveryBlock, &[other, StartRows { rows: rows.clone(), deviation: 2.0 }]).unwrap();
+        let bbt =
+            Bbt::new(config, Depth::EveryBlock, &[other, StartRows { rows: rows.clone(), deviation: 2.0 }]).unwrap();
         let z = vec![vec![0.0; dim], vec![1.0, -2.0, 0.5]];
         let got = bbt.prompts(1, &z).unwrap();
         assert_eq!(got[0].flatten_all().unwrap().to_vec1::<f32>().unwrap(), start);
@@ -132,7 +137,9 @@ fn a_deep_search_begins_as_the_prompt_of_its_text() {
 #[test]
 fn a_search_lowers_the_loss_and_layers_take_turns() {
     let model = tiny("llama");
-    for table in [json!({"type": "prompt", "num_virtual_tokens": 4}), json!({"type": "prefix", "num_virtual_tokens": 4})] {
+    for table in
+        [json!({"type": "prompt", "num_virtual_tokens": 4}), json!({"type": "prefix", "num_virtual_tokens": 4})]
+    {
         let adapter = adapter(&model, table.clone());
         let mut bbt = start(&model, &adapter, config(8), &[]).unwrap();
         let layers = bbt.layers.len();

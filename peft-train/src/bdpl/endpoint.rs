@@ -120,7 +120,10 @@ impl EndpointOptions {
         };
         let parsed: Option<Uri> = url.parse().ok();
         if !parsed.is_some_and(|uri| matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some()) {
-            return setting("endpoint.url", format!("is {url:?}, which is no address such as http://localhost:8000/v1"));
+            return setting(
+                "endpoint.url",
+                format!("is {url:?}, which is no address such as http://localhost:8000/v1"),
+            );
         }
         let Some(model) = table.model.clone() else {
             return setting("endpoint.model", "is not given; it is the model's name at the endpoint".into());
@@ -141,7 +144,10 @@ impl EndpointOptions {
             Some(name) => match variable(name).filter(|key| !key.is_empty()) {
                 None => return setting("endpoint.api_key_env", format!("names {name}, and that variable is not set")),
                 Some(key) if !key.bytes().all(|b| b.is_ascii_graphic()) => {
-                    return setting("endpoint.api_key_env", format!("names {name}, which holds characters that no key has"));
+                    return setting(
+                        "endpoint.api_key_env",
+                        format!("names {name}, which holds characters that no key has"),
+                    );
                 }
                 Some(key) => Some(key),
             },
@@ -351,8 +357,12 @@ fn said(text: &str) -> String {
         let error = v.get("error").unwrap_or(&v);
         error.as_str().or_else(|| error.get("message")?.as_str()).map(str::to_owned)
     });
-    let line: String =
-        message.unwrap_or_else(|| text.to_owned()).chars().map(|c| if c.is_control() { ' ' } else { c }).take(200).collect();
+    let line: String = message
+        .unwrap_or_else(|| text.to_owned())
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .take(200)
+        .collect();
     if line.trim().is_empty() { String::new() } else { format!(" ({})", line.trim()) }
 }
 
@@ -385,7 +395,10 @@ fn score(prompt: &str, answer: &str, logprobs: &TokenLogprobs) -> Result<Score, 
     let starts: Vec<usize> = match spelled.find(&text).and_then(|at| spelled.get(..at)) {
         Some(before) => {
             let shift = before.chars().count();
-            lengths().scan(0usize, |next, length| Some(std::mem::replace(next, *next + length))).map(|s| s.saturating_sub(shift)).collect()
+            lengths()
+                .scan(0usize, |next, length| Some(std::mem::replace(next, *next + length)))
+                .map(|s| s.saturating_sub(shift))
+                .collect()
         }
         None if text_offset.len() == tokens.len() && text_offset.is_sorted() => text_offset.clone(),
         None => return Err("the tokens do not spell the text that was sent, and have no places (text_offset)".into()),
@@ -393,7 +406,7 @@ fn score(prompt: &str, answer: &str, logprobs: &TokenLogprobs) -> Result<Score, 
     let mut score = Score::default();
     let (mut first, mut last) = (usize::MAX, 0);
     for (i, start) in starts.iter().enumerate() {
-        let own_end = start + lengths().nth(i).unwrap_or(0);
+        let own_end = start.saturating_add(lengths().nth(i).unwrap_or(0));
         let ends = starts.get(i + 1).copied().unwrap_or(own_end);
         if ends > boundary && *start < end {
             let token = tokens.get(i).map(String::as_str).unwrap_or_default();
@@ -403,9 +416,11 @@ fn score(prompt: &str, answer: &str, logprobs: &TokenLogprobs) -> Result<Score, 
         }
     }
     if score.tokens == 0 || first > boundary || last < end {
-        return Err("the text that was sent does not come back with log-probabilities: the server does not honour `echo`; use \
+        return Err(
+            "the text that was sent does not come back with log-probabilities: the server does not honour `echo`; use \
                     endpoint.api = \"chat\" if it has top_logprobs"
-            .into());
+                .into(),
+        );
     }
     score.nll_of_text = score.nll;
     Ok(score)

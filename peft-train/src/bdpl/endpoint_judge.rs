@@ -5,9 +5,9 @@ use std::path::Path;
 
 use peft_core::{Error, Result};
 
+use super::endpoint::Question;
 use super::run::{Judge, Readings};
 use super::{Endpoint, EndpointError};
-use super::endpoint::Question;
 use crate::data::{Score, TextRow, TextRows};
 use crate::driver::Measured;
 use crate::objective::{Objective, Tally};
@@ -30,7 +30,9 @@ impl EndpointJudge {
         let unfit = |message: &str| Err(Error::config("train.objective", format!("is \"{objective}\", {message}")));
         let choices = train.rows.iter().all(|row| row.answers.len() > 1);
         match objective {
-            Objective::TFew(_) => unfit("which needs the likelihood of single tokens; use loss, accuracy or f1 at an endpoint"),
+            Objective::TFew(_) => {
+                unfit("which needs the likelihood of single tokens; use loss, accuracy or f1 at an endpoint")
+            }
             Objective::Accuracy | Objective::F1 if !choices => {
                 unfit("which compares answers: name them in data.choices, data.label_words or a column `choices`")
             }
@@ -39,7 +41,12 @@ impl EndpointJudge {
         }
     }
 
-    fn tally<'r>(&self, prompt: &str, rows: impl Iterator<Item = &'r TextRow>, classes: Option<usize>) -> Result<Tally> {
+    fn tally<'r>(
+        &self,
+        prompt: &str,
+        rows: impl Iterator<Item = &'r TextRow>,
+        classes: Option<usize>,
+    ) -> Result<Tally> {
         let rows: Vec<&TextRow> = rows.collect();
         let question =
             |row: &&TextRow| Question { prompt: format!("{prompt}{}", row.prompt), answers: row.answers.clone() };

@@ -192,7 +192,12 @@ impl<J: Judge> Stages for BdplTrainer<J> {
     }
 
     fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
-        let Some(readings) = self.judge.evaluate(&self.prompt())? else { return Ok((None, false)) };
+        let prompt = self.prompt();
+        let readings = match self.judge.evaluate(&prompt) {
+            Ok(Some(readings)) => readings,
+            Ok(None) => return Ok((None, false)),
+            Err(e) => return Err(self.ended_by(e, logger)),
+        };
         let measured = readings.measured;
         let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings, logger, progress)?;
         if verdict.is_best {

@@ -13,7 +13,7 @@ fn an_update_is_the_papers() {
     let mut b = bdpl(2, 3, 2);
     let norm = b.update(&[vec![0, 2], vec![1, 2]], &[1.0, 3.0], 0.01).unwrap();
     // Mean 2, weights −1 and +1. Place 0: 3·(−1, +1, +1) and 3·(−1, +1, −1) add up to (−6, 6, 0). Place 1: nothing, as both agree.
-    assert!((norm - 72f64.sqrt()).abs() < 1e-9, "{norm}");
+    assert!((norm - 72f64.sqrt()).abs() < 1e-5, "{norm}");
     let want = [1.0 / 3.0 + 0.06, 1.0 / 3.0 - 0.06, 1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0, 1.0 / 3.0];
     assert!(b.probabilities.iter().zip(want).all(|(p, w)| (f64::from(*p) - w).abs() < 1e-6), "{:?}", b.probabilities);
     assert_eq!(b.likeliest(), [0, 0]);

@@ -76,7 +76,9 @@ fn the_defaults_are_the_tutorials() {
     assert_eq!((s.weights.len(), s.parents), (10, 5));
     assert!((s.weights.iter().take(5).sum::<f64>() - 1.0).abs() < 1e-12);
     assert!((s.mu_eff - 3.167_3).abs() < 1e-3, "{}", s.mu_eff);
-    assert!((s.c_sigma - 5.167_3 / 18.167_3).abs() < 1e-4 && (s.c_1 - 2.0 / (11.3f64.powi(2) + s.mu_eff)).abs() < 1e-12);
+    assert!(
+        (s.c_sigma - 5.167_3 / 18.167_3).abs() < 1e-4 && (s.c_1 - 2.0 / (11.3f64.powi(2) + s.mu_eff)).abs() < 1e-12
+    );
     assert!(s.c_1 + s.c_mu < 1.0 && s.weights.iter().skip(5).all(|w| *w <= 0.0));
     assert!((s.chi - 3.0847).abs() < 1e-3, "{}", s.chi);
 }

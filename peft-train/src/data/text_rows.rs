@@ -72,7 +72,8 @@ impl TextRows {
             let answers: Vec<String> = pairs.iter().map(|(_, answer)| answer.clone()).collect();
             let begins = |a: &String| answers.iter().find(|b| *b != a && b.starts_with(a.as_str()));
             if let Some((a, b)) = answers.iter().find_map(|a| Some((a, begins(a)?))) {
-                let message = format!("the answer {a:?} is the beginning of {b:?}, and an endpoint does not say where one ends");
+                let message =
+                    format!("the answer {a:?} is the beginning of {b:?}, and an endpoint does not say where one ends");
                 return Err(DataError::row(&row.at, message));
             }
             let prompt = pairs.into_iter().next().map(|(prompt, _)| prompt).unwrap_or_default();
@@ -111,7 +112,9 @@ pub fn contexts(spec: &DataSpec, format: Format, options: &EncodeOptions) -> Res
     let mut texts = Vec::new();
     each_row(spec, |row| {
         match renderer.render(&row)? {
-            Rendered::Text(text) | Rendered::Chat { text, .. } | Rendered::Prompted { prompt: text, .. } => texts.push(text),
+            Rendered::Text(text) | Rendered::Chat { text, .. } | Rendered::Prompted { prompt: text, .. } => {
+                texts.push(text)
+            }
             Rendered::Classified { text, pair, .. } => {
                 texts.push(text);
                 texts.extend(pair);

@@ -124,7 +124,8 @@ impl Run {
         trainer.write(&output)?;
         let adapter = Arc::new(trainer.judge().adapter(&prompt)?);
         drop(trainer);
-        let info = methods::METHODS.iter().find(|m| m.name == "prompt").context("prompt tuning is not in the catalogue")?;
+        let info =
+            methods::METHODS.iter().find(|m| m.name == "prompt").context("prompt tuning is not in the catalogue")?;
         let facts = facts(&self.recipe, &self.model, &adapter, info.name, &self.train, &outcome, steps);
         let finished = Finished {
             recipe: &self.recipe,

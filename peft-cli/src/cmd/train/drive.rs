@@ -19,7 +19,8 @@ pub(super) trait Resumable {
     /// Takes the newest checkpoint, if there is one; gives its step.
     fn resume(&mut self) -> peft_core::Result<Option<u64>>;
     /// Runs to the end, or until `stop` is raised.
-    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> peft_core::Result<Outcome>;
+    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool)
+    -> peft_core::Result<Outcome>;
 }
 
 impl<M: Segmented> Resumable for Trainer<'_, M> {
@@ -27,7 +28,12 @@ impl<M: Segmented> Resumable for Trainer<'_, M> {
         Trainer::resume(self)
     }
 
-    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> peft_core::Result<Outcome> {
+    fn run(
+        &mut self,
+        logger: &mut RunLogger,
+        progress: &mut Progress,
+        stop: &AtomicBool,
+    ) -> peft_core::Result<Outcome> {
         Trainer::run(self, logger, progress, stop)
     }
 }
@@ -37,7 +43,12 @@ impl<J: Judge> Resumable for BdplTrainer<J> {
         BdplTrainer::resume(self)
     }
 
-    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> peft_core::Result<Outcome> {
+    fn run(
+        &mut self,
+        logger: &mut RunLogger,
+        progress: &mut Progress,
+        stop: &AtomicBool,
+    ) -> peft_core::Result<Outcome> {
         BdplTrainer::run(self, logger, progress, stop)
     }
 }
