@@ -198,6 +198,16 @@ pub trait Segmented: BaseModel {
     /// loss and gradient may be made chunk by chunk without a graph.
     fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)>;
 
+    /// What block `i` makes of `hidden` `[tokens, hidden]`, a sequence of its own from position 0 on, without adapters: its result,
+    /// and the keys and values that a prefix has in their place ([`crate::PrefixModule::keys_values`]).
+    ///
+    /// # Errors
+    /// When the model is no causal decoder, or a tensor operation fails.
+    fn keys_values(&self, i: usize, hidden: &Tensor) -> Result<[Tensor; 3]> {
+        let (_, _) = (i, hidden);
+        Err(Error::msg(format!("a model of type `{}` takes no prompts in front of its blocks here", self.model_type())))
+    }
+
     /// Rows of the vocabulary.
     fn vocab_size(&self) -> usize;
 }

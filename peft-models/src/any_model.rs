@@ -252,6 +252,10 @@ impl Segmented for AnyModel {
         each!(self, m => m.plain_head(ctx))
     }
 
+    fn keys_values(&self, i: usize, hidden: &Tensor) -> Result<[Tensor; 3]> {
+        each!(self, m => m.keys_values(i, hidden))
+    }
+
     fn vocab_size(&self) -> usize {
         each!(self, m => m.vocab_size())
     }

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, AttentionPlan, FrozenWeight, RotaryLayout, RotaryPlan, SequenceSpan};
 use peft_core::{
-    BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, PromptDims,
-    ReadRows, Result, Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task, TokenBatch, VirtualSpans,
-    sublayer_sites,
+    AdapterSet, BaseLayer, BaseModel, Context, Ctx, Error, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind,
+    PromptDims, ReadRows, Result, Route, Segmented, SiteId, SiteKind, SiteTable, Stored, SublayerSite, Task,
+    TokenBatch, VirtualSpans, sublayer_sites,
 };
 
 use self::block::Block;
@@ -401,6 +401,18 @@ impl Segmented for Decoder {
     fn plain_head(&self, ctx: &Ctx<'_>) -> Option<(&FrozenWeight, Option<f32>)> {
         let plain = self.head.is_plain(ctx) && !(self.tied && self.embed.changes_tied_head(ctx));
         plain.then(|| (self.head.weight(), self.logit_cap().map(|c| c as f32)))
+    }
+
+    fn keys_values(&self, i: usize, hidden: &Tensor) -> Result<[Tensor; 3]> {
+        let rows = hidden.dim(0)?;
+        let positions: Vec<u32> = (0..rows as u32).collect();
+        let sequence = SequenceSpan { queries: 0..rows, keys: 0..rows, prefix: 0..0 };
+        let input = self.prepare_cached(&positions, vec![sequence])?;
+        let mut cache = LayerCache::new(rows, self.config.key_value_size(), self.dtype, &self.device)?;
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let above = self.block_cached(i, &hidden.to_dtype(self.dtype)?, &input, &ctx, &mut cache)?;
+        Ok([above, cache.keys().clone(), cache.values().clone()])
     }
 
     fn vocab_size(&self) -> usize {

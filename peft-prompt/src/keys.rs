@@ -167,7 +167,10 @@ fn refuse_table(selection: &Selection, table: &FrozenEmbedding) -> Result<()> {
 }
 
 /// The token embedding of a base.
-pub(crate) fn word_embedding(base: &dyn BaseModel) -> Result<&FrozenEmbedding> {
+///
+/// # Errors
+/// When the base has none.
+pub fn word_embedding(base: &dyn BaseModel) -> Result<&FrozenEmbedding> {
     for site in base.sites().iter() {
         if let BaseLayer::Embedding(e) = base.layer(site.id)? {
             return Ok(e);

@@ -19,6 +19,7 @@ mod p_tuning;
 mod prefix;
 mod prompt;
 
+pub use keys::word_embedding;
 pub use p_tuning::PTuningConfig;
 pub use prefix::PrefixConfig;
 pub use prompt::{PromptConfig, PromptStart};

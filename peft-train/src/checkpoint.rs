@@ -53,15 +53,29 @@ pub fn folder(output: &Path) -> PathBuf {
 /// # Errors
 /// When the disk refuses; older checkpoints are untouched then.
 pub fn save(output: &Path, state: &TrainerState, adapter: &Adapter, rule: &UpdateRule, keep: usize) -> Result<PathBuf> {
+    save_with(output, state, &rule.state()?, keep, |folder| {
+        write_files(folder, adapter.config.clone(), &adapter.tensors(), &adapter.labels)?;
+        match adapter.training_hook() {
+            Some(hook) => write_state(&folder.join(HOOK), &hook.state()?),
+            None => Ok(()),
+        }
+    })
+}
+
+/// As [`save`], of a run whose rule has the state `rule` and whose result `write` writes.
+pub(crate) fn save_with(
+    output: &Path,
+    state: &TrainerState,
+    rule: &[(String, Tensor)],
+    keep: usize,
+    write: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
     let dir = folder(output);
     std::fs::create_dir_all(&dir).map_err(|e| Error::write(&dir, e))?;
     let target = dir.join(format!("step-{}", state.step));
     atomic::replace_dir(&target, |tmp| -> Result<()> {
-        write_files(tmp, adapter.config.clone(), &adapter.tensors(), &adapter.labels)?;
-        write_state(&tmp.join(OPTIMIZER), &rule.state()?)?;
-        if let Some(hook) = adapter.training_hook() {
-            write_state(&tmp.join(HOOK), &hook.state()?)?;
-        }
+        write(tmp)?;
+        write_state(&tmp.join(OPTIMIZER), rule)?;
         let text = serde_json::to_string_pretty(state).map_err(|e| Error::msg(e.to_string()))?;
         atomic::write_file(tmp.join(STATE), text.as_bytes())
     })?;
@@ -124,16 +138,7 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// # Errors
 /// A damaged checkpoint, or one of another run (recipe, data or model changed).
 pub fn load(dir: &Path, adapter: &Adapter, rule: &mut UpdateRule, fingerprint: &str) -> Result<TrainerState> {
-    let file = dir.join(STATE);
-    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
-    let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::file(&file, e.to_string()))?;
-    if state.fingerprint != fingerprint {
-        return Err(Error::file(
-            dir,
-            "is a checkpoint of another run: model, method, data or training settings changed since; start without --resume, \
-             or in another output folder",
-        ));
-    }
+    let state = read_trainer_state(dir, fingerprint)?;
     let files = peft_core::AdapterFolder::open(dir)?;
     let expected: Vec<_> =
         adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
@@ -144,13 +149,33 @@ pub fn load(dir: &Path, adapter: &Adapter, rule: &mut UpdateRule, fingerprint: &
         }
     }
     adapter.check().with_context(|| dir.display().to_string())?;
-    let tensors = read_state(&dir.join(OPTIMIZER))?;
-    rule.load_state(&tensors).map_err(|e| Error::file(dir.join(OPTIMIZER), e.to_string()))?;
+    read_rule_state(dir, |tensors| rule.load_state(tensors))?;
     if let Some(hook) = adapter.training_hook() {
         let file = dir.join(HOOK);
         hook.load_state(&read_state(&file)?).map_err(|e| Error::file(&file, e.to_string()))?;
     }
     Ok(state)
+}
+
+/// Where the run of a checkpoint stands.
+pub(crate) fn read_trainer_state(dir: &Path, fingerprint: &str) -> Result<TrainerState> {
+    let file = dir.join(STATE);
+    let text = std::fs::read_to_string(&file).map_err(|e| Error::io(&file, e))?;
+    let state: TrainerState = serde_json::from_str(&text).map_err(|e| Error::file(&file, e.to_string()))?;
+    if state.fingerprint != fingerprint {
+        return Err(Error::file(
+            dir,
+            "is a checkpoint of another run: model, method, data or training settings changed since; start without --resume, \
+             or in another output folder",
+        ));
+    }
+    Ok(state)
+}
+
+/// Gives the state of a checkpoint's rule to `load`.
+pub(crate) fn read_rule_state(dir: &Path, load: impl FnOnce(&HashMap<String, Tensor>) -> Result<()>) -> Result<()> {
+    let file = dir.join(OPTIMIZER);
+    load(&read_state(&file)?).map_err(|e| Error::file(&file, e.to_string()))
 }
 
 fn write_state(file: &Path, tensors: &[(String, Tensor)]) -> Result<()> {

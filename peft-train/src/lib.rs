@@ -4,10 +4,13 @@ Training: rows to tokens to batches, the block-wise step, optimisers, checkpoint
 
 pub mod adapter_files;
 pub mod audit;
+pub mod bbt;
+pub mod bdpl;
 mod catalogue;
 pub mod checkpoint;
 pub mod class_labels;
 mod classify;
+pub mod cma_es;
 pub mod combine;
 pub mod data;
 mod driver;
@@ -22,6 +25,7 @@ mod objective;
 pub mod optim;
 pub mod recipe;
 mod recipe_combinations;
+mod run_loop;
 pub mod schedule;
 mod step;
 mod t_few;

@@ -3,7 +3,9 @@
 //! A step moves all parameters by `+ε·z` and by `−ε·z` in place, with a standard normal `z` that is made anew each time from its
 //! place in the run and never stored, and takes the loss at both. Their difference over `2ε` is the derivative along `z`, and the
 //! update is that much of `z`: `θ ← θ − η·g·z` (simultaneous perturbation, Spall 1992). With several samples a step, the mean of
-//! their estimates is taken (n-SPSA). There is no gradient, no tape and no state, so that a step takes the memory of an evaluation.
+//! their estimates is taken (n-SPSA). There is no gradient and no tape, and without momentum no state, so that a step takes the
+//! memory of an evaluation. Momentum is that of SGD on the estimates, `m ← β·m + g·z`, `θ ← θ − η·m` (the paper's appendix B): a copy
+//! of the parameters in `f32`.
 //!
 //! Parameters are `f32` copies whatever the base is stored in. Moving there and back rounds them; since the same sums are made
 //! again from the same numbers, a run is a function of its start and of one number a sample, which [`Record`] keeps.
@@ -12,6 +14,7 @@ mod record;
 
 pub use record::{Record, checksum};
 
+use candle_core::Var;
 use peft_core::kernels::{Stream, add_normals};
 use peft_core::{Context, Error, Result};
 
@@ -27,6 +30,8 @@ pub struct MezoConfig {
     pub eps: f64,
     /// Estimates that a step takes the mean of (`mezo_samples`).
     pub samples: usize,
+    /// Share of the last update that is kept; 0 is off (`momentum`).
+    pub momentum: f64,
     /// The run's seed.
     pub seed: u64,
 }
@@ -54,6 +59,8 @@ pub struct Estimate {
 pub struct Mezo {
     config: MezoConfig,
     taken: Vec<Taken>,
+    /// Of each parameter, where there is momentum and a step was made.
+    momenta: Vec<Var>,
 }
 
 impl Mezo {
@@ -68,7 +75,13 @@ impl Mezo {
         if config.samples == 0 {
             return Err(Error::config("train.mezo_samples", "is 0; a step takes one estimate or more"));
         }
-        Ok(Self { config, taken: Vec::new() })
+        if !(0.0..1.0).contains(&config.momentum) {
+            return Err(Error::config(
+                "train.momentum",
+                format!("is {}; it is a number from 0, below 1", config.momentum),
+            ));
+        }
+        Ok(Self { config, taken: Vec::new(), momenta: Vec::new() })
     }
 
     /// The settings.
@@ -163,10 +176,15 @@ impl Mezo {
     }
 
     fn goes_back_with_update(&self, parameter: &OptParam, sample: usize) -> bool {
-        sample + 1 == self.config.samples && parameter.weight_decay == 0.0
+        sample + 1 == self.config.samples && parameter.weight_decay == 0.0 && self.config.momentum == 0.0
     }
 
     fn update(&mut self, parameters: &[OptParam], taken: Taken) -> Result<()> {
+        if self.config.momentum > 0.0 {
+            self.update_with_momentum(parameters, &taken)?;
+            self.taken.push(taken);
+            return Ok(());
+        }
         for (i, p) in parameters.iter().enumerate() {
             let rate = f64::from(taken.learning_rate) * p.lr_scale;
             for (sample, derivative) in taken.derivatives.iter().enumerate().rev() {
@@ -181,18 +199,48 @@ impl Mezo {
         Ok(())
     }
 
+    fn update_with_momentum(&mut self, parameters: &[OptParam], taken: &Taken) -> Result<()> {
+        if self.momenta.is_empty() {
+            let zeros = parameters.iter().map(|p| Ok(Var::from_tensor(&p.var.zeros_like()?)?));
+            self.momenta = zeros.collect::<Result<_>>()?;
+        }
+        if self.momenta.len() != parameters.len() {
+            return Err(Error::msg("mezo: the momentum is that of other parameters"));
+        }
+        for (i, (p, momentum)) in parameters.iter().zip(&self.momenta).enumerate() {
+            if momentum.shape() != p.var.shape() {
+                return Err(Error::msg(format!("mezo: the momentum of {} has another shape", p.name)));
+            }
+            for (sample, derivative) in taken.derivatives.iter().enumerate() {
+                let keep = if sample == 0 { self.config.momentum } else { 1.0 };
+                let scale = f64::from(*derivative) / self.config.samples as f64;
+                let stream = self.stream(i, sample)?;
+                add_normals(momentum, keep as f32, scale as f32, stream).with_context(|| p.name.clone())?;
+            }
+            let rate = f64::from(taken.learning_rate) * p.lr_scale;
+            let kept = p.var.as_detached_tensor().affine(1.0 - rate * p.weight_decay, 0.0)?;
+            p.var.set(&(kept - momentum.as_detached_tensor().affine(rate, 0.0)?)?)?;
+        }
+        Ok(())
+    }
+
     /// Moves all parameters by `scale · z` of a sample of the coming step.
     fn shift(&self, parameters: &[OptParam], sample: usize, scale: f32) -> Result<()> {
         parameters.iter().enumerate().try_for_each(|(i, p)| self.add(p, i, sample, 1.0, scale))
     }
 
     fn add(&self, parameter: &OptParam, index: usize, sample: usize, keep: f32, scale: f32) -> Result<()> {
+        let stream = self.stream(index, sample)?;
+        add_normals(&parameter.var, keep, scale, stream).with_context(|| parameter.name.clone())
+    }
+
+    /// Where the numbers of a sample of the coming step come from, for a parameter.
+    fn stream(&self, index: usize, sample: usize) -> Result<Stream> {
         let draw = self.taken.len() * self.config.samples + sample;
         let (Ok(step), Ok(site)) = (u32::try_from(draw), u32::try_from(index)) else {
             return Err(Error::msg("mezo: a run has at most 2^32 samples"));
         };
-        let stream = Stream { seed: self.config.seed ^ PURPOSE, step, site };
-        add_normals(&parameter.var, keep, scale, stream).with_context(|| parameter.name.clone())
+        Ok(Stream { seed: self.config.seed ^ PURPOSE, step, site })
     }
 }
 
@@ -225,7 +273,11 @@ mod tests {
     }
 
     fn mezo(samples: usize) -> Mezo {
-        Mezo::new(MezoConfig { eps: 1e-3, samples, seed: 11 }).unwrap()
+        with_momentum(samples, 0.0)
+    }
+
+    fn with_momentum(samples: usize, momentum: f64) -> Mezo {
+        Mezo::new(MezoConfig { eps: 1e-3, samples, momentum, seed: 11 }).unwrap()
     }
 
     /// The numbers of a sample, as the generator gives them to a tensor of zeros.
@@ -270,11 +322,54 @@ mod tests {
         }
     }
 
+    /// Three steps by the book, in `f64`: `m ← β·m + (1/n) Σ g·z`, `θ ← θ·(1 − η·λ) − η·m`.
+    #[test]
+    fn momentum_is_that_of_sgd_on_the_estimates() {
+        for (samples, decay) in [(1, 0.0), (2, 0.5)] {
+            let parameters = parameters(decay);
+            let mut want: Vec<f64> = values(&parameters).into_iter().map(f64::from).collect();
+            let mut momentum = vec![0.0; want.len()];
+            let mut mezo = with_momentum(samples, 0.8);
+            for step in 0..3 {
+                mezo.step(&parameters, 1e-3, || Ok(quadratic(&parameters))).unwrap();
+                momentum.iter_mut().for_each(|m| *m *= 0.8);
+                for sample in 0..samples {
+                    let z = z((step * samples + sample) as u32, &[5, 130]);
+                    let g = f64::from(mezo.taken()[step].derivatives[sample]);
+                    momentum.iter_mut().zip(z).for_each(|(m, z)| *m += g * f64::from(z) / samples as f64);
+                }
+                for (i, (x, m)) in want.iter_mut().zip(&momentum).enumerate() {
+                    let (scale, decay) = if i < 5 { (2.0, 0.0) } else { (1.0, decay) };
+                    *x = *x * (1.0 - 1e-3 * scale * decay) - 1e-3 * scale * m;
+                }
+            }
+            for (got, want) in values(&parameters).into_iter().zip(&want) {
+                assert!((f64::from(got) - want).abs() < 1e-5 * want.abs().max(1.0), "{samples}: {got} {want}");
+            }
+            // What a checkpoint holds is the momentum too; one without it is refused.
+            let state: std::collections::HashMap<_, _> = mezo.state().unwrap().into_iter().collect();
+            let mut other = with_momentum(samples, 0.8);
+            other.load_state(&state).unwrap();
+            assert!(mezo_without(&state, samples).contains("momentum.0"));
+            let again = crate::mezo::tests::parameters(decay);
+            again.iter().zip(&parameters).for_each(|(a, p)| a.var.set(&p.var.copy().unwrap()).unwrap());
+            for (mezo, parameters) in [(&mut mezo, &parameters), (&mut other, &again)] {
+                mezo.step(parameters, 1e-3, || Ok(quadratic(parameters))).unwrap();
+            }
+            assert_eq!(values(&parameters), values(&again));
+        }
+    }
+
+    fn mezo_without(state: &std::collections::HashMap<String, Tensor>, samples: usize) -> String {
+        let state = state.iter().filter(|(key, _)| *key != "momentum.0").map(|(k, t)| (k.clone(), t.clone())).collect();
+        with_momentum(samples, 0.8).load_state(&state).unwrap_err().to_string()
+    }
+
     #[test]
     fn it_goes_down_and_a_record_makes_it_again_bit_for_bit() {
-        for (samples, decay) in [(1, 0.0), (3, 0.1)] {
+        for (samples, decay, momentum) in [(1, 0.0, 0.0), (3, 0.1, 0.0), (1, 0.1, 0.5), (2, 0.0, 0.9)] {
             let (trained, again) = (parameters(decay), parameters(decay));
-            let mut mezo = mezo(samples);
+            let mut mezo = with_momentum(samples, momentum);
             let before = quadratic(&trained);
             for step in 0..200 {
                 mezo.step(&trained, 2e-3 / f64::from(1 + step), || Ok(quadratic(&trained))).unwrap();
@@ -301,7 +396,12 @@ mod tests {
         assert!(mezo.step(&parameters, 0.1, || Err(Error::msg("no"))).is_err());
         assert!(back() && mezo.taken().is_empty());
         for (eps, samples) in [(0.0, 1), (f64::NAN, 1), (-1.0, 1), (1e-300, 1), (1e-3, 0)] {
-            assert!(Mezo::new(MezoConfig { eps, samples, seed: 0 }).unwrap_err().to_string().contains("train.mezo_"));
+            let config = MezoConfig { eps, samples, momentum: 0.0, seed: 0 };
+            assert!(Mezo::new(config).unwrap_err().to_string().contains("train.mezo_"));
+        }
+        for momentum in [1.0, -0.1, f64::NAN] {
+            let config = MezoConfig { eps: 1e-3, samples: 1, momentum, seed: 0 };
+            assert!(Mezo::new(config).unwrap_err().to_string().contains("train.momentum"));
         }
     }
 }

@@ -117,45 +117,76 @@ pub(crate) fn measure_above<M: Segmented>(
     below: &[Option<Below>],
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, f64)> {
-    let (mut measured, mut value) = (Measured::default(), 0.0);
-    let mut confusion = Confusion::new(classes.unwrap_or(0));
-    let (mut right, mut rows) = (0usize, 0usize);
+    let (mut tally, mut of_t_few) = (Tally::new(classes), 0.0);
     let counts = Counts::of(micro_batches);
     for (i, micro_batch) in micro_batches.iter().enumerate() {
         let below = below.get(i).and_then(Option::as_ref);
         match (micro_batch, objective) {
             (MicroBatch::Rows(batch), _) if batch.targets().ids.is_empty() => {}
-            (MicroBatch::Rows(batch), Objective::Loss) => measured += evaluate_above(model, batch, below, ctx)?,
+            (MicroBatch::Rows(batch), Objective::Loss) => tally.add(evaluate_above(model, batch, below, ctx)?, &[]),
             (MicroBatch::Rows(batch), Objective::Accuracy | Objective::F1) => {
                 let (found, predicted) = predict_above(model, batch, below, ctx)?;
-                measured += found;
-                right += found.hits;
-                rows += found.counted;
-                for (class, predicted) in batch.targets().ids.into_iter().zip(predicted) {
-                    confusion.add(class, predicted);
-                }
+                let pairs: Vec<(u32, u32)> = batch.targets().ids.into_iter().zip(predicted).collect();
+                tally.add(found, &pairs);
             }
             (MicroBatch::Rows(_), Objective::TFew(_)) => return Err(Error::msg("t_few needs rows with choices")),
             (MicroBatch::Choices(choices), _) => {
                 let nll = token_losses_above(model, &choices.batch, below, ctx)?;
                 if let Objective::TFew(losses) = objective {
-                    value += losses.weigh(&nll, choices, &counts).0;
+                    of_t_few += losses.weigh(&nll, choices, &counts).0;
                 }
                 let found = Chosen::of(choices, &nll);
-                measured += found.own;
-                right += found.own_is_likeliest();
-                rows += found.pairs.len();
-                found.pairs.iter().for_each(|&(own, likeliest)| confusion.add(own, likeliest));
+                tally.add(found.own, &found.pairs);
             }
         }
     }
     let value = match objective {
-        Objective::Loss => measured.nll / measured.counted.max(1) as f64,
-        Objective::Accuracy => -(right as f64) / rows.max(1) as f64,
-        Objective::F1 => -confusion.macro_f1(),
-        Objective::TFew(_) => value,
+        Objective::TFew(_) => of_t_few,
+        Objective::Loss => tally.loss(),
+        Objective::Accuracy => -tally.accuracy(),
+        Objective::F1 => -tally.f1(),
     };
-    Ok((measured, value))
+    Ok((tally.measured, value))
+}
+
+/// What scores of rows are made of.
+#[derive(Debug)]
+pub(crate) struct Tally {
+    /// The likelihood of the rows' own targets.
+    pub(crate) measured: Measured,
+    confusion: Confusion,
+    right: usize,
+    rows: usize,
+}
+
+impl Tally {
+    /// No row yet; `classes` where all rows choose among the same.
+    pub(crate) fn new(classes: Option<usize>) -> Self {
+        Self { measured: Measured::default(), confusion: Confusion::new(classes.unwrap_or(0)), right: 0, rows: 0 }
+    }
+
+    /// Adds rows, each with its own class or answer and the likeliest.
+    pub(crate) fn add(&mut self, own: Measured, pairs: &[(u32, u32)]) {
+        self.measured += own;
+        self.rows += pairs.len();
+        self.right += pairs.iter().filter(|(own, likeliest)| own == likeliest).count();
+        pairs.iter().for_each(|&(own, likeliest)| self.confusion.add(own, likeliest));
+    }
+
+    /// Mean negative log-likelihood of the rows' own targets, a counted token.
+    pub(crate) fn loss(&self) -> f64 {
+        self.measured.nll / self.measured.counted.max(1) as f64
+    }
+
+    /// Share of rows whose own is the likeliest.
+    pub(crate) fn accuracy(&self) -> f64 {
+        self.right as f64 / self.rows.max(1) as f64
+    }
+
+    /// Macro F1 of the classes.
+    pub(crate) fn f1(&self) -> f64 {
+        self.confusion.macro_f1()
+    }
 }
 
 /// What was chosen in a batch of rows with choices.

@@ -2,7 +2,7 @@
 
 use crate::objective::Objective;
 use crate::optim::OptimizerKind;
-use crate::recipe::Recipe;
+use crate::recipe::{EndpointTable, Recipe, TrainTable};
 use crate::t_few::TFew;
 
 /// The objective that a recipe names, with its weights.
@@ -32,10 +32,10 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
     let t = &recipe.train;
     let objective = objective(recipe)?;
     let kind: OptimizerKind = t.optimizer.parse().map_err(|e: crate::optim::OptimError| e.to_string())?;
-    let mezo = kind == OptimizerKind::Mezo;
-    if !objective.has_gradient() && !mezo {
+    if !objective.has_gradient() && !kind.is_forward_only() {
         return Err(format!(
-            "`train.objective` = \"{objective}\" has no gradient: train it with train.optimizer = \"mezo\", or use \"loss\""
+            "`train.objective` = \"{objective}\" has no gradient: train it with train.optimizer = \"mezo\", \"bbt\" or \"bdpl\", or \
+             use \"loss\""
         ));
     }
     let compares = !recipe.data.choices.is_empty() || objective != Objective::Loss;
@@ -49,21 +49,50 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
     if recipe.data.choices.len() == 1 {
         return Err("`data.choices` needs two or more answers".into());
     }
-    if !mezo {
+    check_owner(t, kind)?;
+    if recipe.endpoint.url.is_none() && recipe.endpoint != EndpointTable::default() {
+        return Err("`endpoint.url` is not given, and other keys of [endpoint] are; it is an address such as \
+                    http://localhost:8000/v1"
+            .into());
+    }
+    if !kind.is_forward_only() {
         return Ok(());
     }
+    let defaults = TrainTable::default();
+    let search = kind == OptimizerKind::Bbt;
     let refused = [
         // 1 is what a recipe has without saying so.
-        (t.max_grad_norm != 0.0 && t.max_grad_norm != 1.0, "max_grad_norm", "clips gradients, and mezo has none"),
         (
-            t.gradient_checkpointing == toml::Value::Boolean(true),
-            "gradient_checkpointing",
-            "is for a backward pass, and mezo has none",
+            kind != OptimizerKind::Bdpl && t.max_grad_norm != 0.0 && t.max_grad_norm != defaults.max_grad_norm,
+            "max_grad_norm",
+            "clips gradients",
         ),
-        (t.memory_budget.is_some(), "memory_budget", "fits what waits for a backward pass, and mezo has none"),
+        (t.gradient_checkpointing == toml::Value::Boolean(true), "gradient_checkpointing", "is for a backward pass"),
+        (t.memory_budget.is_some(), "memory_budget", "fits what waits for a backward pass"),
+        (
+            search && t.learning_rate != defaults.learning_rate,
+            "learning_rate",
+            "scales updates (bbt_sigma is the first step size)",
+        ),
+        (kind != OptimizerKind::Mezo && t.weight_decay != 0.0, "weight_decay", "shrinks parameters"),
     ];
     match refused.iter().find(|(given, ..)| *given) {
-        Some((_, key, why)) => Err(format!("`train.{key}` {why}; leave it out")),
+        Some((_, key, why)) => Err(format!("`train.{key}` {why}, and {kind} has none; leave it out")),
         None => Ok(()),
     }
+}
+
+/// Refuses keys that are named after another optimiser than the recipe's.
+fn check_owner(t: &TrainTable, kind: OptimizerKind) -> Result<(), String> {
+    let all = serde_json::to_value(t).unwrap_or_default();
+    let given = all.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()).map(|(key, _)| key);
+    for owner in [OptimizerKind::Bbt, OptimizerKind::Bdpl].into_iter().filter(|owner| *owner != kind) {
+        let mut given = given.clone();
+        if let Some(key) = given.find(|key| key.starts_with(&format!("{owner}_"))) {
+            return Err(format!(
+                "`train.{key}` is a setting of {owner}, and train.optimizer is \"{kind}\"; leave it out"
+            ));
+        }
+    }
+    Ok(())
 }

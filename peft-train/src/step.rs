@@ -8,10 +8,11 @@ use peft_core::{
 };
 
 use crate::audit::{AuditEntry, audit_gradients};
+use crate::bbt::{self, Bbt, Depth};
 use crate::checkpoint::TrainerState;
 use crate::driver::{Below, LossOf, Measured, forward_backward};
 use crate::grads::Grads;
-use crate::mezo::Mezo;
+use crate::mezo::{Estimate, Mezo};
 use crate::objective::{Chosen, MicroBatch, Objective, measure_above};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
 use crate::t_few::Counts;
@@ -126,6 +127,42 @@ impl<M: Segmented> Step<'_, M> {
         mezo: &mut Mezo,
         learning_rate: f64,
     ) -> Result<Made> {
+        let why = "either nothing of the model reads them, or train.mezo_eps is too small";
+        self.forward_only(micro_batches, self.lowest, why, |loss| mezo.step(self.opt_params, learning_rate, loss))
+    }
+
+    /// The losses of a generation's candidates, one step of the search. Dropout is off.
+    pub(crate) fn by_search(&self, micro_batches: &[MicroBatch], search: &mut Bbt) -> Result<Made> {
+        let prompt = bbt::prompt_of(self.adapter)?;
+        let lowest = match search.depth() {
+            Depth::Embeddings => self.lowest,
+            // Blocks below the one whose prompt is searched are the same for all candidates.
+            Depth::EveryBlock => search.turn() + 1,
+        };
+        let write = |block: usize, rows: &Tensor| match self.depth_of_prompt() {
+            Depth::Embeddings => prompt.set(rows),
+            Depth::EveryBlock => bbt::write_block(self.model, prompt, block, rows),
+        };
+        let why = "either nothing of the model reads them, or train.bbt_alpha is too small";
+        self.forward_only(micro_batches, lowest, why, |loss| search.step(write, loss))
+    }
+
+    fn depth_of_prompt(&self) -> Depth {
+        match self.adapter.virtual_tokens() {
+            Some(tokens) if !tokens.is_prompt() => Depth::EveryBlock,
+            _ => Depth::Embeddings,
+        }
+    }
+
+    /// What `update` makes of the objective of the micro-batches, which it is given as a function of the parameters as they are
+    /// when it calls. `lowest` is the lowest segment that it changes; `why` ends the message where it changes nothing.
+    fn forward_only(
+        &self,
+        micro_batches: &[MicroBatch],
+        lowest: usize,
+        why: &str,
+        update: impl FnOnce(&mut dyn FnMut() -> Result<f64>) -> Result<Estimate>,
+    ) -> Result<Made> {
         let route = Route::Uniform(0);
         let ctx = Ctx::eval(self.set, &route);
         let classes = match self.model.task() {
@@ -133,20 +170,17 @@ impl<M: Segmented> Step<'_, M> {
             Task::CausalLm | Task::Seq2SeqLm => self.plan.choices.as_ref().and_then(|c| c.classes()),
         };
         // What lies below the lowest parameter is the same at all points of a step.
-        let below = micro_batches.iter().map(|b| Below::run(self.model, b.batch(), self.lowest, &ctx));
+        let below = micro_batches.iter().map(|b| Below::run(self.model, b.batch(), lowest, &ctx));
         let below = below.collect::<Result<Vec<_>>>()?;
         let mut measured = Measured::default();
-        let estimate = mezo.step(self.opt_params, learning_rate, || {
+        let estimate = update(&mut || {
             let (found, value) = measure_above(self.plan.objective, classes, self.model, micro_batches, &below, &ctx)?;
             measured += found;
             Ok(value)
         })?;
         let plain = self.plan.objective == Objective::Loss;
         if plain && self.state.step == 0 && estimate.norm == 0.0 && estimate.loss.is_finite() {
-            return Err(Error::msg(
-                "moving all trainable parameters does not move the loss: either nothing of the model reads them, or \
-                 train.mezo_eps is too small",
-            ));
+            return Err(Error::msg(format!("moving all trainable parameters does not move the loss: {why}")));
         }
         let loss = measured.nll / measured.counted.max(1) as f64;
         let loss = if estimate.loss.is_finite() { loss } else { estimate.loss };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -14,9 +14,10 @@ use crate::classify::{evaluate_choices, evaluate_classes};
 use crate::data::{Batch, Choices, Dataset, Sampler};
 use crate::driver::{Keep, Measured, evaluate};
 use crate::early_stop::{Best, EarlyStop};
-use crate::log::{EvalRow, Progress, RunLogger, StepRow};
+use crate::log::{Progress, RunLogger};
 use crate::objective::{MicroBatch, Objective};
 use crate::optim::OptParam;
+use crate::run_loop::{self, Readings, Rhythm, Stages};
 use crate::schedule::Schedule;
 use crate::step::Step;
 use crate::update_rule::UpdateRule;
@@ -146,92 +147,8 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     /// # Errors
     /// A failed audit, a loss or gradient that is not finite (the state before it is kept in a checkpoint), a full disk.
     pub fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
-        let parameters: Vec<Parameter> = self.adapter.parameters().into_iter().cloned().collect();
-        let opt_params = opt_params(&parameters, self.plan.weight_decay, self.plan.loraplus_lr_ratio);
-        let lowest = self.adapter.lowest_segment(self.model.sites()).unwrap_or(0);
-        let mut eval = None;
-        let mut ended = Ended::Done;
-        while self.state.step < self.plan.steps {
-            if stop.load(Ordering::Relaxed) {
-                ended = Ended::Interrupted(self.checkpoint(logger)?);
-                break;
-            }
-            self.step(&parameters, &opt_params, lowest, logger, progress)?;
-            let step = self.state.step;
-            let due = |every: u64| every > 0 && step.is_multiple_of(every);
-            if due(self.plan.eval_every) && step < self.plan.steps {
-                let (measured, stop_now) = self.evaluate(logger, progress)?;
-                eval = measured;
-                if stop_now {
-                    ended = Ended::EarlyStop;
-                    break;
-                }
-            }
-            if due(self.plan.save_every) && step < self.plan.steps {
-                self.checkpoint(logger)?;
-            }
-        }
-        if ended == Ended::Done {
-            eval = self.evaluate(logger, progress)?.0;
-        }
-        logger.sync().map_err(message)?;
+        let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
         Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
-    }
-
-    fn step(
-        &mut self,
-        parameters: &[Parameter],
-        opt_params: &[OptParam],
-        lowest: usize,
-        logger: &mut RunLogger,
-        progress: &mut Progress,
-    ) -> Result<()> {
-        let started = Instant::now();
-        let batches = self.micro_batches();
-        if batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
-            return Err(Error::msg("a batch has no counted token"));
-        }
-        let lr = self.plan.schedule.lr(self.state.step);
-        let step = Step {
-            model: self.model,
-            adapter: &self.adapter,
-            set: &self.set,
-            plan: &self.plan,
-            state: &self.state,
-            parameters,
-            opt_params,
-            lowest,
-        };
-        let made = match &mut self.rule {
-            UpdateRule::Gradient(optimizer) => step.by_gradients(&batches, optimizer.as_mut(), lr)?,
-            UpdateRule::Mezo(mezo) => step.by_differences(&batches, mezo, lr)?,
-        };
-        if !made.is_finite() {
-            return Err(self.not_finite(made.loss, &batches, logger));
-        }
-
-        let tokens: usize = batches.iter().map(|b| b.batch().tokens()).sum();
-        let seconds = started.elapsed().as_secs_f64();
-        let state = &mut self.state;
-        state.step += 1;
-        state.micro_batches = state.micro_batches.wrapping_add(batches.len() as u32);
-        state.sampler = self.plan.sampler.state();
-        state.epochs = epochs(&self.plan.sampler);
-        state.tokens += tokens as u64;
-        state.seconds += seconds;
-        state.last_loss = Some(made.loss);
-        let row = StepRow {
-            step: state.step,
-            loss: made.loss,
-            objective: made.objective,
-            learning_rate: lr,
-            grad_norm: made.grad_norm,
-            tokens: tokens as u64,
-            seconds,
-            epoch: Some(state.epochs),
-        };
-        progress.step(&row);
-        logger.step(&row).map_err(message)
     }
 
     /// The micro-batches of the coming step.
@@ -271,6 +188,50 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             rows.join(", ")
         ))
     }
+}
+
+impl<M: Segmented> Stages for Trainer<'_, M> {
+    fn rhythm(&self) -> Rhythm {
+        let Plan { steps, eval_every, save_every, .. } = self.plan;
+        Rhythm { done: self.state.step, steps, eval_every, save_every }
+    }
+
+    fn step(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<()> {
+        let started = Instant::now();
+        let parameters: Vec<Parameter> = self.adapter.parameters().into_iter().cloned().collect();
+        let opt_params = opt_params(&parameters, self.plan.weight_decay, self.plan.loraplus_lr_ratio);
+        let batches = self.micro_batches();
+        if batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
+            return Err(Error::msg("a batch has no counted token"));
+        }
+        let lr = match &self.rule {
+            UpdateRule::Bbt(search) => search.sigma(),
+            UpdateRule::Gradient(_) | UpdateRule::Mezo(_) => self.plan.schedule.lr(self.state.step),
+        };
+        let step = Step {
+            model: self.model,
+            adapter: &self.adapter,
+            set: &self.set,
+            plan: &self.plan,
+            state: &self.state,
+            parameters: &parameters,
+            opt_params: &opt_params,
+            lowest: self.adapter.lowest_segment(self.model.sites()).unwrap_or(0),
+        };
+        let made = match &mut self.rule {
+            UpdateRule::Gradient(optimizer) => step.by_gradients(&batches, optimizer.as_mut(), lr)?,
+            UpdateRule::Mezo(mezo) => step.by_differences(&batches, mezo, lr)?,
+            UpdateRule::Bbt(search) => step.by_search(&batches, search)?,
+        };
+        if !made.is_finite() {
+            return Err(self.not_finite(made.loss, &batches, logger));
+        }
+
+        let tokens: usize = batches.iter().map(|b| b.batch().tokens()).sum();
+        let row = self.state.advance(&made, lr, batches.len(), tokens as u64, started, &self.plan.sampler);
+        progress.step(&row);
+        logger.step(&row).map_err(message)
+    }
 
     fn checkpoint(&self, logger: &mut RunLogger) -> Result<PathBuf> {
         logger.sync().map_err(message)?;
@@ -278,44 +239,52 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         checkpoint::save(&self.plan.output, &state, &self.adapter, &self.rule, self.plan.keep_checkpoints)
     }
 
-    /// Evaluates, keeps the adapter if it is the best so far, and says whether to stop.
     fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
-        let Some(data) = &self.plan.eval else { return Ok((None, false)) };
-        let route = Route::Uniform(0);
-        let (ctx, batch_size) = (Ctx::eval(&self.set, &route), self.plan.eval_batch_size);
-        let mut metrics = BTreeMap::new();
-        let measured = match (self.model.task(), &self.plan.eval_choices) {
-            (Task::Classification { classes, .. }, _) => {
-                let (measured, confusion) = evaluate_classes(self.model, data, classes, &ctx, batch_size, |_| {})?;
-                metrics.insert("f1".to_string(), confusion.macro_f1());
-                measured
-            }
-            (_, Some(choices)) => {
-                let found = evaluate_choices(self.model, choices, &ctx, batch_size, |_| {})?;
-                metrics.insert("accuracy".to_string(), found.accuracy());
-                metrics.extend(found.f1().map(|f1| ("f1".to_string(), f1)));
-                found.own
-            }
-            (_, None) => evaluate_dataset(self.model, data, &ctx, batch_size, |_| {})?,
-        };
-        let counted = measured.counted as f64;
-        metrics.entry("accuracy".to_string()).or_insert(measured.hits as f64 / counted);
-        let row = EvalRow { step: self.state.step, eval_loss: measured.nll / counted, metrics };
-        let metric = self.early_stop.metric().to_string();
-        let value = row.get(&metric).ok_or_else(|| {
-            Error::config(
-                "train.metric",
-                format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with classes, eval_f1"),
-            )
-        })?;
-        let verdict = self.early_stop.observe(self.state.step, value);
+        let Some(readings) = readings(self.model, &self.set, &self.plan)? else { return Ok((None, false)) };
+        let measured = readings.measured;
+        let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings, logger, progress)?;
         if verdict.is_best {
             checkpoint::write_adapter_files(&self.plan.output.join("best"), &self.adapter)?;
         }
-        progress.eval(&row, verdict.is_best);
-        logger.eval(&row).map_err(message)?;
         Ok((Some(measured), verdict.stop))
     }
+}
+
+/// What the evaluation rows give, where there are any.
+fn readings<M: Segmented>(model: &M, set: &AdapterSet, plan: &Plan) -> Result<Option<Readings>> {
+    match &plan.eval {
+        Some(data) => evaluate_rows(model, set, data, plan.eval_choices.as_ref(), plan.eval_batch_size).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Loss, accuracy and F1 of rows through the one adapter of `set`.
+pub(crate) fn evaluate_rows<M: Segmented>(
+    model: &M,
+    set: &AdapterSet,
+    data: &Dataset,
+    choices: Option<&Choices>,
+    batch_size: usize,
+) -> Result<Readings> {
+    let route = Route::Uniform(0);
+    let ctx = Ctx::eval(set, &route);
+    let mut metrics = BTreeMap::new();
+    let measured = match (model.task(), choices) {
+        (Task::Classification { classes, .. }, _) => {
+            let (measured, confusion) = evaluate_classes(model, data, classes, &ctx, batch_size, |_| {})?;
+            metrics.insert("f1".to_string(), confusion.macro_f1());
+            measured
+        }
+        (_, Some(choices)) => {
+            let found = evaluate_choices(model, choices, &ctx, batch_size, |_| {})?;
+            metrics.insert("accuracy".to_string(), found.accuracy());
+            metrics.extend(found.f1().map(|f1| ("f1".to_string(), f1)));
+            found.own
+        }
+        (_, None) => evaluate_dataset(model, data, &ctx, batch_size, |_| {})?,
+    };
+    metrics.entry("accuracy".to_string()).or_insert(measured.hits as f64 / measured.counted as f64);
+    Ok(Readings { measured, metrics })
 }
 
 /// The parameters as optimisers see them: LoRA+'s ratio on LoRA's B, no decay of biases, norms and magnitudes.
@@ -327,12 +296,6 @@ pub fn opt_params(parameters: &[Parameter], weight_decay: f64, loraplus_lr_ratio
         OptParam { lr_scale, weight_decay, ..OptParam::new(p.name(), p.var().clone()) }
     };
     parameters.iter().map(of).collect()
-}
-
-/// Passes over the data so far.
-fn epochs(sampler: &Sampler) -> f64 {
-    let state = sampler.state();
-    state.epoch as f64 + state.batch as f64 / sampler.batches_in_epoch(state.epoch).max(1) as f64
 }
 
 /// The first base weight that holds NaN or infinity, in words. Looked for only when a loss is not finite.

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use candle_core::Tensor;
 use peft_core::{Error, Result};
 
+use crate::bbt::Bbt;
 use crate::mezo::Mezo;
 use crate::optim::Optimizer;
 
@@ -15,6 +16,8 @@ pub enum UpdateRule {
     Gradient(Box<dyn Optimizer>),
     /// Losses at two points, and no gradient.
     Mezo(Mezo),
+    /// Losses of the candidates of a search, and no gradient.
+    Bbt(Bbt),
 }
 
 impl UpdateRule {
@@ -26,6 +29,7 @@ impl UpdateRule {
         match self {
             Self::Gradient(optimizer) => optimizer.state().map_err(|e| Error::msg(e.to_string())),
             Self::Mezo(mezo) => mezo.state(),
+            Self::Bbt(bbt) => bbt.state(),
         }
     }
 
@@ -37,6 +41,7 @@ impl UpdateRule {
         match self {
             Self::Gradient(optimizer) => optimizer.load_state(state).map_err(|e| Error::msg(e.to_string())),
             Self::Mezo(mezo) => mezo.load_state(state),
+            Self::Bbt(bbt) => bbt.load_state(state),
         }
     }
 }
@@ -50,5 +55,11 @@ impl From<Box<dyn Optimizer>> for UpdateRule {
 impl From<Mezo> for UpdateRule {
     fn from(mezo: Mezo) -> Self {
         Self::Mezo(mezo)
+    }
+}
+
+impl From<Bbt> for UpdateRule {
+    fn from(bbt: Bbt) -> Self {
+        Self::Bbt(bbt)
     }
 }

@@ -1,8 +1,7 @@
 //! `peft-cli train`: recipe → plan → run → results.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -13,37 +12,41 @@ use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
     Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
 };
-use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
-use peft_train::fnv::Fnv;
-use peft_train::log::{Progress, RunLogger};
 use peft_train::methods::{self, Prepared};
-use peft_train::mezo::Mezo;
-use peft_train::optim::{self, OptimizerKind, OptimizerOptions};
+use peft_train::optim::OptimizerKind;
 use peft_train::recipe::{Recipe, parse_value};
-use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
-use peft_train::{Checkpointing, Ended, Keep, Plan, Trainer, UpdateRule, checkpoint};
+use peft_train::{Checkpointing, Keep, Plan, Trainer, UpdateRule};
 use serde_json::json;
 
 use crate::args::TrainArgs;
 use crate::memory::LongestBatch;
 use crate::{memory, open, sample};
+use drive::{begin, drive, early_stop, fingerprint, output, planned, schedule};
 use results::{Finished, facts};
 use start::prepare_adapter;
 
+mod bdpl;
+mod drive;
 mod mezo;
 mod results;
+mod rule;
 mod start;
 
 pub(crate) use results::write_result;
 pub(crate) use start::start;
 
 pub(crate) fn run(args: &TrainArgs) -> Result<()> {
-    let recipe = load_recipe(args)?;
-    let run = Run::open(recipe, args.resume)?;
-    if args.dry_run {
-        return run.describe(args.json);
+    let mut recipe = load_recipe(args)?;
+    if recipe.endpoint.url.is_some() {
+        return bdpl::run_endpoint(&recipe, args);
     }
-    run.train(args)
+    bdpl::settle(&mut recipe)?;
+    let run = Run::open(recipe, args.resume)?;
+    match rule::kind(&run.recipe)? {
+        _ if args.dry_run => run.describe(args.json),
+        OptimizerKind::Bdpl => run.train_bdpl(args),
+        _ => run.train(args),
+    }
 }
 
 fn load_recipe(args: &TrainArgs) -> Result<Recipe> {
@@ -65,7 +68,7 @@ fn load_recipe(args: &TrainArgs) -> Result<Recipe> {
     }
     let recipe = Recipe::load(args.recipe.as_deref(), &overrides)?;
     for (what, there, flag) in [
-        ("a base model", recipe.model.path.is_some(), "--model or model.path"),
+        ("a base model", recipe.model.path.is_some() || recipe.endpoint.url.is_some(), "--model or model.path"),
         ("training data", recipe.data.train.is_some(), "--data or data.train"),
         ("an output folder", recipe.output.dir.is_some(), "--output or output.dir"),
     ] {
@@ -88,6 +91,7 @@ struct Run {
     choices: Option<Choices>,
     eval_choices: Option<Choices>,
     format: Format,
+    options: EncodeOptions,
 }
 
 impl Run {
@@ -110,15 +114,11 @@ impl Run {
         let train_spec = spec(recipe.data.train.as_ref().context("data.train is missing")?)?;
         settle_classes(&mut files, &recipe, &train_spec)?;
         let options = EncodeOptions {
-            template: recipe.data.template.clone(),
-            chat_template: recipe.data.chat_template.clone(),
-            label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),
             max_length: Some(open::max_length(&files, recipe.data.max_length, open::virtual_tokens(&recipe.method)?)),
-            text_eos: recipe.data.text_eos,
             vocab_size: Some(files.config().vocab_size()),
             class_head: open::class_head(&files),
             decoder: open::decoder_inputs(&files),
-            ..EncodeOptions::new(format.unwrap_or(Format::Text))
+            ..text_options(&recipe, format)
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
         let (train, format) = Dataset::load(&train_spec, format, text, &options)?;
@@ -133,10 +133,7 @@ impl Run {
                 "`data.choices` are answers of a language model; a class head has `data.labels`, the names of its classes"
             );
         }
-        let answers = match recipe.data.choices.as_slice() {
-            [] => options.label_words.keys().cloned().collect(),
-            given => given.to_vec(),
-        };
+        let answers = answers(&recipe, &options);
         let with_answers = |spec: &DataSpec| Choices::load(spec, format, text, &options, &answers);
         let choices = if compares { Some(with_answers(&train_spec)?) } else { None };
         let eval_choices = match &recipe.data.eval {
@@ -157,8 +154,8 @@ impl Run {
             );
         }
         let mut prepared = prepare_adapter(&recipe, &files, &model, &train, resume)?;
-        if is_mezo(&recipe)? {
-            mezo::check(&prepared.adapter, prepared.method)?;
+        if rule::kind(&recipe)?.is_forward_only() {
+            mezo::check(&prepared.adapter, prepared.method, rule::kind(&recipe)?)?;
         }
         prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
         for note in &prepared.notes {
@@ -172,39 +169,21 @@ impl Run {
             train.len(),
             started.elapsed().as_secs_f64()
         );
-        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, choices, eval_choices, format })
-    }
-
-    fn output(&self) -> PathBuf {
-        PathBuf::from(self.recipe.output.dir.as_deref().unwrap_or_default())
-    }
-
-    fn steps(&self, sampler: &Sampler) -> u64 {
-        let t = &self.recipe.train;
-        t.max_steps.unwrap_or_else(|| {
-            let batches: f64 = if t.epochs.fract() == 0.0 && t.epochs < 10_000.0 {
-                (0..t.epochs as u64).map(|e| sampler.batches_in_epoch(e) as f64).sum()
-            } else {
-                t.epochs * sampler.batches_in_epoch(0) as f64
-            };
-            ((batches / t.gradient_accumulation as f64).ceil() as u64).max(1)
-        })
+        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, choices, eval_choices, format, options })
     }
 
     fn plan(&self) -> Result<Plan> {
         let t = &self.recipe.train;
         let sampler = sampler(&self.recipe, &self.train)?;
-        let steps = self.steps(&sampler);
+        let steps = planned(&self.recipe, &sampler);
         methods::check_training(&self.prepared.adapter, steps)?;
-        let warmup = t.warmup_steps.unwrap_or_else(|| warmup_steps_from_ratio(t.warmup_ratio, steps));
-        let kind: ScheduleKind = t.scheduler.parse()?;
         Ok(Plan {
             train: self.train.clone(),
             eval: self.eval.clone(),
             objective: self.recipe.objective()?,
             choices: self.choices.clone(),
             eval_choices: self.eval_choices.clone(),
-            schedule: Schedule::new(kind, t.learning_rate, warmup, steps, &ScheduleOptions::default())?,
+            schedule: schedule(&self.recipe, steps)?,
             sampler,
             eval_batch_size: t.eval_batch_size.unwrap_or(t.batch_size),
             accumulation: t.gradient_accumulation,
@@ -214,7 +193,7 @@ impl Run {
             weight_decay: t.weight_decay,
             loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
             seed: t.seed,
-            output: self.output(),
+            output: output(&self.recipe),
             save_every: self.recipe.output.save_every,
             eval_every: self.recipe.output.eval_every,
             keep_checkpoints: self.recipe.output.keep_checkpoints,
@@ -224,7 +203,7 @@ impl Run {
 
     fn keep(&self) -> Result<Keep> {
         let records = self.activation_dtype()?;
-        if is_mezo(&self.recipe)? {
+        if rule::kind(&self.recipe)?.is_forward_only() {
             return Ok(Keep { checkpointing: Checkpointing::Full, records });
         }
         let checkpointing = match &self.recipe.train.gradient_checkpointing {
@@ -266,28 +245,24 @@ impl Run {
         LongestBatch { tokens, sequences }
     }
 
-    /// What must not change between the parts of a run, in one line.
     fn fingerprint(&self, steps: u64) -> String {
         let stats = self.train.stats();
-        let mut recipe = self.recipe.clone();
-        // Where results go and how memory is spent do not change them.
-        recipe.output = Default::default();
-        recipe.sample = Default::default();
-        recipe.train.memory_budget = None;
-        recipe.train.gradient_checkpointing = toml::Value::Boolean(false);
-        let text = format!("{}|{}|{}|{}|{}", recipe.to_toml(), stats.rows, stats.tokens, stats.counted_tokens, steps);
-        let mut hash = Fnv::default();
-        hash.text(&text);
-        hash.to_string()
+        fingerprint(&self.recipe, (stats.rows, stats.tokens, stats.counted_tokens), steps)
     }
 
     fn describe(&self, as_json: bool) -> Result<()> {
         let plan = self.plan()?;
+        let candidates = match rule::kind(&self.recipe)? {
+            OptimizerKind::Bdpl => Some(self.bdpl()?),
+            _ => self.rule().map(|_| None)?,
+        };
+        let calls = self.forward_calls(&plan)?;
         let adapter = &self.prepared.adapter;
-        let trainable = adapter.trainable_elements();
+        // Words have no parameters.
+        let trainable = if candidates.is_some() { 0 } else { adapter.trainable_elements() };
         let total = self.model.parameter_count() + trainable;
         let share = 100.0 * trainable as f64 / total as f64;
-        let forward_only = is_mezo(&self.recipe)?;
+        let forward_only = calls.is_some();
         let peak = match forward_only {
             true => memory::estimate_forward(&self.model, adapter, &self.longest_batch()),
             false => memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep),
@@ -316,7 +291,7 @@ impl Run {
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
                 "estimated_peak_bytes": peak, "gradient_checkpointing": if forward_only { "None".to_string() } else { format!("{:?}", plan.keep.checkpointing) },
-                "optimizer": self.recipe.train.optimizer, "objective": self.recipe.train.objective, "preview": rows
+                "optimizer": self.recipe.train.optimizer, "objective": self.recipe.train.objective, "forward_calls": calls, "preview": rows
             });
             out!("{result}");
             return Ok(());
@@ -332,6 +307,12 @@ impl Run {
         out!("data        {} ({})", self.train.stats(), self.format.name());
         out!("steps       {} of {} rows × {}", plan.steps, self.recipe.train.batch_size, plan.accumulation);
         out!("updates     {}, lowering {}", self.recipe.train.optimizer, plan.objective);
+        if let Some(calls) = calls {
+            out!("calls       {calls} forward passes of {} rows", self.recipe.train.batch_size);
+        }
+        if let Some(bdpl) = candidates {
+            out!("candidates  {}: {} …", bdpl.candidates().len(), bdpl::shown(&bdpl));
+        }
         out!("memory      about {:.0} MB at the peak, {recomputed}", peak as f64 / 1e6);
         out!("first rows, counted tokens in ⟦ ⟧:");
         for row in rows {
@@ -341,44 +322,18 @@ impl Run {
     }
 
     fn train(self, args: &TrainArgs) -> Result<()> {
-        peft_alloc::keep_pages();
-        let output = self.output();
-        std::fs::create_dir_all(&output)
-            .with_context(|| format!("cannot make the output folder {}", output.display()))?;
         let plan = self.plan()?;
         let rule = self.rule()?;
-        let t = &self.recipe.train;
-        let early_stop = EarlyStop::new(EarlyStopConfig {
-            metric: t.metric.clone(),
-            patience: t.early_stopping_patience,
-            min_delta: t.early_stopping_min_delta,
-            ..EarlyStopConfig::default()
-        });
+        let early_stop = early_stop(&self.recipe);
+        let output = begin(&self.recipe)?;
         let planned = plan.steps;
         let before = self.samples(&AdapterSet::empty())?;
         let Run { recipe, files, model, tokenizer, prepared, train, .. } = self;
         let method = prepared.method;
         let adapter = Arc::new(prepared.adapter);
-        let resolved = recipe.with_absolute_paths();
-        peft_core::atomic::write_file(output.join("recipe.toml"), resolved.to_toml().as_bytes())?;
-
         let record = mezo::record(&recipe, files.config().labels(), &adapter)?;
         let mut trainer = Trainer::new(&model, adapter.clone(), rule, early_stop, plan);
-        let resumed = if args.resume { trainer.resume()? } else { clear_old_run(&output)? };
-        let mut logger = match resumed {
-            Some(step) => {
-                eprintln!("resuming after step {step}");
-                RunLogger::resume(&output, step)?
-            }
-            None => RunLogger::create(&output)?,
-        };
-        let mut progress = Progress::stderr(resumed.unwrap_or(0), planned);
-        let outcome = trainer.run(&mut logger, &mut progress, stop_flag()?)?;
-        let state = &outcome.state;
-        progress.finish(&format!("{} steps, last loss {:.4}", state.step, state.last_loss.unwrap_or(f64::NAN)));
-        if let Ended::Interrupted(dir) = &outcome.ended {
-            bail!("interrupted after step {}; go on with --resume (checkpoint {})", state.step, dir.display());
-        }
+        let outcome = drive(&mut trainer, &output, args.resume, planned)?;
         if let (UpdateRule::Mezo(mezo), Some(record)) = (trainer.rule(), record) {
             mezo::write(record, mezo, &adapter, &output)?;
         }
@@ -399,36 +354,12 @@ impl Run {
         finished.say(&output, &samples, args, &outcome)
     }
 
-    fn rule(&self) -> Result<UpdateRule> {
-        let t = &self.recipe.train;
-        let options = OptimizerOptions {
-            beta1: t.beta1,
-            beta2: t.beta2,
-            eps: t.eps,
-            momentum: t.momentum,
-            mezo_eps: t.mezo_eps,
-            mezo_samples: t.mezo_samples,
-            ..OptimizerOptions::default()
-        };
-        let kind = t.optimizer.parse::<OptimizerKind>()?;
-        optim::check_options(kind, &options)?;
-        Ok(match kind {
-            OptimizerKind::Mezo => Mezo::new(mezo::config(t))?.into(),
-            _ => optim::build(kind, &options)?.into(),
-        })
-    }
-
     fn samples(&self, adapters: &AdapterSet) -> Result<Vec<String>> {
         let prompts = &self.recipe.sample.prompts;
         let (false, Some(tokenizer)) = (prompts.is_empty(), &self.tokenizer) else { return Ok(Vec::new()) };
         let most = self.recipe.sample.max_new_tokens;
         sample::continuations(&self.model, tokenizer, adapters, prompts, most).context("sample.prompts")
     }
-}
-
-/// Whether the run is trained by forward passes alone.
-fn is_mezo(recipe: &Recipe) -> Result<bool> {
-    Ok(recipe.train.optimizer.parse::<OptimizerKind>()? == OptimizerKind::Mezo)
 }
 
 /// The classes of a class head: those that the recipe names, those of the adapter to start from, those of the checkpoint, or
@@ -444,6 +375,25 @@ fn settle_classes(files: &mut ModelFiles, recipe: &Recipe, train: &DataSpec) -> 
     Ok(())
 }
 
+/// How rows are read, as far as the recipe alone says it.
+fn text_options(recipe: &Recipe, format: Option<Format>) -> EncodeOptions {
+    EncodeOptions {
+        template: recipe.data.template.clone(),
+        chat_template: recipe.data.chat_template.clone(),
+        label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),
+        text_eos: recipe.data.text_eos,
+        ..EncodeOptions::new(format.unwrap_or(Format::Text))
+    }
+}
+
+/// The answers that all rows choose from, where the recipe names them.
+fn answers(recipe: &Recipe, options: &EncodeOptions) -> Vec<String> {
+    match recipe.data.choices.as_slice() {
+        [] => options.label_words.keys().cloned().collect(),
+        given => given.to_vec(),
+    }
+}
+
 fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
     let (t, d) = (&recipe.train, &recipe.data);
     let options = SamplerOptions {
@@ -454,29 +404,6 @@ fn sampler(recipe: &Recipe, train: &Dataset) -> Result<Sampler> {
         packing: d.packing.then_some(t.batch_size.saturating_mul(d.max_length)),
     };
     Ok(Sampler::new(train, options)?)
-}
-
-/// A new run in the folder of an old one starts without the old checkpoints, so that a later --resume cannot mix them.
-fn clear_old_run(output: &Path) -> Result<Option<u64>> {
-    let folder = checkpoint::folder(output);
-    if folder.is_dir() {
-        std::fs::remove_dir_all(&folder)
-            .with_context(|| format!("cannot remove the old run's {}", folder.display()))?;
-    }
-    Ok(None)
-}
-
-/// Raised by Ctrl-C; a second one ends the process at once.
-fn stop_flag() -> Result<&'static AtomicBool> {
-    static STOP: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
-        if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
-    })
-    .context("cannot listen for Ctrl-C")?;
-    Ok(&STOP)
 }
 
 fn plain_text(value: &toml::Value) -> String {

@@ -2,7 +2,9 @@
 #![allow(missing_docs, unreachable_pub, missing_debug_implementations)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod blackbox;
 mod combine;
+mod endpoint;
 mod harness;
 mod methods;
 mod mezo;

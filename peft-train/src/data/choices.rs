@@ -83,7 +83,7 @@ impl Choices {
         for path in spec.parts()?.0 {
             for file in data_files(path)? {
                 let parsed = read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
-                let encoded = parsed.par_iter().map(|row| of_row(row, column, given, &encoder));
+                let encoded = parsed.par_iter().map(|row| of_row(row, column, given, |row| encoder.encode(row)));
                 for of_row in encoded.collect::<Result<Vec<_>, _>>()? {
                     if of_row.own {
                         classes = None;
@@ -181,7 +181,7 @@ impl ChoiceBatch {
 }
 
 /// The column that holds a row's answer.
-fn answer_column(format: Format) -> Result<&'static str, DataError> {
+pub(super) fn answer_column(format: Format) -> Result<&'static str, DataError> {
     match format {
         Format::Completion => Ok("completion"),
         Format::Alpaca => Ok("output"),
@@ -194,14 +194,24 @@ fn answer_column(format: Format) -> Result<&'static str, DataError> {
 }
 
 /// One row with all of its answers.
-struct OfRow {
-    examples: Vec<Example>,
-    right: usize,
-    own: bool,
-    with_end: bool,
+pub(super) struct OfRow<T> {
+    /// What was made of each answer.
+    pub(super) examples: Vec<T>,
+    /// The number of the right one.
+    pub(super) right: usize,
+    /// Whether they are the row's own.
+    pub(super) own: bool,
+    /// Whether one is the beginning of another, so that the end token decides between them.
+    pub(super) with_end: bool,
 }
 
-fn of_row(row: &Row, column: &str, given: &[String], encoder: &Encoder<'_>) -> Result<OfRow, DataError> {
+/// A row with each of its answers in place of its own, through `encode`.
+pub(super) fn of_row<T>(
+    row: &Row,
+    column: &str,
+    given: &[String],
+    encode: impl Fn(&Row) -> Result<T, DataError>,
+) -> Result<OfRow<T>, DataError> {
     let own = match row.fields.get(COLUMN).filter(|v| !v.is_null()) {
         None => None,
         Some(Value::Array(list)) => {
@@ -225,12 +235,12 @@ fn of_row(row: &Row, column: &str, given: &[String], encoder: &Encoder<'_>) -> R
     let Some(right) = answers.iter().position(|a| *a == text) else {
         return Err(DataError::row(&row.at, format!("its {column} {text:?} is none of the choices {answers:?}")));
     };
-    let encode = |answer: &String| {
+    let with = |answer: &String| {
         let mut row = row.clone();
         row.fields.insert(column.into(), answer.clone().into());
-        encoder.encode(&row)
+        encode(&row)
     };
-    let examples = answers.iter().map(encode).collect::<Result<Vec<_>, _>>()?;
+    let examples = answers.iter().map(with).collect::<Result<Vec<_>, _>>()?;
     Ok(OfRow { examples, right, own: own.is_some(), with_end: own.is_some_and(|own| begins_another(&own)) })
 }
 

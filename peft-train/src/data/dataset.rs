@@ -235,7 +235,8 @@ impl Dataset {
     }
 }
 
-fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
+/// The format that the first row's columns decide.
+pub(super) fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
     let path = files.iter().flatten().next().ok_or_else(|| DataError::Config("no data file".into()))?;
     match read_rows(path)?.next() {
         Some(Ok(row)) => {

@@ -3,7 +3,7 @@
 //! [`source`] reads rows with their place in a file, [`mod@format`] says what columns mean, [`render`] turns a row into text
 //! parts ([`classes`] those for a class head, [`pairs`] those for an encoder–decoder; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
 //! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`mod@preview`] shows the
-//! result to a person.
+//! result to a person. [`text_rows`] stops at the text, for models that tokenise by themselves.
 
 pub mod batch;
 pub mod chat;
@@ -19,6 +19,7 @@ pub mod render;
 pub mod sampler;
 pub mod source;
 pub mod template;
+pub mod text_rows;
 pub mod tokenizer;
 
 mod pyjson;
@@ -37,4 +38,5 @@ pub use pairs::DecoderInputs;
 pub use preview::{RowPreview, preview};
 pub use sampler::{Sampler, SamplerOptions, SamplerState};
 pub use source::{DataSpec, MixturePart, Row};
+pub use text_rows::{TextRow, TextRows, contexts};
 pub use tokenizer::{Framed, HfTextTokenizer, TextTokenizer};

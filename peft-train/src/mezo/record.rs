@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor, Var};
 use peft_core::{Error, Parameter, Result, SafetensorsFile, write_safetensors};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -39,6 +39,9 @@ pub struct Record {
     pub eps: f64,
     /// `mezo_samples`.
     pub samples: usize,
+    /// `momentum`.
+    #[serde(default)]
+    pub momentum: f64,
     /// Weight decay.
     pub weight_decay: f64,
     /// LoRA+'s ratio.
@@ -53,15 +56,15 @@ pub struct Record {
 }
 
 impl Record {
-    /// The one version there is.
-    pub const VERSION: u32 = 1;
+    /// The latest version: 1 knew no momentum.
+    pub const VERSION: u32 = 2;
     /// Name of the file in an output folder.
     pub const FILE: &str = "mezo.safetensors";
 
     /// The settings of the run.
     #[must_use]
     pub fn config(&self) -> MezoConfig {
-        MezoConfig { eps: self.eps, samples: self.samples, seed: self.seed }
+        MezoConfig { eps: self.eps, samples: self.samples, momentum: self.momentum, seed: self.seed }
     }
 
     /// Writes the record, whole or not at all.
@@ -87,8 +90,8 @@ impl Record {
         let mut record: Self =
             serde_json::from_str(text).map_err(|e| Error::file(path, format!("its header is damaged: {e}")))?;
         let (version, known) = (record.version, Self::VERSION);
-        if version != known {
-            return Err(Error::file(path, format!("has version {version}; this program reads {known}")));
+        if version == 0 || version > known {
+            return Err(Error::file(path, format!("has version {version}; this program reads 1 to {known}")));
         }
         let names: Vec<String> = file.names().map(str::to_string).collect();
         let tensors = names.into_iter().map(|n| file.tensor(&n, &Device::Cpu).map(|t| (n, t)));
@@ -126,13 +129,20 @@ fn steps_of_tensors(tensors: &HashMap<String, Tensor>, samples: usize) -> Result
     Ok(steps.map(|(learning_rate, derivatives)| Taken { learning_rate, derivatives }).collect())
 }
 
+/// Beginning of the names of momenta in a checkpoint, before the parameter's number.
+const MOMENTUM: &str = "momentum.";
+
 impl Mezo {
-    /// The steps so far, as a checkpoint holds them.
+    /// The steps so far and the momentum, as a checkpoint holds them.
     ///
     /// # Errors
     /// When a tensor cannot be made.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        steps_to_tensors(&self.taken, self.config.samples)
+        let mut state = steps_to_tensors(&self.taken, self.config.samples)?;
+        for (i, momentum) in self.momenta.iter().enumerate() {
+            state.push((format!("{MOMENTUM}{i}"), momentum.as_detached_tensor().to_device(&Device::Cpu)?));
+        }
+        Ok(state)
     }
 
     /// Takes back what [`Mezo::state`] gave.
@@ -140,8 +150,24 @@ impl Mezo {
     /// # Errors
     /// Tensors that are missing, misshapen or not of MeZO; the message names them.
     pub fn load_state(&mut self, state: &HashMap<String, Tensor>) -> Result<()> {
-        let taken = steps_of_tensors(state, self.config.samples).map_err(Error::msg)?;
-        self.set_taken(taken)
+        let (momenta, steps): (HashMap<_, _>, HashMap<_, _>) =
+            state.iter().map(|(k, t)| (k.clone(), t.clone())).partition(|(key, _)| key.starts_with(MOMENTUM));
+        let taken = steps_of_tensors(&steps, self.config.samples).map_err(Error::msg)?;
+        let mut found = Vec::with_capacity(momenta.len());
+        for i in 0..momenta.len() {
+            let key = format!("{MOMENTUM}{i}");
+            let Some(momentum) = momenta.get(&key).filter(|t| t.dtype() == DType::F32) else {
+                return Err(Error::msg(format!("`{key}` is missing")));
+            };
+            peft_core::check_finite(&key, momentum)?;
+            found.push(Var::from_tensor(momentum)?);
+        }
+        if found.is_empty() != (self.config.momentum == 0.0 || taken.is_empty()) {
+            return Err(Error::msg(format!("`{MOMENTUM}0` does not fit train.momentum = {}", self.config.momentum)));
+        }
+        self.set_taken(taken)?;
+        self.momenta = found;
+        Ok(())
     }
 }
 
@@ -181,6 +207,7 @@ mod tests {
             seed: u64::MAX,
             eps: 1e-3,
             samples: 2,
+            momentum: 0.5,
             weight_decay: 0.1,
             loraplus_lr_ratio: 1.0,
             start: "0".into(),
@@ -200,7 +227,7 @@ mod tests {
         Record { taken: Vec::new(), ..record() }.write(&path).unwrap();
         assert!(Record::read(&path).unwrap().taken.is_empty());
         for (broken, says) in [
-            (Record { version: 2, ..record() }, "version 2"),
+            (Record { version: 3, ..record() }, "version 3"),
             (Record { taken: vec![Taken { learning_rate: f32::NAN, derivatives: vec![0.0; 2] }], ..record() }, "NaN"),
         ] {
             broken.write(&path).unwrap();

@@ -86,9 +86,9 @@ pub enum OptimError {
         /// All names.
         known: String,
     },
-    /// MeZO takes no gradients and is no [`Optimizer`].
-    #[error("mezo takes losses, not gradients; make it with Mezo::new")]
-    Forward,
+    /// What trains by forward passes alone is no [`Optimizer`].
+    #[error("{0} takes losses, not gradients, and is no optimizer of gradients")]
+    Forward(OptimizerKind),
     /// candle failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
@@ -153,11 +153,27 @@ pub enum OptimizerKind {
     Sgd,
     /// Forward passes alone ([`crate::mezo`]).
     Mezo,
+    /// Black-Box Tuning, by forward passes alone ([`crate::bbt`]).
+    Bbt,
+    /// Black-Box Prompt Learning, by forward passes or an API's log-probabilities alone ([`crate::bdpl`]).
+    Bdpl,
 }
 
 impl OptimizerKind {
-    const NAMES: [(&'static str, Self); 4] =
-        [("adamw", Self::AdamW), ("adamw_torch", Self::AdamW), ("sgd", Self::Sgd), ("mezo", Self::Mezo)];
+    const NAMES: [(&'static str, Self); 6] = [
+        ("adamw", Self::AdamW),
+        ("adamw_torch", Self::AdamW),
+        ("sgd", Self::Sgd),
+        ("mezo", Self::Mezo),
+        ("bbt", Self::Bbt),
+        ("bdpl", Self::Bdpl),
+    ];
+
+    /// Whether it needs no gradient.
+    #[must_use]
+    pub fn is_forward_only(self) -> bool {
+        matches!(self, Self::Mezo | Self::Bbt | Self::Bdpl)
+    }
 }
 
 impl FromStr for OptimizerKind {
@@ -180,6 +196,8 @@ impl fmt::Display for OptimizerKind {
             Self::AdamW => "adamw",
             Self::Sgd => "sgd",
             Self::Mezo => "mezo",
+            Self::Bbt => "bbt",
+            Self::Bdpl => "bdpl",
         })
     }
 }
@@ -197,7 +215,7 @@ pub struct OptimizerOptions {
     /// AdamW: added to the denominator, 1e-8 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eps: Option<f64>,
-    /// SGD: momentum, 0 by default.
+    /// SGD and MeZO: momentum, 0 by default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub momentum: Option<f64>,
     /// SGD: damping of the gradient that enters the momentum, 0 by default.
@@ -222,21 +240,27 @@ pub fn check_options(kind: OptimizerKind, options: &OptimizerOptions) -> Result<
     use OptimizerKind as K;
     let o = options;
     let settings = [
-        ("beta1", o.beta1, K::AdamW),
-        ("beta2", o.beta2, K::AdamW),
-        ("eps", o.eps, K::AdamW),
-        ("momentum", o.momentum, K::Sgd),
-        ("dampening", o.dampening, K::Sgd),
-        ("nesterov", o.nesterov.map(|b| f64::from(u8::from(b))), K::Sgd),
-        ("mezo_eps", o.mezo_eps, K::Mezo),
-        ("mezo_samples", o.mezo_samples.map(|n| n as f64), K::Mezo),
+        ("beta1", o.beta1, [K::AdamW].as_slice(), "is a setting of adamw; remove it or change the optimizer"),
+        ("beta2", o.beta2, &[K::AdamW], "is a setting of adamw; remove it or change the optimizer"),
+        ("eps", o.eps, &[K::AdamW], "is a setting of adamw; remove it or change the optimizer"),
+        ("momentum", o.momentum, &[K::Sgd, K::Mezo], "is a setting of sgd and mezo; remove it or change the optimizer"),
+        ("dampening", o.dampening, &[K::Sgd], "is a setting of sgd; remove it or change the optimizer"),
+        (
+            "nesterov",
+            o.nesterov.map(|b| f64::from(u8::from(b))),
+            &[K::Sgd],
+            "is a setting of sgd; remove it or change the optimizer",
+        ),
+        ("mezo_eps", o.mezo_eps, &[K::Mezo], "is a setting of mezo; remove it or change the optimizer"),
+        (
+            "mezo_samples",
+            o.mezo_samples.map(|n| n as f64),
+            &[K::Mezo],
+            "is a setting of mezo; remove it or change the optimizer",
+        ),
     ];
-    if let Some((name, Some(value), owner)) = settings.into_iter().find(|(_, v, k)| v.is_some() && *k != kind) {
-        let why = match owner {
-            K::AdamW => "is a setting of adamw; remove it or change the optimizer",
-            K::Sgd => "is a setting of sgd; remove it or change the optimizer",
-            K::Mezo => "is a setting of mezo; remove it or change the optimizer",
-        };
+    let foreign = settings.into_iter().find(|(_, value, owners, _)| value.is_some() && !owners.contains(&kind));
+    if let Some((name, Some(value), _, why)) = foreign {
         return Err(OptimError::Hyper { name, value, why });
     }
     Ok(())
@@ -245,13 +269,13 @@ pub fn check_options(kind: OptimizerKind, options: &OptimizerOptions) -> Result<
 /// Makes the optimiser that a recipe names.
 ///
 /// # Errors
-/// A setting out of range, or one that belongs to another optimiser; MeZO, which is none.
+/// A setting out of range, or one that belongs to another optimiser; what trains without gradients, which is none.
 pub fn build(kind: OptimizerKind, options: &OptimizerOptions) -> Result<Box<dyn Optimizer>> {
     use OptimizerKind as K;
     check_options(kind, options)?;
     let o = options;
     Ok(match kind {
-        K::Mezo => return Err(OptimError::Forward),
+        K::Mezo | K::Bbt | K::Bdpl => return Err(OptimError::Forward(kind)),
         K::AdamW => {
             let d = AdamWConfig::default();
             Box::new(AdamW::new(AdamWConfig {
@@ -332,11 +356,15 @@ mod tests {
         let momentum = OptimizerOptions { momentum: Some(0.9), ..Default::default() };
         build(OptimizerKind::Sgd, &momentum).unwrap();
         let e = build(OptimizerKind::AdamW, &momentum).unwrap_err().to_string();
-        assert_eq!(e, "momentum = 0.9: is a setting of sgd; remove it or change the optimizer");
+        assert_eq!(e, "momentum = 0.9: is a setting of sgd and mezo; remove it or change the optimizer");
         let mezo = OptimizerOptions { mezo_eps: Some(0.1), ..Default::default() };
         assert!(check_options(OptimizerKind::Sgd, &mezo).unwrap_err().to_string().contains("setting of mezo"));
         check_options("mezo".parse().unwrap(), &mezo).unwrap();
-        assert!(check_options(OptimizerKind::Mezo, &momentum).is_err());
+        check_options(OptimizerKind::Mezo, &momentum).unwrap();
+        for kind in [OptimizerKind::Mezo, OptimizerKind::Bbt, OptimizerKind::Bdpl] {
+            assert!(kind.is_forward_only() && kind.to_string().parse::<OptimizerKind>().unwrap() == kind);
+            assert!(build(kind, &OptimizerOptions::default()).unwrap_err().to_string().contains("not gradients"));
+        }
         assert!(build(OptimizerKind::AdamW, &OptimizerOptions { beta1: Some(1.5), ..Default::default() }).is_err());
     }
 }

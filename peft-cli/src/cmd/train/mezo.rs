@@ -6,25 +6,33 @@ use anyhow::{Result, bail};
 use peft_core::Adapter;
 use peft_train::methods;
 use peft_train::mezo::{Mezo, MezoConfig, Record, checksum};
+use peft_train::optim::OptimizerKind;
 use peft_train::recipe::{Recipe, TrainTable};
 
 use super::start::method_table;
 
 /// The settings that a recipe gives MeZO.
 pub(super) fn config(t: &TrainTable) -> MezoConfig {
-    MezoConfig { eps: t.mezo_eps.unwrap_or(1e-3), samples: t.mezo_samples.unwrap_or(1), seed: t.seed }
+    MezoConfig {
+        eps: t.mezo_eps.unwrap_or(1e-3),
+        samples: t.mezo_samples.unwrap_or(1),
+        momentum: t.momentum.unwrap_or(0.0),
+        seed: t.seed,
+    }
 }
 
-/// Refuses methods that need a gradient, and dropout, which differences of losses do not have.
-pub(super) fn check(adapter: &Adapter, method: &str) -> Result<()> {
+/// Refuses methods that need a gradient, and dropout, which losses that are compared do not have.
+pub(super) fn check(adapter: &Adapter, method: &str, kind: OptimizerKind) -> Result<()> {
     if adapter.training_hook().is_some() {
         bail!(
-            "method {method} acts on gradients, and train.optimizer = \"mezo\" has none: use adamw, or another method"
+            "method {method} acts on gradients, and train.optimizer = \"{kind}\" has none: use adamw, or another method"
         );
     }
     let on = |v: &serde_json::Value| v.as_f64().is_some_and(|p| p > 0.0);
     if let Some((key, value)) = adapter.config.iter().find(|(key, value)| key.ends_with("dropout") && on(value)) {
-        bail!("`method.{key}` is {value}, and train.optimizer = \"mezo\" compares losses without dropout: set it to 0");
+        bail!(
+            "`method.{key}` is {value}, and train.optimizer = \"{kind}\" compares losses without dropout: set it to 0"
+        );
     }
     Ok(())
 }
@@ -34,11 +42,11 @@ pub(super) fn check(adapter: &Adapter, method: &str) -> Result<()> {
 pub(super) fn record(recipe: &Recipe, labels: Option<&[String]>, adapter: &Adapter) -> Result<Option<Record>> {
     let method = method_table(&recipe.with_absolute_paths())?;
     let from = method.contains_key("init_from");
-    let is_mezo = recipe.train.optimizer.trim().eq_ignore_ascii_case("mezo");
+    let is_mezo = super::rule::kind(recipe)? == OptimizerKind::Mezo;
     if !is_mezo || recipe.model.init == "random" || (!from && methods::looks_at_data(&method)?) {
         return Ok(None);
     }
-    let (t, MezoConfig { eps, samples, seed }) = (&recipe.train, config(&recipe.train));
+    let (t, MezoConfig { eps, samples, momentum, seed }) = (&recipe.train, config(&recipe.train));
     Ok(Some(Record {
         version: Record::VERSION,
         base_model: recipe.with_absolute_paths().model.path.unwrap_or_default(),
@@ -48,6 +56,7 @@ pub(super) fn record(recipe: &Recipe, labels: Option<&[String]>, adapter: &Adapt
         seed,
         eps,
         samples,
+        momentum,
         weight_decay: t.weight_decay,
         loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
         start: checksum(&adapter.parameters())?,
