@@ -5,6 +5,7 @@ use std::path::Path;
 use peft_core::combine::Combined;
 use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result};
 use peft_lora::combine::{CombineOptions, CombineType, RankRule, Source};
+use peft_lora::foreign::Layout;
 
 use crate::{adapter_files, class_labels, methods};
 
@@ -44,7 +45,7 @@ pub fn combine(inputs: &[Input<'_>], options: &CombineOptions, base: Option<&dyn
 /// A folder that cannot be read.
 pub fn default_type<'p>(folders: impl IntoIterator<Item = &'p Path>) -> Result<CombineType> {
     for folder in folders {
-        if adapter_files::open(folder, None)?.config().peft_type() != IA3 {
+        if Layout::of(folder)?.is_some() || adapter_files::open(folder, None)?.config().peft_type() != IA3 {
             return Ok(CombineType::Svd);
         }
     }

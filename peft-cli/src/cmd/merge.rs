@@ -28,7 +28,12 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
     let mut adapters = Vec::new();
     for (spec, folder) in args.adapter.iter().zip(&folders) {
         let prepared = methods::open(folder, &model).with_context(|| format!("adapter {spec}"))?;
-        adapters.push(Arc::new(prepared.adapter));
+        // Of several adapters, those that depend on the task.
+        let adapter = match prepared.adapter.tasks() {
+            Some(_) => open::for_task(prepared.adapter, args.task_id)?,
+            None => prepared.adapter,
+        };
+        adapters.push(Arc::new(adapter));
     }
     let merged = Merged::new(&model, adapters)?;
     let written = match args.format.as_str() {
