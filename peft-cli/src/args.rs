@@ -328,6 +328,9 @@ pub(crate) struct ConvertArgs {
     /// an adapter of torchtune's or kohya's; with `peft`, the copy of the base's output layer that AdapterHub stores beside an adapter is left out
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// With `lora`, `gguf` and `mlx`: the task to take an adapter for that has several
+    #[arg(long)]
+    pub(crate) task_id: Option<usize>,
     /// With `lora`: the rank of every site
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) rank: Option<u16>,

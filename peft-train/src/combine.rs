@@ -21,6 +21,8 @@ pub struct Input<'a> {
     pub weight: f64,
     /// Its folder.
     pub folder: &'a Path,
+    /// The task to take it for, where it has several.
+    pub task: Option<usize>,
 }
 
 /// Combines adapters: LoRAs, or adapters of any method that changes weights where the `base` is given, into a LoRA; IA³
@@ -134,6 +136,9 @@ impl<'a> Opened<'a> {
                 );
                 return Err(Error::msg(message));
             }
+            if input.task.is_some() {
+                return Err(Error::config("task_id", format!("is given, and {name} is the same for every task")));
+            }
             return Ok(Self { input, files, adapter: None });
         }
         let Some(base) = base else {
@@ -147,6 +152,10 @@ impl<'a> Opened<'a> {
             )));
         };
         let adapter = methods::open(input.folder, base).with_context(|| name.to_owned())?.adapter;
+        let adapter = match input.task {
+            Some(task) => adapter.for_task(task).with_context(|| name.to_owned())?,
+            None => adapter,
+        };
         Ok(Self { input, files, adapter: Some(adapter) })
     }
 

@@ -138,6 +138,11 @@ impl Formula for Skills {
 
     fn unmergeable(&self) -> Option<String> {
         let open = self.task.is_none() && self.tasks > 1;
-        open.then(|| format!("it changes the weights in another way for each of {} tasks; choose one", self.tasks))
+        open.then(|| {
+            format!(
+                "it changes the weights in another way for each of {} tasks; choose one of them (--task-id)",
+                self.tasks
+            )
+        })
     }
 }
