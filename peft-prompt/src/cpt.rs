@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn a_step_ends_on_the_edge() {
-        let tensor = |rows: &[[f32; 2]]| Tensor::new(rows, &Device::Cpu).unwrap();
+        let tensor = |rows: &[[f32; 2]; 3]| Tensor::new(rows, &Device::Cpu).unwrap();
         let center = Parameter::new("c", &tensor(&[[1.0, 0.0], [0.0, 0.0], [2.0, 2.0]]), Role::NoDecay).unwrap();
         let embeddings = Parameter::new("p", &tensor(&[[1.0, 4.0], [3.0, 4.0], [2.3, 2.4]]), Role::NoDecay).unwrap();
         let ball = Ball { embeddings, center, radii: vec![2.0, 1.0, 1.0], targets: Vec::new() };
