@@ -17,6 +17,7 @@ OUT/MODEL/VARIANT/expected.json
     train_losses, trained_loss     loss of each step (before its update), and over all rows after the last; null where peft
                                    does not train what is in the file
     batch_rows, learning_rate
+    draws                          whether a step draws random numbers by the rows of a batch
 Runs on the CPU, without a network; the same seed gives the same cases.
 """
 import argparse
@@ -215,6 +216,17 @@ VARIANTS |= {
     "fourierft_many": ("FourierFTConfig", dict(n_frequency=700, scaling=40.0, random_loc_seed=5, n_frequency_pattern={"v_proj": 3}, target_modules=["v_proj", "up_proj"])),
 }
 
+# Another thing for each task: rows name theirs.
+TASKS = 3
+VARIANTS |= {
+    "poly": ("PolyConfig", dict(r=3, n_tasks=TASKS, target_modules=ATTENTION)),
+    "poly_heads": ("PolyConfig", dict(r=4, n_tasks=TASKS, n_skills=3, n_splits=4, init_weights=False, target_modules=["q_proj", "v_proj", "down_proj"])),
+    # two examples of template, input, template, label, and a row's template in front
+    "cpt": ("CPTConfig", dict(cpt_token_ids=[5, 17, 42, 6, 7, 60, 5, 33, 6, 61, 5], cpt_tokens_type_mask=[1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9])),
+    "cpt_decay": ("CPTConfig", dict(cpt_token_ids=[5, 17, 6, 60, 62, 5, 33, 6, 61], cpt_tokens_type_mask=[1, 2, 3, 4, 4, 5, 6, 7, 8], opt_weighted_loss_type="decay", opt_loss_decay_factor=0.7, opt_projection_epsilon=0.4, opt_projection_format_epsilon=0.05)),
+    "multitask_prompt": ("MultitaskPromptTuningConfig", dict(num_virtual_tokens=4, num_tasks=TASKS, num_ranks=2)),
+}
+
 # The same kinds on the layers that BERT and RoBERTa have, and on DistilBERT's.
 BERT_ATTENTION = ["query", "key", "value"]
 BERT_LINEARS = BERT_ATTENTION + ["intermediate.dense", "output.dense"]
@@ -268,6 +280,7 @@ VARIANTS |= {
     "t5_save_head": dict(r=4, target_modules=["q", "v"], modules_to_save=["lm_head"]),
     "t5_prompt_save": ("PromptTuningConfig", dict(num_virtual_tokens=3, modules_to_save=["lm_head", "final_layer_norm"])),
     "t5_oft": ("OFTConfig", dict(oft_block_size=8, target_modules=["q", "v"])),
+    "t5_poly": ("PolyConfig", dict(r=2, n_tasks=TASKS, n_splits=2, target_modules=["q", "v", "wo"])),
     "t5_road": ("RoadConfig", dict(group_size=8, target_modules=["k", "v"])),
 }
 
@@ -288,13 +301,13 @@ PLAN = {
     "bf16": ["all_linear", "dora", "embeddings", "save_head", "ia3", "prefix", "prompt", "ln"],
     "f16_tied": ["lora", "tokens"],
     "sharded": ["lora", "save_head"],
-    "bert": ["default_targets", "all_linear", "prefix", "prompt", "p_tuning"] + [name for name in VARIANTS if name.startswith("bert_")],
+    "bert": ["default_targets", "all_linear", "prefix", "prompt", "multitask_prompt", "p_tuning"] + [name for name in VARIANTS if name.startswith("bert_")],
     "bert_no_types": ["bert_lora", "all_linear", "prefix_projected", "prompt_vocabulary", "p_tuning_lstm"],
     "bert_bf16": ["bert_lora", "bert_dora", "prefix", "prompt"],
     "roberta": ["bert_lora", "bert_dora", "bert_bias_all", "all_linear", "prefix", "prompt", "p_tuning"],
     "xlm_roberta": ["default_targets", "all_linear", "prefix_zero", "prompt", "p_tuning"],
     "distilbert": [name for name in VARIANTS if name.startswith("distilbert_")],
-    "llama_classes": ["lora", "all_linear", "dora", "bias_all", "default_targets", "save_norm", "prefix", "prefix_projected", "prompt", "p_tuning"],
+    "llama_classes": ["lora", "all_linear", "multitask_prompt", "dora", "bias_all", "default_targets", "save_norm", "prefix", "prefix_projected", "prompt", "p_tuning"],
     "mistral": ["default_targets", "all_linear", "ia3_defaults", "prefix"],
     "qwen2": ["any_bias_all", "tokens", "prompt"],
     "qwen2_window": ["all_linear", "prefix"],
@@ -313,7 +326,7 @@ PLAN = {
     "stablelm": ["all_linear", "bias_lora_only", "prefix"],
     "smollm3": ["all_linear", "prefix", "prompt"],
     "qwen3_classes": ["all_linear", "prefix", "prompt", "p_tuning"],
-    "t5": ["default_targets", "all_linear", "t5_lora", "t5_regex", "t5_dora", "ia3_defaults", "t5_tables", "t5_save", "ln", "t5_oft"],
+    "t5": ["default_targets", "all_linear", "t5_poly", "t5_lora", "t5_regex", "t5_dora", "ia3_defaults", "t5_tables", "t5_save", "ln", "t5_oft"],
     "t5_prompts": ["all_linear", "t5_save_head", "prefix", "prefix_zero", "prefix_projected", "prompt", "t5_prompt_save", "p_tuning", "p_tuning_lstm"],
     "t5_v1_1": ["all_linear", "t5_tables", "t5_save_head", "ia3_defaults", "prefix", "prompt"],
     "t5_unscaled": ["all_linear", "t5_road", "prompt"],
@@ -371,6 +384,11 @@ def has_classes(model):
     return "Classification" in (model.config.architectures or [""])[0]
 
 
+def has_tasks(model):
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.peft_type in (peft.PeftType.POLY, peft.PeftType.MULTITASK_PROMPT_TUNING)
+
+
 def has_targets(model):
     return bool(model.config.is_encoder_decoder)
 
@@ -380,8 +398,13 @@ def task_type(model):
 
 
 def make_rows(rng, classes=0, targets=False):
-    """Rows of many lengths: whole rows counted, prompts masked, holes in the middle. With `classes`, one of them a row; with
-    `targets`, a sequence of its own a row."""
+    """Rows of many lengths, each of a task."""
+    return [row | dict(task_id=number * 7 % 5 % TASKS) for number, row in enumerate(make_plain_rows(rng, classes, targets))]
+
+
+def make_plain_rows(rng, classes, targets):
+    """Whole rows counted, prompts masked, holes in the middle. With `classes`, one of them a row; with `targets`, a sequence of
+    its own a row."""
     rows = []
     if targets:
         for number in range(ROWS):
@@ -430,18 +453,19 @@ def summed_loss(model, rows):
     padding = model.config.pad_token_id or 0
     ids = torch.tensor([pad(row["input_ids"], padding) for row in rows])
     mask = torch.tensor([pad([1] * len(row["input_ids"]), 0) for row in rows])
+    tasks = dict(task_ids=torch.tensor([row["task_id"] for row in rows])) if has_tasks(model) else {}
     if has_classes(model):
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        logits = model(input_ids=ids, attention_mask=mask, **tasks).logits
         targets = torch.tensor([row["label"] for row in rows])
         return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), len(rows)
     if has_targets(model):
         longest = max(len(row["labels"]) for row in rows)
         targets = torch.tensor([row["labels"] + [-100] * (longest - len(row["labels"])) for row in rows])
-        logits = model(input_ids=ids, attention_mask=mask, labels=targets).logits
+        logits = model(input_ids=ids, attention_mask=mask, labels=targets, **tasks).logits
         return cross_entropy(logits, targets)
     labels = torch.tensor([pad(row["labels"], -100) for row in rows])
     # Prompts put the logits of their virtual tokens in front.
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, -width:][:, :-1]
+    logits = model(input_ids=ids, attention_mask=mask, **tasks).logits[:, -width:][:, :-1]
     return cross_entropy(logits, labels[:, 1:])
 
 
@@ -462,8 +486,28 @@ def mean_loss(model, rows):
 def accuracy(model, rows):
     if not has_classes(model):
         return None
-    predicted = [int(model(input_ids=torch.tensor([row["input_ids"]])).logits.argmax()) for row in rows]
+    tasks = lambda row: dict(task_ids=torch.tensor([row["task_id"]])) if has_tasks(model) else {}
+    predicted = [int(model(input_ids=torch.tensor([row["input_ids"]]), **tasks(row)).logits.argmax()) for row in rows]
     return sum(p == row["label"] for p, row in zip(predicted, rows)) / len(rows)
+
+
+def is_cpt(model):
+    return model.active_peft_config.peft_type == peft.PeftType.CPT
+
+
+def cpt_loss(model, rows):
+    """The loss that peft computes for CPT, of the labels in the prompt too. Labels are of kind 4, but for a row's first token, which
+    peft-cli never counts."""
+    width = max(len(row["input_ids"]) for row in rows)
+    pad = lambda values, fill: torch.tensor(values + [fill] * (width - len(values)))
+    last = max(model.active_peft_config.cpt_tokens_type_mask)
+    kinds = [[4 - last % 4 if number and label != -100 else 0 for number, label in enumerate(row["labels"])] for row in rows]
+    return model(
+        input_ids=torch.stack([pad(row["input_ids"], 0) for row in rows]),
+        attention_mask=torch.stack([pad([1] * len(row["input_ids"]), 0) for row in rows]),
+        labels=torch.stack([pad(row["labels"], -100) for row in rows]),
+        input_type_mask=torch.stack([pad(kind, 0) for kind in kinds]),
+    ).loss
 
 
 def moves_ranks(model):
@@ -486,16 +530,59 @@ def train(model, rows):
     )
     losses = []
     for step in range(STEPS):
+        draw(model, step)
         start = step * BATCH_ROWS % len(rows)
         loss, count = summed_loss(model, rows[start : start + BATCH_ROWS])
         loss = loss / count
         optimizer.zero_grad()
-        (loss + regulariser(model)).backward()
+        lowered = cpt_loss(model, rows[start : start + BATCH_ROWS]) if is_cpt(model) else loss + regulariser(model)
+        lowered.backward()
         optimizer.step()
         if moves_ranks(model):
             model.base_model.update_and_allocate(step)
         losses.append(loss.item())
+    undraw(model)
     return losses
+
+
+def philox(counter, key):
+    """Philox4x32-10: the random words that peft-cli draws."""
+    for _ in range(10):
+        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [second >> 32 ^ counter[1] ^ key[0], second & 0xFFFFFFFF, first >> 32 ^ counter[3] ^ key[1], first & 0xFFFFFFFF]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    return counter
+
+
+def draw(model, step):
+    """Lets Poly's routers draw in a training step what peft-cli draws there, by seed 0, step, site and the place of the row in its
+    batch. The distribution is torch's own (RelaxedBernoulli of temperature 1)."""
+    if getattr(model.active_peft_config, "peft_type", None) != peft.PeftType.POLY:
+        return
+    layer = ["input_layernorm", *(f"self_attn.{name}" for name in ATTENTION), "post_attention_layernorm", *(f"mlp.{name}" for name in MLP)]
+    for name, module in model.named_modules():
+        if not name.endswith(".poly_router.default"):
+            continue
+        parts = name.removesuffix(".poly_router.default").split(".")
+        site = 1 + int(parts[-3]) * len(layer) + layer.index(".".join(parts[-2:]))
+
+        def forward(task_ids, input_ids, router=module, site=site):
+            logits = router.module_logits[task_ids]
+            words = [word for block in range(-(-logits.numel() // 4)) for word in philox([block, 0, step, site], [0, 0])]
+            uniform = torch.tensor([(word >> 8) / 2**24 for word in words[: logits.numel()]]).view(logits.shape)
+            eps = torch.finfo(torch.float32).eps
+            uniform = uniform.clamp(eps, 1 - eps)
+            shares = torch.sigmoid(logits + torch.log(uniform) - torch.log1p(-uniform)).view(-1, router.n_splits, router.n_skills)
+            return shares / (shares.sum(dim=-1, keepdim=True) + 1e-12)
+
+        module.forward = forward
+
+
+def undraw(model):
+    """Back to what routers give without chance."""
+    for name, module in model.named_modules():
+        if name.endswith(".poly_router.default"):
+            module.__dict__.pop("forward", None)
 
 
 def config_of(variant, task_type):
@@ -508,7 +595,12 @@ def config_of(variant, task_type):
 def soft_prompt(model, adapter):
     """The soft prompt that `adapter` holds, to be trained as it is. peft itself does not train one that it has loaded."""
     loaded = PeftModel.from_pretrained(model, adapter)
-    loaded.prompt_encoder["default"].embedding.weight.requires_grad_(True)
+    loaded.prompt_encoder["default"].requires_grad_(True)
+    if is_cpt(loaded):
+        # What moves is beside the embedding, and read in training alone.
+        loaded.prompt_encoder["default"].embedding.requires_grad_(False)
+        loaded.prompt_encoder["default"].set_updated_tokens()
+        loaded.active_peft_config.inference_mode = False
     for name, parameter in loaded.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or ".modules_to_save.default." in name)
     return loaded.eval()
@@ -522,6 +614,8 @@ def save_trained(trained, start, folder):
     shutil.copy(start / "adapter_config.json", folder)
     state = peft.get_peft_model_state_dict(trained)
     state["prompt_embeddings"] = trained.prompt_encoder["default"].embedding.weight
+    if is_cpt(trained):
+        state["prompt_embeddings"] = trained.get_prompt_embedding_to_save("default")
     state = {key: tensor.detach().clone().contiguous() for key, tensor in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -552,8 +646,9 @@ def make_case(model_name, variant, out, rows, base_loss):
         merged_loss = loss
     is_soft_prompt = model.active_peft_config.is_prompt_learning
     train_losses = trained_loss = None
-    # peft trains no logits that are infinite
-    if not getattr(model.active_peft_config, "save_only_topk_weights", False):
+    draws = model.active_peft_config.peft_type == peft.PeftType.POLY
+    # peft trains no logits that are infinite; where our sites lie is known for Llama
+    if not getattr(model.active_peft_config, "save_only_topk_weights", False) and not (draws and model_name != "llama"):
         trained = soft_prompt(load_base(base), folder / "adapter") if is_soft_prompt else load(is_trainable=True)
         train_losses = train(trained, rows)
         trained_loss = mean_loss(trained, rows)
@@ -561,6 +656,7 @@ def make_case(model_name, variant, out, rows, base_loss):
     expected = dict(
         base_loss=base_loss, loss=loss, merged_loss=merged_loss, accuracy=accuracy(load(), rows), tokens=sum(summed_count(row, has_targets(model)) for row in rows), rows=len(rows),
         train_losses=train_losses, trained_loss=trained_loss, batch_rows=BATCH_ROWS, learning_rate=LEARNING_RATE,
+        draws=draws,
     )
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
 

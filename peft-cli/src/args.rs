@@ -123,6 +123,9 @@ pub(crate) struct EvalArgs {
     /// Adapter folder or hub id
     #[arg(long)]
     pub(crate) adapter: Option<String>,
+    /// The task of all rows, for an adapter with several; left out, each row's own, in its column `task_id`
+    #[arg(long)]
+    pub(crate) task_id: Option<usize>,
     /// Rows to evaluate on
     #[arg(long)]
     pub(crate) data: PathBuf,
@@ -156,6 +159,9 @@ pub(crate) struct GenerateArgs {
     /// Adapter folder or hub id
     #[arg(long)]
     pub(crate) adapter: Option<String>,
+    /// The task, for an adapter with several
+    #[arg(long)]
+    pub(crate) task_id: Option<usize>,
     /// The prompt
     #[arg(long, required_unless_present = "chat")]
     pub(crate) prompt: Option<String>,
@@ -187,6 +193,9 @@ pub(crate) struct MergeArgs {
     /// Adapter folder or hub id; several are merged one after another
     #[arg(long, required = true)]
     pub(crate) adapter: Vec<String>,
+    /// The task to merge, for an adapter with several
+    #[arg(long)]
+    pub(crate) task_id: Option<usize>,
     /// Output folder, or file for GGUF
     #[arg(long)]
     pub(crate) output: PathBuf,
@@ -306,7 +315,7 @@ pub(crate) enum ConvertTo {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ConvertArgs {
-    /// The adapter, of PEFT's, ours or AdapterHub's: a folder or a hub id
+    /// The adapter, of PEFT's, ours, AdapterHub's, mlx-lm's, torchtune's or kohya's: a folder or a hub id
     #[arg(long)]
     pub(crate) adapter: String,
     /// The form to write
@@ -315,10 +324,13 @@ pub(crate) struct ConvertArgs {
     /// The folder to write, new or empty; the file of `gguf`
     #[arg(long)]
     pub(crate) output: PathBuf,
-    /// The base model. `gguf` needs it, `lora` but for a plain LoRA, `adapterhub` where the adapter does not name one on this machine; with
-    /// `peft`, the copy of the base's output layer that AdapterHub stores beside an adapter is left out
+    /// The base model. `gguf` needs it, `lora` but for a plain LoRA, `adapterhub` where the adapter does not name one on this machine, `peft` for
+    /// an adapter of torchtune's or kohya's; with `peft`, the copy of the base's output layer that AdapterHub stores beside an adapter is left out
     #[arg(long)]
     pub(crate) model: Option<String>,
+    /// With `lora`, `gguf` and `mlx`: the task to take an adapter for that has several
+    #[arg(long)]
+    pub(crate) task_id: Option<usize>,
     /// With `lora`: the rank of every site
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) rank: Option<u16>,
@@ -338,6 +350,9 @@ pub(crate) struct ConvertArgs {
 pub(crate) struct InspectArgs {
     /// A model folder, a .gguf file, an adapter folder or a hub id
     pub(crate) path: String,
+    /// The base model, for an adapter of torchtune's or kohya's
+    #[arg(long)]
+    pub(crate) model: Option<String>,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -4,14 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
-use peft_core::{Task, read_keys};
+use peft_core::{Adapter, Task, read_keys};
 use peft_hub::{Kind, Options};
 use peft_models::config::ModelConfig;
 use peft_models::source::Placement;
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
-use peft_train::class_labels;
 use peft_train::data::{ClassHead, DecoderInputs, HfTextTokenizer};
+use peft_train::{class_labels, methods};
+use serde_json::{Map, Value};
 
 /// The files of the model that `spec` names, downloaded where it is a hub id.
 pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
@@ -77,11 +78,37 @@ pub(crate) fn max_length(files: &ModelFiles, asked: usize, virtual_tokens: usize
 /// when the adapter is made.
 pub(crate) fn virtual_tokens(method: &toml::Table) -> Result<usize> {
     let key = "num_virtual_tokens";
+    if let Some(ids) = method.get("cpt_token_ids").and_then(toml::Value::as_array) {
+        return Ok(ids.len());
+    }
     let count = match method.get("init_from").and_then(toml::Value::as_str) {
-        Some(from) => read_keys(adapter(from)?)?.get(key).and_then(serde_json::Value::as_u64),
+        Some(from) => start_keys(from)?.get(key).and_then(Value::as_u64),
         None => method.get(key).and_then(toml::Value::as_integer).and_then(|n| u64::try_from(n).ok()),
     };
     Ok(count.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))
+}
+
+/// The config of an adapter to start from; nothing, where it is of a program that writes none.
+fn start_keys(from: &str) -> Result<Map<String, Value>> {
+    let folder = adapter(from)?;
+    Ok(if folder.join("adapter_config.json").is_file() { read_keys(&folder)? } else { Map::new() })
+}
+
+/// How many tasks the adapter of a run of this `[method]` table has, where it depends on them.
+pub(crate) fn tasks(method: &toml::Table) -> Result<Option<usize>> {
+    let keys = match method.get("init_from").and_then(toml::Value::as_str) {
+        Some(from) => start_keys(from)?,
+        None => serde_json::to_value(method)?.as_object().cloned().unwrap_or_default(),
+    };
+    Ok(methods::tasks(&keys))
+}
+
+/// An adapter for the task that was asked for.
+pub(crate) fn for_task(adapter: Adapter, task: Option<usize>) -> Result<Adapter> {
+    Ok(match task {
+        Some(task) => adapter.for_task(task).context("--task-id")?,
+        None => adapter,
+    })
 }
 
 /// The folder of the adapter that `spec` names.

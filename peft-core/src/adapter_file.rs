@@ -44,11 +44,35 @@ pub struct AdapterFolder {
     dir: PathBuf,
     config: AdapterConfig,
     weights: Arc<SafetensorsFile>,
-    keys: BTreeMap<String, StoredTensor>,
+    keys: BTreeMap<String, Place>,
 }
 
 /// Where a tensor lies: the file, and its name there.
 pub type StoredTensor = (Arc<SafetensorsFile>, String);
+
+/// A tensor of the folder.
+#[derive(Debug)]
+enum Place {
+    Stored(StoredTensor),
+    /// Made of what another program's file holds.
+    Made(Tensor),
+}
+
+impl Place {
+    fn shape(&self) -> Option<&[usize]> {
+        match self {
+            Self::Stored((file, name)) => Some(&file.get(name)?.shape),
+            Self::Made(tensor) => Some(tensor.dims()),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Stored((file, name)) => file.get(name).map_or(0, |meta| meta.bytes.len()),
+            Self::Made(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+        }
+    }
+}
 
 impl AdapterFolder {
     /// Reads the config and maps the weights.
@@ -64,7 +88,7 @@ impl AdapterFolder {
             return Err(no_weights(dir));
         }
         let weights = Arc::new(SafetensorsFile::open(&path)?);
-        let mut keys = BTreeMap::new();
+        let mut keys: BTreeMap<String, StoredTensor> = BTreeMap::new();
         for name in weights.names() {
             // With bias = "all", PEFT stores the biases of `modules_to_save` a second time, under the wrapper's name (and
             // the adapter's, where the module holds others).
@@ -81,7 +105,7 @@ impl AdapterFolder {
                 return Err(Error::file(&path, message));
             }
         }
-        Ok(Self { dir: dir.to_owned(), config, weights, keys })
+        Ok(Self::foreign(dir, config, weights, keys))
     }
 
     /// The folder `dir` of another program, which keeps its adapter in other files: the config and the names that PEFT (or this
@@ -93,6 +117,19 @@ impl AdapterFolder {
         weights: Arc<SafetensorsFile>,
         keys: BTreeMap<String, StoredTensor>,
     ) -> Self {
+        let keys = keys.into_iter().map(|(key, stored)| (key, Place::Stored(stored))).collect();
+        Self { dir: dir.as_ref().to_owned(), config, weights, keys }
+    }
+
+    /// The folder `dir` of another program whose tensors are not PEFT's but for their names: those that PEFT would have, made of
+    /// what is in `weights`.
+    pub fn converted(
+        dir: impl AsRef<Path>,
+        config: AdapterConfig,
+        weights: Arc<SafetensorsFile>,
+        tensors: BTreeMap<String, Tensor>,
+    ) -> Self {
+        let keys = tensors.into_iter().map(|(key, tensor)| (key, Place::Made(tensor))).collect();
         Self { dir: dir.as_ref().to_owned(), config, weights, keys }
     }
 
@@ -123,13 +160,12 @@ impl AdapterFolder {
 
     /// Shape of a tensor, if it is there.
     pub fn shape(&self, key: &str) -> Option<&[usize]> {
-        let (file, name) = self.keys.get(key)?;
-        Some(&file.get(name)?.shape)
+        self.keys.get(key)?.shape()
     }
 
     /// Bytes of all tensors together.
     pub fn bytes(&self) -> usize {
-        self.keys.values().filter_map(|(file, name)| file.get(name)).map(|meta| meta.bytes.len()).sum()
+        self.keys.values().map(Place::bytes).sum()
     }
 
     /// One tensor in the type that it has in the file.
@@ -138,7 +174,8 @@ impl AdapterFolder {
     /// It is not there, or its type cannot be used.
     pub fn tensor(&self, key: &str, device: &Device) -> Result<Tensor> {
         match self.keys.get(key) {
-            Some((file, name)) => file.tensor(name, device),
+            Some(Place::Stored((file, name))) => file.tensor(name, device),
+            Some(Place::Made(tensor)) => Ok(tensor.to_device(device)?),
             None => {
                 let near = did_you_mean(key, self.keys());
                 Err(Error::file(self.weights.path(), format!("has no tensor `{key}`{near}")))

@@ -101,6 +101,8 @@ pub struct StepRng {
     pub seed: u64,
     /// The micro-batch, counted over the whole run.
     pub step: u32,
+    /// Which run of tokens of a [`Route::Rows`], where each goes through its adapter apart.
+    pub run: u32,
 }
 
 /// The explicit context of a forward pass.

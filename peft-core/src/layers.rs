@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use peft_kernels::{Branch, FrozenWeight, RoutedSpan, ServingForm};
 
-use crate::ctx::{Ctx, Route};
+use crate::ctx::{Ctx, Mode, Route, StepRng};
 use crate::error::{Context, Error, Result};
 use crate::set::SiteModule;
 use crate::site::SiteId;
@@ -164,7 +164,8 @@ impl FrozenLinear {
     /// added in place. Runs whose adapter has no serving form here go through it apart.
     fn routed(&self, x: &Tensor, runs: &[(Range<usize>, Option<usize>)], ctx: &Ctx<'_>) -> Result<Tensor> {
         let mut forms: Vec<(Range<usize>, Option<Arc<ServingForm>>)> = Vec::with_capacity(runs.len());
-        let mut all_fit = !ctx.mode.tracks();
+        // Serving forms are those of evaluation, and made once.
+        let mut all_fit = ctx.mode == Mode::Eval;
         for (run, slot) in runs {
             let form = match slot.and_then(|s| ctx.adapters.at(s, self.site)) {
                 None => None,
@@ -188,8 +189,10 @@ impl FrozenLinear {
         }
         let parts = runs
             .iter()
-            .map(|(run, slot)| {
+            .enumerate()
+            .map(|(i, (run, slot))| {
                 let x = x.narrow(0, run.start, run.len())?;
+                let ctx = &Ctx { rng: StepRng { run: i as u32, ..ctx.rng }, ..*ctx };
                 match slot {
                     Some(slot) => self.through(*slot, &x, ctx),
                     None => self.base(&x),

@@ -37,7 +37,7 @@ pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
 pub use sublayer::{Join, SublayerKind, SublayerModule, SublayerSite, sublayer_sites};
 pub use tokens::{TrainedHeadRows, TrainedTokens, token_ids};
-pub use training_hook::TrainingHook;
+pub use training_hook::{PromptTarget, TrainingHook};
 
 pub use virtual_tokens::{
     PrefixModule, PromptDims, PromptModule, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens,
@@ -67,6 +67,7 @@ pub mod select_spec;
 pub mod shard_writer;
 mod st_header;
 pub mod suggest;
+mod task;
 mod tensor_bytes;
 pub use adapter_config::{AdapterConfig, read_json_file, read_keys};
 pub use adapter_file::{AdapterFolder, ExpectedTensor, StoredTensor, only_a_pickle, write_adapter};
@@ -79,4 +80,5 @@ pub use select::{Candidate, ModuleKind, SelectRules, Selection, Unmatched, selec
 pub use select_spec::{TargetModules, TargetSpec};
 pub use shard_writer::{PlannedTensor, ShardWriter};
 pub use st_header::TensorMeta;
+pub use task::ByTask;
 pub use tensor_bytes::check_finite;

@@ -1,6 +1,7 @@
 //! What a method implements for one site.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_kernels::{LowRank, ServingForm};
@@ -49,6 +50,12 @@ pub trait PeftModule: Send + Sync + Debug {
     /// What is wrong.
     fn check(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// The module as it is for one task, sharing all parameters; `None` where it is the same for every task. Whoever builds
+    /// an adapter of modules that depend on it says so with [`crate::Adapter::set_tasks`].
+    fn for_task(&self, _task: usize) -> Option<Arc<dyn PeftModule>> {
+        None
     }
 
     /// What merging does to the base layer, in `f32`.

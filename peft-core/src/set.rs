@@ -12,6 +12,7 @@ use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
 use crate::sublayer::SublayerModule;
+use crate::task::check_task;
 use crate::training_hook::TrainingHook;
 use crate::virtual_tokens::VirtualTokens;
 
@@ -55,6 +56,13 @@ impl SiteModule {
         match self {
             Self::Linear(m) => m.frozen(),
             Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Vec::new(),
+        }
+    }
+
+    fn for_task(&self, task: usize) -> Self {
+        match self {
+            Self::Linear(m) => m.for_task(task).map_or_else(|| self.clone(), Self::Linear),
+            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => self.clone(),
         }
     }
 
@@ -142,13 +150,15 @@ pub struct Adapter {
     constants: Vec<(String, Tensor)>,
     fixed: Vec<Parameter>,
     shared: Vec<Parameter>,
+    /// Set where its modules depend on the task.
+    tasks: Option<usize>,
     training_hook: Option<Box<dyn TrainingHook>>,
     export_keys: Map<String, Value>,
     export_tensors: Vec<(String, ExportTensor)>,
 }
 
 /// A tensor that is no state of an adapter and that other programs expect in its file.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum ExportTensor {
     Constant(Tensor),
     /// The one stored under this key, again.
@@ -168,6 +178,7 @@ impl Adapter {
             constants: Vec::new(),
             fixed: Vec::new(),
             shared: Vec::new(),
+            tasks: None,
             training_hook: None,
             export_keys: Map::new(),
             export_tensors: Vec::new(),
@@ -226,6 +237,42 @@ impl Adapter {
     #[must_use]
     pub fn training_hook(&self) -> Option<&dyn TrainingHook> {
         self.training_hook.as_deref()
+    }
+
+    /// Says that modules depend on the task, and how many tasks there are.
+    pub fn set_tasks(&mut self, tasks: usize) {
+        self.tasks = Some(tasks);
+    }
+
+    /// How many tasks there are, where the adapter does another thing for each; `None` for a view of one of them.
+    #[must_use]
+    pub fn tasks(&self) -> Option<usize> {
+        self.tasks
+    }
+
+    /// This adapter as it is for one task: the same parameters, without what acts on the training loop.
+    ///
+    /// # Errors
+    /// A task that there is not, or an adapter that is the same for every task.
+    pub fn for_task(&self, task: usize) -> Result<Self> {
+        check_task(task, self.tasks)?;
+        let site = |site: &SiteAdapter| {
+            SiteAdapter::new(site.module.as_ref().map(|module| module.for_task(task)), site.bias.clone())
+        };
+        Ok(Self {
+            config: self.config.clone(),
+            labels: self.labels.clone(),
+            sites: self.sites.iter().map(|s| s.as_ref().map(site)).collect(),
+            fan_in_fan_out: self.fan_in_fan_out.clone(),
+            virtual_tokens: self.virtual_tokens.as_ref().map(|tokens| tokens.for_task(task)),
+            constants: self.constants.clone(),
+            fixed: self.fixed.clone(),
+            shared: self.shared.clone(),
+            tasks: None,
+            training_hook: None,
+            export_keys: self.export_keys.clone(),
+            export_tensors: self.export_tensors.clone(),
+        })
     }
 
     /// Sets a key that [`Adapter::exported`] puts in place of the config's own.
@@ -290,7 +337,8 @@ impl Adapter {
     /// The modules' tensors that are not trained and that a checkpoint restores ([`PeftModule::frozen`]).
     #[must_use]
     pub fn frozen(&self) -> Vec<&Parameter> {
-        self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen).collect()
+        let of_sites = self.touched().filter_map(|(_, s)| s.module.as_ref()).flat_map(SiteModule::frozen);
+        of_sites.chain(self.virtual_tokens.iter().flat_map(VirtualTokens::frozen)).collect()
     }
 
     /// Refuses values that were read from a file and cannot be used ([`PeftModule::check`]).

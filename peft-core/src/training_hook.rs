@@ -8,6 +8,17 @@ use serde_json::{Map, Value};
 
 use crate::error::Result;
 
+/// A token of a prompt that counts towards the loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PromptTarget {
+    /// The virtual token whose hidden state predicts it, counted from 0.
+    pub place: usize,
+    /// What it should predict.
+    pub id: u32,
+    /// What its likelihood weighs, where a row's own token weighs 1.
+    pub weight: f64,
+}
+
 /// The part of a method that acts on the training loop, such as AdaLoRA's regulariser and its allocator of ranks.
 ///
 /// An adapter is shared while it is trained, so what a hook remembers lies behind a lock.
@@ -17,6 +28,11 @@ pub trait TrainingHook: Send + Sync + Debug {
     /// # Errors
     /// When a tensor operation fails.
     fn penalty(&self) -> Result<(f64, Vec<(String, Tensor)>)>;
+
+    /// Tokens of the adapter's prompt that count towards the loss beside those of the rows, once for each row.
+    fn prompt_targets(&self) -> &[PromptTarget] {
+        &[]
+    }
 
     /// Acts after the optimiser's update number `step`, counted from 0, that was made of `gradients`, by the parameters' names.
     ///

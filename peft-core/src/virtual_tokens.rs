@@ -45,8 +45,19 @@ pub trait PromptModule: Send + Sync + Debug {
     /// When a tensor operation fails.
     fn embeddings(&self, ctx: &Ctx<'_>) -> Result<Tensor>;
 
+    /// The embeddings as they are for one task, sharing all parameters; `None` where they are the same for every task. Whoever
+    /// builds an adapter of such says so with [`crate::Adapter::set_tasks`].
+    fn for_task(&self, _task: usize) -> Option<Arc<dyn PromptModule>> {
+        None
+    }
+
     /// The trainable parameters, in the order in which they are stored.
     fn parameters(&self) -> Vec<&Parameter>;
+
+    /// Tensors that belong to the module and are not trained: checkpoints hold them, and other programs are not given them.
+    fn frozen(&self) -> Vec<&Parameter> {
+        Vec::new()
+    }
 
     /// The tensors that other programs are given, by their keys in the adapter file.
     ///
@@ -86,6 +97,23 @@ impl VirtualTokens {
         match &self.module {
             VirtualModule::Prefix(m) => m.parameters(),
             VirtualModule::Prompt(m) => m.parameters(),
+        }
+    }
+
+    /// These as they are for one task.
+    pub(crate) fn for_task(&self, task: usize) -> Self {
+        let module = match &self.module {
+            VirtualModule::Prompt(m) => m.for_task(task).map(VirtualModule::Prompt),
+            VirtualModule::Prefix(_) => None,
+        };
+        Self { count: self.count, module: module.unwrap_or_else(|| self.module.clone()) }
+    }
+
+    /// Their tensors that are not trained and that a checkpoint restores.
+    pub(crate) fn frozen(&self) -> Vec<&Parameter> {
+        match &self.module {
+            VirtualModule::Prefix(_) => Vec::new(),
+            VirtualModule::Prompt(m) => m.frozen(),
         }
     }
 

@@ -34,7 +34,8 @@ pub use options::{Event, Options, Progress};
 pub enum Kind {
     /// A base model: `config.json`, safetensors weights and the tokenizer's files, or a GGUF file.
     Model,
-    /// An adapter: `adapter_config.json` and PEFT's `adapter_model.safetensors` or AdapterHub's `adapter.safetensors`.
+    /// An adapter: `adapter_config.json` and PEFT's `adapter_model.safetensors`, AdapterHub's `adapter.safetensors` or mlx-lm's
+    /// `adapters.safetensors`; on this machine, also a folder with one file of weights and no config (kohya's).
     Adapter,
 }
 

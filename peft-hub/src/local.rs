@@ -31,6 +31,10 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
     match kind {
         Kind::Model if has("config.json") => Ok(Location::Folder(path.to_owned())),
         Kind::Adapter if has("adapter_config.json") => Ok(Location::Folder(path.to_owned())),
+        // Some programs keep an adapter in one file of weights and nothing beside it.
+        Kind::Adapter if !has("config.json") && list(path, |entry| has_extension(entry, "safetensors"))?.len() == 1 => {
+            Ok(Location::Folder(path.to_owned()))
+        }
         Kind::Model => {
             let mut gguf = list(path, |entry| has_extension(entry, "gguf"))?;
             match (gguf.pop(), gguf.len()) {
@@ -116,6 +120,8 @@ mod tests {
         assert_eq!(check(model.path(), Kind::Model).unwrap(), Location::Folder(model.path().to_owned()));
         let adapter = folder(&["adapter_config.json"]);
         assert!(matches!(check(adapter.path(), Kind::Adapter), Ok(Location::Folder(_))));
+        let weights = folder(&["trained.safetensors"]);
+        assert!(matches!(check(weights.path(), Kind::Adapter), Ok(Location::Folder(_))));
         let gguf = folder(&["m.GGUF"]);
         let file = gguf.path().join("m.GGUF");
         assert_eq!(check(&file, Kind::Model).unwrap(), Location::Gguf(file.clone()));

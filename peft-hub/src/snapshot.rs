@@ -15,8 +15,8 @@ const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 const ADAPTER_CONFIG: &str = "adapter_config.json";
-/// PEFT's weights, and AdapterHub's.
-const ADAPTER_WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter.safetensors"];
+/// PEFT's weights, AdapterHub's and mlx-lm's.
+const ADAPTER_WEIGHTS: [&str; 3] = ["adapter_model.safetensors", "adapter.safetensors", "adapters.safetensors"];
 /// Pickles in their place.
 const ADAPTER_PICKLES: [&str; 2] = ["adapter_model.bin", "pytorch_adapter.bin"];
 
@@ -239,8 +239,8 @@ fn cached(cache: &Cache, id: &HubId, kind: Kind) -> std::result::Result<Location
     }
     if kind == Kind::Adapter {
         need(ADAPTER_CONFIG)?;
-        let [peft, adapterhub] = ADAPTER_WEIGHTS;
-        need(peft).or_else(|missing| need(adapterhub).map_err(|_| missing))?;
+        let [peft, others @ ..] = ADAPTER_WEIGHTS;
+        need(peft).or_else(|missing| others.into_iter().find_map(|file| need(file).ok()).ok_or(missing))?;
         return Ok(Location::Folder(folder));
     }
     if need(CONFIG).is_err()

@@ -175,7 +175,7 @@ mod tests {
                     dropout: p,
                 };
                 let set = AdapterSet::empty();
-                let rng = StepRng { seed: 11, step: 2 };
+                let rng = StepRng { seed: 11, step: 2, run: 0 };
                 let ctx = Ctx { adapters: &set, route: &Route::Base, mode: Mode::Train { track: true }, rng };
                 let y = module.forward(&base, x.as_tensor(), &ctx).unwrap();
                 let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();

@@ -4,6 +4,8 @@ Soft prompts: virtual tokens in front of every sequence, the base untouched. Wit
 * [`PrefixConfig`]: prefix tuning (Li & Liang 2021, arXiv:2101.00190; P-tuning v2, arXiv:2110.07602), keys and values in
   front of each layer's own, trained as they are or through a network.
 * [`PromptConfig`]: prompt tuning (Lester et al. 2021, arXiv:2104.08691), embeddings in front of each sequence's own.
+* [`MultitaskConfig`]: multitask prompt tuning (Wang et al. 2023, arXiv:2303.02861), one prompt times a factor for each task.
+* [`CptConfig`]: context-aware prompt tuning (Blau et al. 2024, arXiv:2410.17222), the tokens of examples, moved a little.
 * [`PTuningConfig`]: P-tuning (Liu et al. 2021, arXiv:2103.10385), such embeddings made by a network.
 
 What `modules_to_save` names is trained whole beside them, and on a classifier the head, as PEFT has it. A prompt stands in front
@@ -13,13 +15,17 @@ PEFT stores what the network makes and drops the network, so its files cannot be
 the network, and a run goes on bit by bit; from an adapter file, training goes on with the virtual tokens themselves.
 */
 
+mod cpt;
 mod keys;
+mod multitask;
 mod network;
 mod p_tuning;
 mod prefix;
 mod prompt;
 
+pub use cpt::CptConfig;
 pub use keys::word_embedding;
+pub use multitask::MultitaskConfig;
 pub use p_tuning::PTuningConfig;
 pub use prefix::PrefixConfig;
 pub use prompt::{PromptConfig, PromptStart};

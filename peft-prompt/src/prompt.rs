@@ -36,7 +36,7 @@ pub struct PromptConfig {
     pub tokenizer: Option<String>,
 }
 
-fn known() -> Map<String, Value> {
+pub(crate) fn known() -> Map<String, Value> {
     let own = json!({
         "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": null, "tokenizer_kwargs": null,
         "tokenizer_name_or_path": null
@@ -51,26 +51,7 @@ impl PromptConfig {
     /// A value of the wrong type or out of range; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
         let keys = ConfigKeys(config);
-        let text = keys.text("prompt_tuning_init_text")?;
-        let start = match (keys.text("prompt_tuning_init")?, text) {
-            (None | Some("RANDOM"), _) => PromptStart::Random,
-            (Some("SAMPLE_VOCAB"), _) => PromptStart::SampleVocab,
-            (Some("TEXT"), Some(text)) => PromptStart::Text(text.to_owned()),
-            (Some("TEXT"), None) => {
-                return Err(Error::config(
-                    "prompt_tuning_init_text",
-                    "is not given, and prompt_tuning_init is \"TEXT\"",
-                ));
-            }
-            (Some(other), _) => {
-                let message = format!("\"{other}\" is none of \"RANDOM\", \"SAMPLE_VOCAB\", \"TEXT\"");
-                return Err(Error::config("prompt_tuning_init", message));
-            }
-        };
-        if keys.get("tokenizer_kwargs").is_some_and(|v| v.as_object().is_none_or(|map| !map.is_empty())) {
-            return Err(Error::config("tokenizer_kwargs", "is not honoured here; leave it out"));
-        }
-        let tokenizer = keys.text("tokenizer_name_or_path")?.map(str::to_owned);
+        let (start, tokenizer) = read_start(keys)?;
         Ok(Self { shared: SoftPrompt::read(config)?, start, tokenizer })
     }
 
@@ -124,29 +105,62 @@ impl PromptConfig {
     pub fn build(&self, base: &dyn BaseModel, seed: u64, text_ids: &[u32]) -> Result<Built> {
         let shape = self.shared.on(base, false)?;
         let mut starts = Starts::new(seed, base.device());
-        let table = word_embedding(base)?;
-        let value = match &self.start {
-            PromptStart::Random => {
-                let values = starts.stream().normal_vec(shape.stored_rows() * shape.token_dim, 1.0);
-                Tensor::from_vec(values, (shape.stored_rows(), shape.token_dim), &Device::Cpu)?
-            }
-            PromptStart::SampleVocab => {
-                let (stream, vocab) = (starts.stream(), table.weight().out_features());
-                // The word scaled down: every token as likely as another up to 2⁻³².
-                let id = |i: usize| ((u64::from(stream.word(i as u64)) * vocab as u64) >> 32) as u32;
-                table.base(&(0..shape.stored_rows()).map(id).collect::<Vec<_>>())?
-            }
-            PromptStart::Text(_) if text_ids.is_empty() => {
-                return Err(Error::config("prompt_tuning_init_text", "has no tokens"));
-            }
-            PromptStart::Text(_) => {
-                let ids: Vec<u32> = text_ids.iter().copied().cycle().take(shape.stored_rows()).collect();
-                table.base(&ids).with_context(|| "prompt_tuning_init_text")?
-            }
-        };
+        let value = start_values(&self.start, &shape, base, &mut starts, text_ids)?;
         let module = flat(&shape, base, Some(value))?;
         self.shared.adapter(self.shared.written(&shape, known()), module, base, Unmatched::Error)
     }
+}
+
+/// How a prompt starts, and where the tokenizer of its text lies.
+pub(crate) fn read_start(keys: ConfigKeys<'_>) -> Result<(PromptStart, Option<String>)> {
+    let text = keys.text("prompt_tuning_init_text")?;
+    let start = match (keys.text("prompt_tuning_init")?, text) {
+        (None | Some("RANDOM"), _) => PromptStart::Random,
+        (Some("SAMPLE_VOCAB"), _) => PromptStart::SampleVocab,
+        (Some("TEXT"), Some(text)) => PromptStart::Text(text.to_owned()),
+        (Some("TEXT"), None) => {
+            return Err(Error::config("prompt_tuning_init_text", "is not given, and prompt_tuning_init is \"TEXT\""));
+        }
+        (Some(other), _) => {
+            let message = format!("\"{other}\" is none of \"RANDOM\", \"SAMPLE_VOCAB\", \"TEXT\"");
+            return Err(Error::config("prompt_tuning_init", message));
+        }
+    };
+    if keys.get("tokenizer_kwargs").is_some_and(|v| v.as_object().is_none_or(|map| !map.is_empty())) {
+        return Err(Error::config("tokenizer_kwargs", "is not honoured here; leave it out"));
+    }
+    let tokenizer = keys.text("tokenizer_name_or_path")?.map(str::to_owned);
+    Ok((start, tokenizer))
+}
+
+/// The rows `[stored rows, hidden]` that a prompt starts from.
+pub(crate) fn start_values(
+    start: &PromptStart,
+    shape: &Shape,
+    base: &dyn BaseModel,
+    starts: &mut Starts,
+    text_ids: &[u32],
+) -> Result<Tensor> {
+    let table = word_embedding(base)?;
+    Ok(match start {
+        PromptStart::Random => {
+            let values = starts.stream().normal_vec(shape.stored_rows() * shape.token_dim, 1.0);
+            Tensor::from_vec(values, (shape.stored_rows(), shape.token_dim), &Device::Cpu)?
+        }
+        PromptStart::SampleVocab => {
+            let (stream, vocab) = (starts.stream(), table.weight().out_features());
+            // The word scaled down: every token as likely as another up to 2⁻³².
+            let id = |i: usize| ((u64::from(stream.word(i as u64)) * vocab as u64) >> 32) as u32;
+            table.base(&(0..shape.stored_rows()).map(id).collect::<Vec<_>>())?
+        }
+        PromptStart::Text(_) if text_ids.is_empty() => {
+            return Err(Error::config("prompt_tuning_init_text", "has no tokens"));
+        }
+        PromptStart::Text(_) => {
+            let ids: Vec<u32> = text_ids.iter().copied().cycle().take(shape.stored_rows()).collect();
+            table.base(&ids).with_context(|| "prompt_tuning_init_text")?
+        }
+    })
 }
 
 /// The tensor of a prompt's file.

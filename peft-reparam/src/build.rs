@@ -62,6 +62,9 @@ impl ReparamConfig {
             }
         }
         let parameters: Vec<_> = modules.iter().map(|module| module.parameters.as_slice()).collect();
+        if let Some(tasks) = self.method.tasks() {
+            adapter.set_tasks(tasks);
+        }
         if let Some(hook) = self.method.training_hook(&parameters)? {
             adapter.set_training_hook(hook);
         }

@@ -1,6 +1,7 @@
 //! What a method does to a frozen linear layer, and the module that does it.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{self, ServingForm};
@@ -51,6 +52,21 @@ pub enum Change {
 /// the formula and small beside the weight.
 pub(crate) trait Formula: Send + Sync + Debug {
     fn change(&self, parameters: &[Tensor]) -> Result<Change>;
+
+    /// The change in a pass of the layer `base`, for formulas that draw random numbers in training.
+    fn drawn(&self, parameters: &[Tensor], _base: &FrozenLinear, _ctx: &Ctx<'_>) -> Result<Change> {
+        self.change(parameters)
+    }
+
+    /// The formula as it is for one task; `None` where it is the same for every task.
+    fn for_task(&self, _task: usize) -> Option<Box<dyn Formula>> {
+        None
+    }
+
+    /// Why there is no one change to merge, in words.
+    fn unmergeable(&self) -> Option<String> {
+        None
+    }
 
     /// The tensors in files, by their keys, where these are not the parameters of the site.
     fn exported(&self, _parameters: &[Parameter]) -> Result<Option<Vec<(String, Tensor)>>> {
@@ -122,7 +138,7 @@ impl PeftModule for ReparamLinear {
     fn forward(&self, base: &FrozenLinear, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let parameters: Vec<_> = self.read().map(|p| p.get(ctx)).collect();
         let dropout = ctx.dropout(base.site(), self.dropout);
-        Ok(match self.formula.change(&parameters)? {
+        Ok(match self.formula.drawn(&parameters, base, ctx)? {
             Change::LowRank { a, b } => kernels::lora_linear(x, base.weight(), base.bias(), &a, &b, 1.0, dropout)?,
             Change::Dense(delta) => {
                 let dropped = dropout.map(|d| kernels::dropout(x, d.p, d.stream)).transpose()?;
@@ -165,7 +181,16 @@ impl PeftModule for ReparamLinear {
         self.formula.check()
     }
 
+    fn for_task(&self, task: usize) -> Option<Arc<dyn PeftModule>> {
+        let formula = self.formula.for_task(task)?;
+        let (parameters, shared) = (self.parameters.clone(), self.shared.clone());
+        Some(Arc::new(Self { parameters, shared, formula, dropout: self.dropout }))
+    }
+
     fn delta(&self, base: &FrozenLinear) -> Result<Delta> {
+        if let Some(why) = self.formula.unmergeable() {
+            return Ok(Delta::Unmergeable(why));
+        }
         let dense = || base.weight().to_dense(DType::F32);
         Ok(match self.change()? {
             Change::LowRank { a, b } => Delta::Add { weight: b.matmul(&a)?, bias: None },

@@ -5,15 +5,19 @@ use std::path::Path;
 use candle_core::Tensor;
 use peft_adapters::adapterhub;
 use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
+use peft_lora::foreign::Layout;
 
 use crate::class_labels;
 
-/// Opens an adapter folder of PEFT's, ours or AdapterHub's. Formats that store a copy of the model's head beside the adapter
+/// Opens an adapter folder of PEFT's, ours, AdapterHub's, mlx-lm's, torchtune's or kohya's. Formats that store a copy of the model's head beside the adapter
 /// are rid of it where it is that of `base`.
 ///
 /// # Errors
 /// What makes the folder unreadable, by the file and the key.
 pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
+    if let Some(layout) = Layout::of(folder)? {
+        return layout.open(folder, base);
+    }
     if adapterhub::is_adapterhub(folder)? { adapterhub::open(folder, base) } else { AdapterFolder::open(folder) }
 }
 

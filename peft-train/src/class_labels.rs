@@ -7,6 +7,7 @@ use std::path::Path;
 
 use peft_adapters::adapterhub;
 use peft_core::{Error, Result, atomic};
+use peft_lora::foreign::Layout;
 
 use crate::adapter_files;
 
@@ -44,6 +45,10 @@ pub fn read(folder: &Path) -> Result<Option<Vec<String>>> {
         let text = std::fs::read(&file).map_err(|e| Error::io(&file, e))?;
         let wrong = |e: serde_json::Error| Error::file(&file, format!("is not a list of the classes' names: {e}"));
         return serde_json::from_slice(&text).map(Some).map_err(wrong);
+    }
+    // Adapters of linear layers alone.
+    if Layout::of(folder)?.is_some() {
+        return Ok(None);
     }
     if adapterhub::is_adapterhub(folder)?
         && let Some(labels) = adapterhub::labels(folder)?

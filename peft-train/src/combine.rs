@@ -5,6 +5,7 @@ use std::path::Path;
 use peft_core::combine::Combined;
 use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result};
 use peft_lora::combine::{CombineOptions, CombineType, RankRule, Source};
+use peft_lora::foreign::Layout;
 
 use crate::{adapter_files, class_labels, methods};
 
@@ -20,6 +21,8 @@ pub struct Input<'a> {
     pub weight: f64,
     /// Its folder.
     pub folder: &'a Path,
+    /// The task to take it for, where it has several.
+    pub task: Option<usize>,
 }
 
 /// Combines adapters: LoRAs, or adapters of any method that changes weights where the `base` is given, into a LoRA; IA³
@@ -44,7 +47,7 @@ pub fn combine(inputs: &[Input<'_>], options: &CombineOptions, base: Option<&dyn
 /// A folder that cannot be read.
 pub fn default_type<'p>(folders: impl IntoIterator<Item = &'p Path>) -> Result<CombineType> {
     for folder in folders {
-        if adapter_files::open(folder, None)?.config().peft_type() != IA3 {
+        if Layout::of(folder)?.is_some() || adapter_files::open(folder, None)?.config().peft_type() != IA3 {
             return Ok(CombineType::Svd);
         }
     }
@@ -133,6 +136,9 @@ impl<'a> Opened<'a> {
                 );
                 return Err(Error::msg(message));
             }
+            if input.task.is_some() {
+                return Err(Error::config("task_id", format!("is given, and {name} is the same for every task")));
+            }
             return Ok(Self { input, files, adapter: None });
         }
         let Some(base) = base else {
@@ -146,6 +152,10 @@ impl<'a> Opened<'a> {
             )));
         };
         let adapter = methods::open(input.folder, base).with_context(|| name.to_owned())?.adapter;
+        let adapter = match input.task {
+            Some(task) => adapter.for_task(task).with_context(|| name.to_owned())?,
+            None => adapter,
+        };
         Ok(Self { input, files, adapter: Some(adapter) })
     }
 

@@ -10,7 +10,7 @@
 
 use candle_core::{DType, Tensor, TensorId, Var};
 use peft_core::kernels::{self, LossSpec, Record, Unread};
-use peft_core::{Ctx, Error, ReadRows, Result, Segmented, TokenBatch};
+use peft_core::{ByTask, Ctx, Error, PromptTarget, ReadRows, Result, Segmented, TokenBatch};
 
 use crate::data::Batch;
 use crate::grads::Grads;
@@ -114,6 +114,15 @@ fn tokens(batch: &Batch) -> TokenBatch<'_> {
     TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &batch.types }
 }
 
+/// The route of a batch's sequences by their tasks, where an adapter depends on them.
+fn by_task(batch: &Batch, ctx: &Ctx<'_>) -> Result<Option<ByTask>> {
+    ByTask::of(&batch.bounds, &batch.tasks, ctx)
+}
+
+fn of_tasks<'b>(by_task: &'b Option<ByTask>, ctx: &Ctx<'b>) -> Ctx<'b> {
+    by_task.as_ref().map_or(*ctx, |by_task| by_task.ctx(ctx))
+}
+
 /// Loss of a batch without gradients.
 ///
 /// # Errors
@@ -129,7 +138,7 @@ pub(crate) fn evaluate_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<Measured> {
-    with_head(model, batch, below, ctx, |head| head.loss(model, &head.normed(model, ctx)?, &[], None, ctx))
+    with_head(model, batch, below, ctx, |head, ctx| head.loss(model, &head.normed(model, ctx)?, &[], None, ctx))
 }
 
 /// Loss of a batch without gradients, and the likeliest class of each row.
@@ -147,7 +156,7 @@ pub(crate) fn predict_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, Vec<u32>)> {
-    with_head(model, batch, below, ctx, |head| {
+    with_head(model, batch, below, ctx, |head, ctx| {
         let logits = model.logits(&head.normed(model, ctx)?, &head.read.ctx(ctx))?;
         let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
         let nll = scored.nll.iter().map(|&x| f64::from(x)).sum();
@@ -171,7 +180,7 @@ pub(crate) fn token_losses_above<M: Segmented>(
     below: Option<&Below>,
     ctx: &Ctx<'_>,
 ) -> Result<Vec<f32>> {
-    with_head(model, batch, below, ctx, |head| head.losses(model, &head.normed(model, ctx)?, ctx))
+    with_head(model, batch, below, ctx, |head, ctx| head.losses(model, &head.normed(model, ctx)?, ctx))
 }
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
@@ -181,7 +190,8 @@ pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>)
 
 /// The hidden states `[tokens, hidden]` that go into a block, without a graph.
 fn hidden_before<M: Segmented>(model: &M, batch: &Batch, block: usize, ctx: &Ctx<'_>) -> Result<Tensor> {
-    let ctx = ctx.untracked();
+    let by_task = by_task(batch, ctx)?;
+    let ctx = of_tasks(&by_task, ctx).untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
     let embedded = model.embed(tokens(batch), &ctx)?;
     (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
@@ -192,6 +202,8 @@ fn hidden_before<M: Segmented>(model: &M, batch: &Batch, block: usize, ctx: &Ctx
 pub enum LossOf<'a> {
     /// Their sum times a factor.
     Sum(f64),
+    /// Their sum times a factor, and the likelihoods of tokens of the adapter's prompt, each times its own.
+    WithPrompt(f64, &'a [PromptTarget]),
     /// Any function of them: here its derivative by each, given all of them in the order of [`Batch::targets`].
     Weighed(&'a dyn Fn(&[f32]) -> Vec<f64>),
 }
@@ -200,6 +212,7 @@ impl std::fmt::Debug for LossOf<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Sum(scale) => f.debug_tuple("Sum").field(scale).finish(),
+            Self::WithPrompt(scale, targets) => f.debug_tuple("WithPrompt").field(scale).field(targets).finish(),
             Self::Weighed(_) => f.debug_tuple("Weighed").finish_non_exhaustive(),
         }
     }
@@ -226,8 +239,14 @@ pub fn forward_backward<'a, M: Segmented>(
     grads: &mut Grads,
 ) -> Result<Measured> {
     let (keep, loss) = (keep.into(), loss.into());
+    let by_task = by_task(batch, ctx)?;
+    let ctx = &of_tasks(&by_task, ctx);
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
-    let (read, targets) = read(batch, ctx)?;
+    let of_prompt = match loss {
+        LossOf::WithPrompt(_, targets) => targets,
+        LossOf::Sum(_) | LossOf::Weighed(_) => &[],
+    };
+    let (read, targets) = read(batch, of_prompt, ctx)?;
     let input = model.prepare(tokens(batch), ctx)?;
     let run = |i: usize, hidden: &Tensor, ctx: &Ctx<'_>| run_block(model, i, hidden, &read, &input, ctx);
     let (mut hidden, embedding) = if lowest == 0 {
@@ -263,7 +282,8 @@ pub fn forward_backward<'a, M: Segmented>(
     }
 
     let needs_below = first < blocks || lowest == 0;
-    let head = Head { rows: hidden.detach(), read: &read, targets: &targets };
+    let own = targets.len() - of_prompt.len();
+    let head = Head { rows: hidden.detach(), read: &read, targets: &targets, own };
     drop(hidden);
     let (measured, d_rows) = head.backward(model, ctx, loss, needs_below, grads)?;
     let Some(mut gradient) = d_rows else { return Ok(measured) };
@@ -331,12 +351,14 @@ fn run_block<M: Segmented>(
     model.block(i, hidden, input, ctx)
 }
 
-/// The rows that predict a counted token, and the tokens.
-fn read(batch: &Batch, ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
-    let targets = batch.targets();
+/// The rows that predict a counted token, and the tokens: the batch's own, then those of a prompt, whose rows lie behind.
+fn read(batch: &Batch, of_prompt: &[PromptTarget], ctx: &Ctx<'_>) -> Result<(ReadRows, Vec<u32>)> {
+    let mut targets = batch.targets();
     if targets.ids.is_empty() {
         return Err(Error::msg("a batch has no counted token"));
     }
+    targets.positions.extend(of_prompt.iter().map(|target| (batch.tokens() + target.place) as u32));
+    targets.ids.extend(of_prompt.iter().map(|target| target.id));
     Ok((ReadRows::new(targets.positions, ctx.route), targets.ids))
 }
 
@@ -346,10 +368,13 @@ fn with_head<M: Segmented, R>(
     batch: &Batch,
     below: Option<&Below>,
     ctx: &Ctx<'_>,
-    f: impl FnOnce(&Head<'_>) -> Result<R>,
+    f: impl FnOnce(&Head<'_>, &Ctx<'_>) -> Result<R>,
 ) -> Result<R> {
-    let (read, targets) = read(batch, ctx)?;
-    f(&Head { rows: read_hidden(model, batch, &read, below, ctx)?, read: &read, targets: &targets })
+    let by_task = by_task(batch, ctx)?;
+    let ctx = &of_tasks(&by_task, ctx);
+    let (read, targets) = read(batch, &[], ctx)?;
+    let rows = read_hidden(model, batch, &read, below, ctx)?;
+    f(&Head { rows, read: &read, targets: &targets, own: targets.len() }, ctx)
 }
 
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
@@ -395,6 +420,8 @@ struct Head<'a> {
     rows: Tensor,
     read: &'a ReadRows,
     targets: &'a [u32],
+    /// How many of them, in front, are the batch's own: those that are measured.
+    own: usize,
 }
 
 impl Head<'_> {
@@ -425,6 +452,10 @@ impl Head<'_> {
         let mut d_normed = Vec::new();
         let weights = match loss {
             LossOf::Sum(scale) => vec![scale; self.targets.len()],
+            LossOf::WithPrompt(scale, targets) => {
+                let of_prompt = targets.iter().map(|target| target.weight * scale);
+                std::iter::repeat_n(scale, self.own).chain(of_prompt).collect()
+            }
             LossOf::Weighed(weigh) => {
                 let weights = weigh(&self.losses(model, &normed.detach(), &ctx.untracked())?);
                 if weights.len() != self.targets.len() {
@@ -465,7 +496,7 @@ impl Head<'_> {
         mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
         ctx: &Ctx<'_>,
     ) -> Result<Measured> {
-        let mut measured = Measured { counted: self.targets.len(), ..Measured::default() };
+        let mut measured = Measured { counted: self.own, ..Measured::default() };
         for (start, ids) in chunks(self.targets) {
             let route = self.read.ctx(ctx).route.select(&(start..start + ids.len()).collect::<Vec<_>>());
             let ctx = Ctx { route: &route, ..*ctx };
@@ -477,7 +508,8 @@ impl Head<'_> {
             let shared = weights.first().copied().filter(|first| weights.iter().all(|w| w == first));
             let scale = shared.unwrap_or(1.0);
             let scored = kernels::cross_entropy_rows(&logits.detach(), ids, scale, None, backward.is_some())?;
-            measured.nll += scored.nll.iter().map(|&x| f64::from(x)).sum::<f64>();
+            let own = self.own.saturating_sub(start);
+            measured.nll += scored.nll.iter().take(own).map(|&x| f64::from(x)).sum::<f64>();
             measured.hits += scored.hits;
             if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
                 && logits.track_op()

@@ -13,7 +13,9 @@ use peft_core::{
 use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
-use peft_prompt::{PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored};
+use peft_prompt::{
+    CptConfig, MultitaskConfig, PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored,
+};
 use peft_reparam::ReparamConfig;
 use peft_selective::{BitfitConfig, LastLayersConfig, LnConfig, TokensConfig};
 use serde_json::{Map, Value};
@@ -36,7 +38,14 @@ pub struct Prepared {
     pub notes: Vec<String>,
 }
 
+/// What is said of X-LoRA, which PEFT has.
+const XLORA: &str = "is X-LoRA, which is not built: it weighs its experts token by token by a first pass over the base; `peft-cli combine` \
+                     makes one LoRA of the experts in its folder with weights that stay, and `poly` learns weights of skills by task";
+
 fn method(name: &str) -> Result<&'static MethodInfo> {
+    if name.eq_ignore_ascii_case("xlora") {
+        return Err(Error::config("method.type", format!("`{name}` {XLORA}")));
+    }
     METHODS.iter().find(|m| m.name == name).ok_or_else(|| {
         let near = did_you_mean(name, METHODS.iter().map(|m| m.name));
         let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
@@ -51,6 +60,8 @@ enum Config {
     Bottleneck(Box<BottleneckConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
+    Multitask(Box<MultitaskConfig>),
+    Cpt(Box<CptConfig>),
     PTuning(PTuningConfig),
     Ln(Box<LnConfig>),
     Bitfit(Box<BitfitConfig>),
@@ -83,6 +94,8 @@ impl Config {
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
+            "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_recipe(&keys)?)),
+            "cpt" => Self::Cpt(Box::new(CptConfig::from_recipe(&keys)?)),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
             "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_recipe(&keys)?)),
@@ -102,6 +115,8 @@ impl Config {
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
+            "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_adapter_config(keys)?)),
+            "cpt" => Self::Cpt(Box::new(CptConfig::from_adapter_config(keys)?)),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
             "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
             "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_adapter_config(keys)?)),
@@ -130,7 +145,15 @@ impl Config {
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
-            Self::Prompt(config) => selected(config.for_base(base)?.build(base, seed, &start_tokens(config)?)?),
+            Self::Prompt(config) => {
+                let text = start_tokens(&config.start, config.tokenizer.as_deref())?;
+                selected(config.for_base(base)?.build(base, seed, &text)?)
+            }
+            Self::Multitask(config) => {
+                let text = start_tokens(&config.start, config.tokenizer.as_deref())?;
+                selected(config.for_base(base)?.build(base, seed, &text)?)
+            }
+            Self::Cpt(config) => selected(config.for_base(base)?.build(base)?),
             Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
         })
     }
@@ -162,15 +185,25 @@ impl Config {
                 files.check_one(&config.stored(base)?)?;
                 selected(config.open(base)?)
             }
+            Self::Cpt(config) => {
+                files.check_one(&config.stored(base)?)?;
+                let values = files.tensor(PROMPT_EMBEDDINGS, base.device())?;
+                peft_core::check_finite(PROMPT_EMBEDDINGS, &values)?;
+                selected(config.open(base, &values)?)
+            }
+            Self::Multitask(config) => {
+                config.stored(base)?.iter().try_for_each(|tensor| files.check_one(tensor))?;
+                selected(config.open(base)?)
+            }
         })
     }
 }
 
 /// The tokens of the text that a prompt starts from; none where it starts from something else.
-fn start_tokens(config: &PromptConfig) -> Result<Vec<u32>> {
-    let PromptStart::Text(text) = &config.start else { return Ok(Vec::new()) };
+fn start_tokens(start: &PromptStart, tokenizer: Option<&str>) -> Result<Vec<u32>> {
+    let PromptStart::Text(text) = start else { return Ok(Vec::new()) };
     let key = "tokenizer_name_or_path";
-    let Some(path) = &config.tokenizer else {
+    let Some(path) = tokenizer else {
         return Err(Error::config(key, "is not given, and the prompt starts from a text"));
     };
     let tokenizer = ModelFiles::open(Path::new(path)).and_then(|files| files.tokenizer()).with_context(|| key)?;
@@ -185,6 +218,20 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
     let (config, info) = Config::of_recipe(table)?;
     let (adapter, selection) = config.create(base, seed)?;
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
+}
+
+/// How many tasks an adapter of this `[method]` table or `adapter_config.json` has, where its method does another thing for each:
+/// rows then name theirs.
+#[must_use]
+pub fn tasks(keys: &Map<String, Value>) -> Option<usize> {
+    let text = |key: &str| keys.get(key).and_then(Value::as_str);
+    let key = match (text("type"), text("peft_type")) {
+        (Some("poly"), _) | (None, Some("POLY")) => "n_tasks",
+        (Some("multitask_prompt"), _) | (None, Some("MULTITASK_PROMPT_TUNING")) => "num_tasks",
+        _ => return None,
+    };
+    let given = keys.get(key).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
+    Some(given.unwrap_or(1))
 }
 
 /// Refuses a training run of so many steps whose method asks for something that training does not do here. Opening, merging
@@ -238,6 +285,9 @@ pub fn create_on<M: Segmented>(
 pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     let files = adapter_files::open(folder, Some(base))?;
     let peft_type = files.config().peft_type();
+    if peft_type == "XLORA" {
+        return Err(Error::file(folder, XLORA));
+    }
     let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
         let known: Vec<_> = METHODS.iter().map(|m| m.peft_type).collect();
         let message = format!(

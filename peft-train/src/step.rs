@@ -4,7 +4,8 @@ use std::cell::Cell;
 
 use candle_core::Tensor;
 use peft_core::{
-    Adapter, AdapterSet, Ctx, Error, Mode, Parameter, Result, Role, Route, Segmented, StepRng, Task, TrainingHook,
+    Adapter, AdapterSet, Ctx, Error, Mode, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, Task,
+    TrainingHook,
 };
 
 use crate::audit::{AuditEntry, audit_gradients};
@@ -87,14 +88,20 @@ impl<M: Segmented> Step<'_, M> {
         let counted: usize = micro_batches.iter().map(|b| b.batch().targets().ids.len()).sum();
         let (counts, route) = (Counts::of(micro_batches), Route::Uniform(0));
         let (mut measured, mut objective) = (Measured::default(), None);
+        // A prompt's own targets count once for each row.
+        let of_prompt = self.adapter.training_hook().map_or(&[][..], |hook| hook.prompt_targets());
+        let rows: usize = micro_batches.iter().map(|b| b.batch().sequences()).sum();
         for (i, micro_batch) in micro_batches.iter().enumerate() {
             let batch = micro_batch.batch();
             if batch.targets().ids.is_empty() {
                 continue;
             }
-            let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32) };
+            let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32), run: 0 };
             let ctx = Ctx { adapters: self.set, route: &route, mode: Mode::Train { track: true }, rng };
             match (self.plan.objective, micro_batch) {
+                (Objective::TFew(_), _) if !of_prompt.is_empty() => {
+                    return Err(Error::config("train.objective", "t_few is not the loss of this method; use loss"));
+                }
                 (Objective::TFew(losses), MicroBatch::Choices(choices)) => {
                     let found = Cell::new((0.0, Measured::default()));
                     let weigh = |nll: &[f32]| {
@@ -109,8 +116,16 @@ impl<M: Segmented> Step<'_, M> {
                     objective = Some(objective.unwrap_or(0.0) + value);
                 }
                 (Objective::Loss, MicroBatch::Rows(_)) => {
-                    let scale = 1.0 / counted as f64;
-                    measured += forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, scale, grads)?;
+                    let scale = 1.0 / (counted + rows * of_prompt.len()) as f64;
+                    let repeated: Vec<PromptTarget> = of_prompt
+                        .iter()
+                        .map(|target| PromptTarget { weight: target.weight * batch.sequences() as f64, ..*target })
+                        .collect();
+                    let loss = match repeated.as_slice() {
+                        [] => LossOf::Sum(scale),
+                        targets => LossOf::WithPrompt(scale, targets),
+                    };
+                    measured += forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
                 }
                 (objective, _) => {
                     return Err(Error::msg(format!("objective {objective} has no gradient on these rows")));

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &CombineArgs) -> Result<()> {
         .adapter
         .iter()
         .zip(&folders)
-        .map(|(a, folder)| Input { name: &a.adapter, weight: a.weight, folder })
+        .map(|(a, folder)| Input { name: &a.adapter, weight: a.weight, folder, task: None })
         .collect();
     let paths = || folders.iter().map(PathBuf::as_path);
     let kind = args.kind.map_or_else(|| combine::default_type(paths()), Ok)?;
@@ -53,7 +53,7 @@ pub(crate) fn to_lora(args: &ConvertArgs, folder: &Path) -> Result<()> {
         Some(rank) => RankRule::Fixed(rank.into()),
         None => RankRule::WithinError(args.max_error.unwrap_or(MAX_ERROR)),
     };
-    let input = Input { name: &args.adapter, weight: 1.0, folder };
+    let input = Input { name: &args.adapter, weight: 1.0, folder, task: args.task_id };
     let labels = combine::labels(&[input])?;
     let base = args.model.as_deref().map(|spec| open::base(spec, [folder])).transpose()?;
     let converted = combine::to_lora(input, rule, base.as_ref().map(|model| model as &dyn BaseModel))?;

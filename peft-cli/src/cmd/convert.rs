@@ -23,6 +23,9 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
     if args.to != ConvertTo::Lora && (args.rank.is_some() || args.max_error.is_some()) {
         bail!("--rank and --max-error go with --to lora");
     }
+    if matches!(args.to, ConvertTo::Adapterhub | ConvertTo::Peft) && args.task_id.is_some() {
+        bail!("--task-id goes with --to lora, gguf and mlx");
+    }
     match args.to {
         ConvertTo::Lora => return combine::to_lora(args, &dir),
         ConvertTo::Gguf | ConvertTo::Mlx => return factors(args, &dir),
@@ -52,7 +55,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
 /// `--to gguf` and `--to mlx`, which hold the factors of a LoRA and nothing else.
 fn factors(args: &ConvertArgs, folder: &Path) -> Result<()> {
     let output = &args.output;
-    let input = Input { name: &args.adapter, weight: 1.0, folder };
+    let input = Input { name: &args.adapter, weight: 1.0, folder, task: args.task_id };
     let of = || format!("adapter {}", args.adapter);
     let model = args.model.as_deref().map(|spec| open::base(spec, [folder])).transpose()?;
     let lora = unscaled(input, model.as_ref().map(|model| model as &dyn BaseModel))?;

@@ -25,11 +25,14 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         None => (AdapterSet::empty(), Route::Base),
         Some(folder) => {
             let prepared = methods::open(folder, &model)?;
-            (AdapterSet::one("adapter", Arc::new(prepared.adapter)), Route::Uniform(0))
+            (AdapterSet::one("adapter", Arc::new(open::for_task(prepared.adapter, args.task_id)?)), Route::Uniform(0))
         }
     };
     let ctx = Ctx::eval(&set, &route);
     let virtual_tokens = set.adapter(0).and_then(|a| a.virtual_tokens()).map_or(0, |tokens| tokens.count);
+    if adapter.is_none() && args.task_id.is_some() {
+        bail!("--task-id goes with --adapter");
+    }
     peft_alloc::keep_pages();
 
     let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
@@ -45,6 +48,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         vocab_size: Some(model.vocab_size()),
         class_head: open::class_head(&files),
         decoder: open::decoder_inputs(&files),
+        tasks: set.adapter(0).and_then(|a| a.tasks()),
         ..EncodeOptions::new(format.unwrap_or(Format::Text))
     };
     if args.batch_size == 0 {

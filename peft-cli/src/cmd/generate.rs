@@ -37,8 +37,12 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let model = files.load(&open::placement(&args.model.device, &args.model.dtype)?, 0)?;
     model.check_writes()?;
     let adapters = match &args.adapter {
+        None if args.task_id.is_some() => bail!("--task-id goes with --adapter"),
         None => AdapterSet::empty(),
-        Some(spec) => AdapterSet::one("adapter", Arc::new(methods::open(&open::adapter(spec)?, &model)?.adapter)),
+        Some(spec) => {
+            let adapter = methods::open(&open::adapter(spec)?, &model)?.adapter;
+            AdapterSet::one("adapter", Arc::new(open::for_task(adapter, args.task_id)?.settled().context("--task-id")?))
+        }
     };
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,

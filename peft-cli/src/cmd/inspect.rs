@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use anyhow::Result;
+use peft_core::BaseModel;
 use peft_core::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
+use peft_lora::foreign::Layout;
 use peft_models::ModelFiles;
 use peft_models::config::ModelConfig;
 use peft_train::adapter_files;
@@ -14,15 +16,17 @@ use crate::open;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let path = Path::new(&args.path);
-    let facts = if path.join("adapter_config.json").exists() {
-        adapter(path)?
+    let is_adapter = path.join("adapter_config.json").exists() || Layout::of(path)?.is_some();
+    let base = args.model.as_deref();
+    let facts = if is_adapter {
+        adapter(path, base)?
     } else if path.exists() {
         model(&ModelFiles::open(path)?)?
     } else {
         match open::model(&args.path) {
             Ok(files) => model(&files)?,
             Err(of_model) => match open::adapter(&args.path) {
-                Ok(folder) => adapter(&folder)?,
+                Ok(folder) => adapter(&folder, base)?,
                 Err(_) => return Err(of_model),
             },
         }
@@ -48,8 +52,9 @@ pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     Ok(())
 }
 
-fn adapter(path: &Path) -> Result<Value> {
-    let folder = adapter_files::open(path, None)?;
+fn adapter(path: &Path, base: Option<&str>) -> Result<Value> {
+    let base = base.map(|spec| open::base(spec, [path])).transpose()?;
+    let folder = adapter_files::open(path, base.as_ref().map(|model| model as &dyn BaseModel))?;
     let config = folder.config();
     let mut parameters = 0usize;
     let mut sites: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();

@@ -25,10 +25,21 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
     }
     // As stored, so that a merge in f32 starts from what the file says; read matrix by matrix as they are merged.
     let model = files.load_deferred(&Placement::cpu(None), 0)?;
-    let mut adapters = Vec::new();
+    let (mut adapters, mut of_task) = (Vec::new(), false);
     for (spec, folder) in args.adapter.iter().zip(&folders) {
         let prepared = methods::open(folder, &model).with_context(|| format!("adapter {spec}"))?;
-        adapters.push(Arc::new(prepared.adapter));
+        // Of several adapters, those that depend on the task.
+        let adapter = match prepared.adapter.tasks() {
+            Some(_) => {
+                of_task = true;
+                open::for_task(prepared.adapter, args.task_id)?
+            }
+            None => prepared.adapter,
+        };
+        adapters.push(Arc::new(adapter));
+    }
+    if args.task_id.is_some() && !of_task {
+        bail!("--task-id is given, and no adapter depends on the task; leave it out");
     }
     let merged = Merged::new(&model, adapters)?;
     let written = match args.format.as_str() {

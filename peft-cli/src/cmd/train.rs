@@ -118,6 +118,7 @@ impl Run {
             vocab_size: Some(files.config().vocab_size()),
             class_head: open::class_head(&files),
             decoder: open::decoder_inputs(&files),
+            tasks: open::tasks(&recipe.method)?,
             ..text_options(&recipe, format)
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);

@@ -21,6 +21,7 @@ mod loha;
 mod lokr;
 mod miss;
 mod oft;
+mod poly;
 mod randlora;
 mod road;
 mod shira;
@@ -62,6 +63,11 @@ pub(crate) trait Method: Send + Sync + Debug {
         Ok(None)
     }
 
+    /// How many tasks there are, where the module of a site does another thing for each.
+    fn tasks(&self) -> Option<usize> {
+        None
+    }
+
     /// The module of one site.
     fn module(&self, start: Start<'_>) -> Result<Made>;
 }
@@ -100,6 +106,7 @@ pub(crate) const KINDS: &[Kind] = &[
     randlora::KIND,
     vblora::KIND,
     gralora::KIND,
+    poly::KIND,
 ];
 
 /// The largest size that a config may ask for.

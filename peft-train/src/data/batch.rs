@@ -21,6 +21,8 @@ pub struct Batch {
     pub rows: Vec<usize>,
     /// `[tokens]`: token types, or empty where all are 0.
     pub types: Vec<u32>,
+    /// `[sequences]`: the task of each, or empty where rows have none.
+    pub tasks: Vec<usize>,
     /// Whose hidden state predicts a label.
     pub predictor: Predictor,
 }
@@ -46,6 +48,7 @@ impl Batch {
             labels: Vec::with_capacity(tokens),
             rows: rows.to_vec(),
             types: Vec::new(),
+            tasks: Vec::new(),
             predictor: dataset.predictor(),
         };
         batch.bounds.push(0);
@@ -64,6 +67,7 @@ impl Batch {
         self.input_ids.extend_from_slice(dataset.input_ids(row).get(tokens.clone()).unwrap_or_default());
         self.labels.extend_from_slice(dataset.labels(row).get(tokens.clone()).unwrap_or_default());
         self.types.extend_from_slice(dataset.types(row).get(tokens).unwrap_or_default());
+        self.tasks.extend(dataset.task(row));
         self.bounds.push(self.input_ids.len());
     }
 

@@ -155,7 +155,16 @@ impl Encoder<'_> {
         }
         let truncation = Truncation { prompt_tokens: cut, ..Truncation::default() };
         let predictor = Predictor::Own;
-        Ok(Example { input_ids, labels, types, source_tokens: 0, predictor, source: row.at.clone(), truncation })
+        Ok(Example {
+            input_ids,
+            labels,
+            types,
+            source_tokens: 0,
+            task: None,
+            predictor,
+            source: row.at.clone(),
+            truncation,
+        })
     }
 }
 

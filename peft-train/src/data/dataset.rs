@@ -24,6 +24,8 @@ pub struct Dataset {
     types: Vec<u32>,
     /// How many tokens of each row are the source of an encoder–decoder, or empty where rows are one sequence.
     source_tokens: Vec<u32>,
+    /// The task of each row, or empty where rows have none.
+    tasks: Vec<u32>,
     predictor: Predictor,
     bounds: Vec<usize>,
     sources: Vec<(u32, u64)>,
@@ -142,6 +144,7 @@ impl Dataset {
             self.source_tokens.resize(self.len(), 0);
             self.source_tokens.push(example.source_tokens as u32);
         }
+        self.tasks.extend(example.task);
         self.predictor = example.predictor;
         self.bounds.push(self.input_ids.len());
         let at = &example.source;
@@ -195,6 +198,11 @@ impl Dataset {
     /// How many tokens of a row, in front, are the source of an encoder–decoder; 0 where the row is one sequence.
     pub fn source_tokens(&self, row: usize) -> usize {
         self.source_tokens.get(row).map_or(0, |&n| n as usize)
+    }
+
+    /// The task of a row, where rows have one.
+    pub fn task(&self, row: usize) -> Option<usize> {
+        self.tasks.get(row).map(|&task| task as usize)
     }
 
     /// Whether rows are a source and what a decoder reads.

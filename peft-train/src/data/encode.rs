@@ -23,6 +23,7 @@ use super::format::Format;
 use super::pairs::DecoderInputs;
 use super::render::{Rendered, Renderer};
 use super::source::Row;
+use super::tasks::task_of;
 use super::template::RowTemplate;
 use super::tokenizer::TextTokenizer;
 
@@ -50,6 +51,8 @@ pub struct EncodeOptions {
     pub class_head: Option<ClassHead>,
     /// What the decoder of an encoder–decoder reads; rows then hold a source and a target each.
     pub decoder: Option<DecoderInputs>,
+    /// How many tasks the adapter has, where it depends on them; rows then name theirs.
+    pub tasks: Option<usize>,
 }
 
 impl EncodeOptions {
@@ -65,6 +68,7 @@ impl EncodeOptions {
             vocab_size: None,
             class_head: None,
             decoder: None,
+            tasks: None,
         }
     }
 }
@@ -100,6 +104,8 @@ pub struct Example {
     pub types: Vec<u32>,
     /// How many tokens in front are the source of an encoder–decoder; the others are what its decoder reads.
     pub source_tokens: usize,
+    /// The task of the row, where the adapter depends on it.
+    pub task: Option<u32>,
     /// Whose hidden state predicts a label.
     pub predictor: Predictor,
     /// File and line.
@@ -128,6 +134,7 @@ pub struct Encoder<'a> {
     pub(super) max_length: Option<usize>,
     text_eos: bool,
     vocab_size: Option<usize>,
+    tasks: Option<usize>,
 }
 
 impl std::fmt::Debug for Encoder<'_> {
@@ -199,6 +206,7 @@ impl<'a> Encoder<'a> {
             max_length: options.max_length,
             text_eos: options.text_eos,
             vocab_size: options.vocab_size,
+            tasks: options.tasks,
         })
     }
 
@@ -208,6 +216,11 @@ impl<'a> Encoder<'a> {
     /// With file and line: missing or ill-typed columns, template failures, ids outside the vocabulary, and rows in which
     /// no token counts.
     pub fn encode(&self, row: &Row) -> Result<Example, DataError> {
+        let task = self.tasks.map(|tasks| task_of(row, tasks)).transpose()?;
+        Ok(Example { task, ..self.tokens(row)? })
+    }
+
+    fn tokens(&self, row: &Row) -> Result<Example, DataError> {
         if let Some(head) = &self.renderer.class_head {
             return self.classified(row, head);
         }
@@ -242,7 +255,16 @@ impl<'a> Encoder<'a> {
             ));
         }
         let (types, predictor) = (Vec::new(), Predictor::Previous);
-        Ok(Example { input_ids, labels, types, source_tokens: 0, predictor, source: row.at.clone(), truncation })
+        Ok(Example {
+            input_ids,
+            labels,
+            types,
+            source_tokens: 0,
+            task: None,
+            predictor,
+            source: row.at.clone(),
+            truncation,
+        })
     }
 
     /// Refuses a token of the tokenizer that the model has no embedding for.

@@ -25,6 +25,7 @@ pub mod tokenizer;
 mod pyjson;
 mod rng;
 mod structured;
+mod tasks;
 
 pub use batch::{Batch, Targets};
 pub use chat::ChatTemplate;

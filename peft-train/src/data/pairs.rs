@@ -93,6 +93,7 @@ impl Encoder<'_> {
             labels: std::iter::repeat_n(IGNORE_INDEX, source_tokens).chain(labels).collect(),
             types: Vec::new(),
             source_tokens,
+            task: None,
             predictor: Predictor::Own,
             source: row.at.clone(),
             truncation: Truncation { prompt_tokens, target_tokens, whole_targets: 0 },

@@ -31,7 +31,8 @@ const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "l
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let is = |key: &str, value: Value| method.get(key) == Some(&value);
     let dora = is("use_dora", json!(true));
-    let soft_prompt = ["prefix", "prompt", "p_tuning"].iter().any(|name| is("type", json!(name)));
+    let soft_prompt =
+        ["prefix", "prompt", "p_tuning", "multitask_prompt", "cpt"].iter().any(|name| is("type", json!(name)));
     // With a projection of zeros, and nothing behind it, a bottleneck is nothing.
     let changes = is("type", json!("bottleneck"))
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
@@ -181,6 +182,22 @@ pub(crate) fn cases() -> Vec<Case> {
             "prompt, vocabulary",
             TIED,
             json!({"type": "prompt", "num_virtual_tokens": 3, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+        ),
+        case(
+            "multitask prompt",
+            UNTIED,
+            json!({"type": "multitask_prompt", "num_virtual_tokens": 3, "num_tasks": 3, "num_ranks": 2}),
+        ),
+        case(
+            "multitask prompt, saved head",
+            TIED,
+            json!({"type": "multitask_prompt", "num_virtual_tokens": 2, "num_tasks": 5, "modules_to_save": ["lm_head"]}),
+        ),
+        case(
+            "cpt",
+            UNTIED,
+            json!({"type": "cpt", "cpt_token_ids": [3, 40, 7, 9, 11, 12], "cpt_tokens_type_mask": [1, 2, 3, 1, 6, 7],
+                "opt_projection_epsilon": 40.0, "opt_projection_format_epsilon": 40.0}),
         ),
         case("p_tuning", UNTIED, json!({"type": "p_tuning", "num_virtual_tokens": 4, "encoder_hidden_size": 12})),
         case(
@@ -365,6 +382,13 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "vblora", "num_vectors": 300, "vector_length": 4, "topk": 2, "save_only_topk_weights": true,
                 "target_modules": ["o_proj"]}),
+        ),
+        case("poly", UNTIED, json!({"type": "poly", "r": 3, "n_tasks": 3, "target_modules": ["q_proj", "down_proj"]})),
+        case(
+            "poly, many heads, random",
+            BIASED,
+            json!({"type": "poly", "r": 2, "n_tasks": 4, "n_skills": 3, "n_splits": 4, "init_weights": false,
+                "target_modules": ["k_proj", "up_proj"]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

@@ -26,7 +26,7 @@ use peft_train::{Checkpointing, Grads, Keep, evaluate, forward_backward, methods
 use serde_json::{Map, Value, json};
 
 use crate::cases::{Case, cases};
-use crate::model::{KINDS, Kind, base, batch, eval, hash, logits, merged, sequence, trained};
+use crate::model::{KINDS, Kind, base, batch, eval, hash, logits, merged, one_task, sequence, trained};
 
 type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
 
@@ -35,10 +35,13 @@ fn create(method: &Value, base: &Decoder, seed: u64) -> Result<Adapter> {
     Ok(methods::create_on(table, base, seed, batch)?.adapter)
 }
 
-/// Runs `check` for every case on every kind of weight and lists all that fail.
+/// Runs `check` for every case on every kind of weight and lists all that fail. `CONFORMANCE_CASES=poly,ia3` runs those alone
+/// whose names begin so.
 fn for_all(check: impl Fn(&Case, &Decoder) -> Outcome) {
     let mut failures = Vec::new();
-    for case in cases() {
+    let only = std::env::var("CONFORMANCE_CASES").unwrap_or_default();
+    let chosen = |case: &Case| only.split(',').any(|start| case.name.starts_with(start));
+    for case in cases().into_iter().filter(chosen) {
         for kind in KINDS {
             if let Err(e) = check(&case, &base(case.shape, kind)) {
                 failures.push(format!("{} on {kind:?}: {e}", case.name));
@@ -82,7 +85,13 @@ fn every_method_of_the_catalogue_is_tested() {
 #[test]
 fn merged_equals_unmerged() {
     for_all(|case, model| {
-        let adapter = trained(create(&case.method, model, 1)?, 2)?;
+        let whole = trained(create(&case.method, model, 1)?, 2)?;
+        if whole.tasks().is_some() {
+            let refusal = merged(model, &whole).err().map(|e| e.to_string()).unwrap_or_default();
+            let says = if whole.virtual_tokens().is_some() { "virtual tokens" } else { "task" };
+            ensure(refusal.contains("cannot be merged") && refusal.contains(says), format!("of no task: {refusal}"))?;
+        }
+        let adapter = one_task(whole)?;
         let info = METHODS.iter().find(|m| m.peft_type == adapter.peft_type()).ok_or("not in the catalogue")?;
         // A bias that was added has no place in the model's files.
         let mergeable = info.mergeable && case.method.get("add_biases") != Some(&json!(true));
@@ -106,7 +115,10 @@ fn saving_is_stable_and_loading_gives_the_same_logits() {
         // PiSSA and OLoRA come back as one LoRA of twice the rank, whose sums round otherwise.
         let tolerance = if adapter.frozen().is_empty() { 0.0 } else { 1e-5 };
         close("logits", &eval(model, Some(&loaded))?, &eval(model, Some(&adapter))?, tolerance)?;
-        ensure(loaded.frozen().is_empty(), "an exported file still has a start to subtract")?;
+        ensure(
+            loaded.frozen().iter().all(|p| p.name() == "cpt_center"),
+            "an exported file still has a start to subtract",
+        )?;
         write_adapter_files(&second, &loaded)?;
         for file in ["adapter_model.safetensors", "adapter_config.json"] {
             ensure(std::fs::read(first.join(file))? == std::fs::read(second.join(file))?, format!("{file} changed"))?;
@@ -150,7 +162,7 @@ impl<'a> Run<'a> {
     }
 
     fn ctx(&self, step: u32) -> Ctx<'_> {
-        let rng = StepRng { seed: 7, step };
+        let rng = StepRng { seed: 7, step, run: 0 };
         Ctx { adapters: &self.set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng }
     }
 
@@ -297,8 +309,8 @@ fn next_token(model: &Decoder, text: &[u32], ctx: &Ctx<'_>) -> Result<u32> {
 #[test]
 fn writing_with_a_cache_equals_passes_over_the_whole_text() {
     for_all(|case, model| {
-        let set = AdapterSet::one("a", trained(create(&case.method, model, 1)?, 2)?)
-            .with("b", trained(create(&case.method, model, 3)?, 4)?);
+        let set = AdapterSet::one("a", one_task(trained(create(&case.method, model, 1)?, 2)?)?)
+            .with("b", one_task(trained(create(&case.method, model, 3)?, 4)?)?);
         let requests: Vec<Request> = [(None, 4), (Some(1), 1), (Some(0), 6), (Some(1), 3)]
             .map(|(slot, n)| Request { prompt: (0..n).map(|i| (i * 7 + n) % 48).collect(), slot })
             .to_vec();
@@ -330,6 +342,11 @@ fn dropout_acts_in_training_only_and_repeats() {
         let train = |step| logits(model, &batch(), &run.ctx(step).untracked());
         let still = eval(model, Some(&adapter))?;
         close("same step", &train(0)?, &train(0)?, 0.0)?;
+        // Poly draws the weights of its skills.
+        if case.method.get("type") == Some(&json!("poly")) {
+            ensure(max_difference(&train(0)?, &still)? > 1e-4, "nothing is drawn in training")?;
+            return ensure(max_difference(&train(0)?, &train(1)?)? > 1e-4, "two steps draw the same");
+        }
         let Some(key) = dropout else {
             return Ok(close("training without dropout", &train(0)?, &still, 1e-5)?);
         };

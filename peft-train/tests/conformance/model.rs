@@ -8,7 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::kernels::testing::randn;
-use peft_core::{Adapter, AdapterSet, Ctx, Result, Route, Segmented, TokenBatch};
+use peft_core::{Adapter, AdapterSet, ByTask, Ctx, Result, Route, Segmented, TokenBatch};
 use peft_models::Decoder;
 use peft_models::config::DecoderConfig;
 use peft_models::merge::Merged;
@@ -110,7 +110,7 @@ pub(crate) fn merged(base: &Decoder, adapter: &Arc<Adapter>) -> Result<Decoder> 
 
 const LENGTHS: [usize; 5] = [5, 3, 7, 2, 4];
 
-/// Five sequences; tokens 3 and 7 are among them, 40 is not. The first two labels do not count.
+/// Five sequences of three tasks; tokens 3 and 7 are among them, 40 is not. The first two labels do not count.
 pub(crate) fn batch() -> Batch {
     let mut batch = Batch { bounds: vec![0], ..Batch::default() };
     for (row, &n) in LENGTHS.iter().enumerate() {
@@ -120,6 +120,7 @@ pub(crate) fn batch() -> Batch {
         }
         batch.bounds.push(batch.input_ids.len());
         batch.rows.push(row);
+        batch.tasks.push(row % 3);
     }
     batch.input_ids[6] = 7;
     batch.labels = batch.input_ids.iter().map(|&id| id as i32).collect();
@@ -136,6 +137,7 @@ pub(crate) fn sequence(batch: &Batch, i: usize) -> Batch {
         bounds: vec![0, span.len()],
         labels: batch.labels[span].to_vec(),
         rows: vec![i],
+        tasks: batch.tasks.get(i).copied().into_iter().collect(),
         ..Batch::default()
     }
 }
@@ -144,6 +146,8 @@ pub(crate) fn sequence(batch: &Batch, i: usize) -> Batch {
 pub(crate) fn logits(model: &Decoder, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let tokens =
         TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &[] };
+    let by_task = ByTask::of(&batch.bounds, &batch.tasks, ctx)?;
+    let ctx = &by_task.as_ref().map_or(*ctx, |by_task| by_task.ctx(ctx));
     let input = model.prepare(tokens, ctx)?;
     let mut hidden = model.embed(tokens, ctx)?;
     for i in 0..model.num_blocks() {
@@ -159,6 +163,11 @@ pub(crate) fn eval(model: &Decoder, adapter: Option<&Arc<Adapter>>) -> Result<Te
         None => logits(model, &batch(), &Ctx::eval(&AdapterSet::empty(), &Route::Base)),
         Some(a) => logits(model, &batch(), &Ctx::eval(&AdapterSet::one("a", a.clone()), &Route::Uniform(0))),
     }
+}
+
+/// What an adapter is for one task, where it depends on the task.
+pub(crate) fn one_task(adapter: Arc<Adapter>) -> Result<Arc<Adapter>> {
+    Ok(if adapter.tasks().is_some() { Arc::new(adapter.for_task(1)?) } else { adapter })
 }
 
 /// Moves every parameter, as training would.
