@@ -9,9 +9,15 @@ use peft_core::{
     Unmatched, candidates, insert_saved, parameter_name, select_saved,
 };
 
-use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling, Weight};
+use crate::bottleneck::{Bottleneck, Gate, Norm, Projection, Scaling, Weight};
 use crate::config::{BottleneckConfig, ScalingKind, Start};
 use crate::phm::{Shared, Way};
+
+/// The stream's step of a gate's start, behind those of the projections.
+const GATE: u32 = u32::MAX;
+
+/// Makes a parameter of a site, for the end of its name.
+type MakeParameter<'a> = &'a dyn Fn(&str, Tensor, Role) -> Result<Parameter>;
 
 impl BottleneckConfig {
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
@@ -114,7 +120,27 @@ impl BottleneckConfig {
                 ScalingKind::Channel => scale(hidden)?,
             },
             dropout: self.dropout,
+            stochastic_depth: self.stochastic_depth,
+            gate: if self.gated { Some(self.gate(&parameter, hidden, Stream { seed, step: GATE, site: at.end.0 })?) } else { None },
             norm_after: if self.norm_after { Some(norm("adapter_norm_after")?) } else { None },
+        })
+    }
+
+    fn gate(&self, parameter: MakeParameter<'_>, hidden: usize, stream: Stream) -> Result<Gate> {
+        let (weight, bias) = match self.start {
+            Start::Bert | Start::MamAdapter => (stream.normal_vec(hidden, 0.02), 0.0),
+            // AdapterHub leaves PyTorch's start of a linear layer as it is.
+            Start::Houlsby => {
+                let bound = 1.0 / (hidden as f32).sqrt();
+                let mut values = stream.uniform_vec(hidden + 1, -bound, bound);
+                let bias = values.pop().unwrap_or(0.0);
+                (values, bias)
+            }
+        };
+        let role = |role: Role| if self.start == Start::MamAdapter { Role::ZeroAtStart } else { role };
+        Ok(Gate {
+            weight: parameter("gate.weight", Tensor::from_vec(weight, (1, hidden), &Device::Cpu)?, role(Role::Plain))?,
+            bias: parameter("gate.bias", Tensor::new(&[bias], &Device::Cpu)?, role(Role::NoDecay))?,
         })
     }
 

@@ -18,6 +18,9 @@ pub(crate) struct Case {
     /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units) or to another
     /// choice (VB-LoRA's vectors with the largest logits).
     pub(crate) partial_gradient: &'static [&'static str],
+    /// Whether what a token does to the text so far depends on tokens behind it, so that a pass over the whole text and one with
+    /// a cache are different things: a gate is the mean over the tokens of a pass.
+    pub(crate) looks_ahead: bool,
 }
 
 const UNTIED: Shape = Shape { tied: false, attention_bias: false };
@@ -50,7 +53,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         (.., true) => CHOICE,
         _ => &[],
     };
-    Case { name, method, shape, identity, partial_gradient }
+    let looks_ahead = is("use_gating", json!(true));
+    Case { name, method, shape, identity, partial_gradient, looks_ahead }
 }
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
@@ -256,7 +260,21 @@ pub(crate) fn cases() -> Vec<Case> {
                     "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
             ),
         ),
-        case("bottleneck, adapter+", BIASED, bottleneck("adapter_plus", json!({"leave_out": [1]}))),
+        case(
+            "bottleneck, adapter+",
+            BIASED,
+            bottleneck("adapter_plus", json!({"leave_out": [1], "stochastic_depth": 0.4})),
+        ),
+        case(
+            "bottleneck, gated",
+            UNTIED,
+            bottleneck("double_seq_bn", json!({"use_gating": true, "original_ln_before": true, "ln_before": true})),
+        ),
+        case(
+            "bottleneck, gated, parallel, dropout",
+            BIASED,
+            bottleneck("par_bn", json!({"use_gating": true, "non_linearity": "gelu", "dropout": 0.3})),
+        ),
         // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
         case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),
         case(
