@@ -70,7 +70,7 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
-    fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let weight = match &self.weight {
             Weight::Dense(weight) => weight.get(ctx),
             Weight::Phm(phm) => phm.weight(ctx)?,
@@ -82,7 +82,7 @@ impl Projection {
         }
     }
 
-    fn parameters(&self) -> Vec<&Parameter> {
+    pub(crate) fn parameters(&self) -> Vec<&Parameter> {
         let weight: Vec<_> = match &self.weight {
             Weight::Dense(weight) => vec![weight],
             Weight::Phm(phm) => phm.parameters().collect(),
@@ -90,7 +90,7 @@ impl Projection {
         weight.into_iter().chain(&self.bias).collect()
     }
 
-    fn dtype(&self) -> DType {
+    pub(crate) fn dtype(&self) -> DType {
         match &self.weight {
             Weight::Dense(weight) => weight.dtype(),
             Weight::Phm(phm) => phm.dtype(),
@@ -104,6 +104,27 @@ pub(crate) enum Scaling {
     Fixed(f64),
     /// `[1]`, or `[hidden]` for a factor a channel.
     Learned(Parameter),
+}
+
+impl Scaling {
+    /// `made` `[tokens, width]`, multiplied.
+    pub(crate) fn of(&self, made: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        Ok(match self {
+            Scaling::Fixed(1.0) => made,
+            Scaling::Fixed(s) => (made * *s)?,
+            Scaling::Learned(s) => {
+                let factors = s.get(ctx).broadcast_as(made.dim(1)?)?.contiguous()?;
+                kernels::scale_columns(&made, &factors)?
+            }
+        })
+    }
+
+    pub(crate) fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Scaling::Fixed(_) => None,
+            Scaling::Learned(s) => Some(s),
+        }
+    }
 }
 
 /// How far an adapter is open to a sequence: the mean over the tokens of the pass of `sigmoid(w·x + b)` (`use_gating`). It is the
@@ -158,11 +179,7 @@ impl Bottleneck {
         let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
         let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
         let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
-        let out = match &self.scaling {
-            Scaling::Fixed(1.0) => out,
-            Scaling::Fixed(s) => (out * *s)?,
-            Scaling::Learned(s) => kernels::scale_columns(&out, &s.get(ctx).broadcast_as(x.dim(1)?)?.contiguous()?)?,
-        };
+        let out = self.scaling.of(out, ctx)?;
         let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
@@ -235,9 +252,7 @@ impl SublayerModule for Bottleneck {
         let mut all = Vec::new();
         all.extend(self.norm_before.iter().flat_map(Norm::parameters));
         all.extend(self.down.parameters().into_iter().chain(self.up.parameters()));
-        if let Scaling::Learned(s) = &self.scaling {
-            all.push(s);
-        }
+        all.extend(self.scaling.parameter());
         all.extend(self.norm_after.iter().flat_map(Norm::parameters));
         all.extend(self.gate.iter().flat_map(|gate| [&gate.weight, &gate.bias]));
         all

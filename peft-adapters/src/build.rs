@@ -94,7 +94,7 @@ impl BottleneckConfig {
                 let bias = phm.bias.then(|| parameter(&format!("{suffix}.b"), full(0.0, out)?, of_bias)).transpose()?;
                 return Ok(Projection { weight: Weight::Phm(weight), bias });
             }
-            let weight = Tensor::from_vec(self.start_values(out * inp, inp, way, stream), (out, inp), &Device::Cpu)?;
+            let weight = Tensor::from_vec(self.start.values(out * inp, inp, way, stream), (out, inp), &Device::Cpu)?;
             Ok(Projection {
                 weight: Weight::Dense(parameter(&format!("{suffix}.weight"), weight, of_weight)?),
                 bias: Some(parameter(&format!("{suffix}.bias"), full(0.0, out)?, of_bias)?),
@@ -121,7 +121,11 @@ impl BottleneckConfig {
             },
             dropout: self.dropout,
             stochastic_depth: self.stochastic_depth,
-            gate: if self.gated { Some(self.gate(&parameter, hidden, Stream { seed, step: GATE, site: at.end.0 })?) } else { None },
+            gate: if self.gated {
+                Some(self.gate(&parameter, hidden, Stream { seed, step: GATE, site: at.end.0 })?)
+            } else {
+                None
+            },
             norm_after: if self.norm_after { Some(norm("adapter_norm_after")?) } else { None },
         })
     }
@@ -143,9 +147,12 @@ impl BottleneckConfig {
             bias: parameter("gate.bias", Tensor::new(&[bias], &Device::Cpu)?, role(Role::NoDecay))?,
         })
     }
+}
 
-    fn start_values(&self, n: usize, fan_in: usize, way: Way, stream: Stream) -> Vec<f32> {
-        match self.start {
+impl Start {
+    /// The `n` values that a projection of `fan_in` inputs starts from.
+    pub(crate) fn values(self, n: usize, fan_in: usize, way: Way, stream: Stream) -> Vec<f32> {
+        match self {
             Start::Bert => stream.normal_vec(n, 0.02),
             Start::Houlsby => truncated_normal(stream, n, 0.01),
             Start::MamAdapter if way == Way::Up => vec![0.0; n],

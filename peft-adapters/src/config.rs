@@ -219,21 +219,13 @@ impl BottleneckConfig {
             behind_cross_attention: cross,
             behind_feed_forward: output,
             reduction: Reduction::read(keys)?,
-            activation: activation(keys)?,
+            activation: activation(keys, "relu")?,
             placement: placement(keys)?,
             joins_stream: keys.flag("original_ln_after", true)?,
             norm_before: keys.flag("ln_before", false)?,
             norm_after: keys.flag("ln_after", false)?,
             residual_before_norm: keys.flag("adapter_residual_before_ln", false)?,
-            start: match keys.text("init_weights")?.unwrap_or("bert") {
-                "bert" => Start::Bert,
-                "mam_adapter" => Start::MamAdapter,
-                "houlsby" => Start::Houlsby,
-                other => {
-                    let message = format!("`{other}` is not one of bert, mam_adapter, houlsby");
-                    return Err(Error::config("init_weights", message));
-                }
-            },
+            start: start(keys)?,
             scaling: scaling(keys)?,
             dropout: probability(keys, "dropout")?,
             stochastic_depth: stochastic_depth(keys)?,
@@ -303,8 +295,17 @@ impl Reduction {
     }
 }
 
-fn activation(keys: ConfigKeys<'_>) -> Result<Activation> {
-    let name = keys.text("non_linearity")?.unwrap_or("relu").to_lowercase();
+pub(crate) fn start(keys: ConfigKeys<'_>) -> Result<Start> {
+    match keys.text("init_weights")?.unwrap_or("bert") {
+        "bert" => Ok(Start::Bert),
+        "mam_adapter" => Ok(Start::MamAdapter),
+        "houlsby" => Ok(Start::Houlsby),
+        other => Err(Error::config("init_weights", format!("`{other}` is not one of bert, mam_adapter, houlsby"))),
+    }
+}
+
+pub(crate) fn activation(keys: ConfigKeys<'_>, default: &str) -> Result<Activation> {
+    let name = keys.text("non_linearity")?.unwrap_or(default).to_lowercase();
     name.parse::<Activation>().map_err(|e| Error::config("non_linearity", e.to_string()))
 }
 
@@ -327,7 +328,7 @@ fn placement(keys: ConfigKeys<'_>) -> Result<Placement> {
     Ok(Placement::Sequential { on_stream, residual })
 }
 
-fn probability(keys: ConfigKeys<'_>, key: &str) -> Result<f32> {
+pub(crate) fn probability(keys: ConfigKeys<'_>, key: &str) -> Result<f32> {
     match keys.number(key, 0.0)? {
         p if (0.0..1.0).contains(&p) => Ok(p as f32),
         p => Err(Error::config(key, format!("{p} is outside [0, 1)"))),
@@ -343,7 +344,7 @@ fn stochastic_depth(keys: ConfigKeys<'_>) -> Result<f32> {
     Ok(p)
 }
 
-fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
+pub(crate) fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
     match keys.get("scaling") {
         None => Ok(ScalingKind::Fixed(1.0)),
         Some(Value::String(s)) if s == "learned" => Ok(ScalingKind::Learned),

@@ -21,6 +21,7 @@ pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;
+pub mod linear;
 mod phm;
 mod sequences;
 

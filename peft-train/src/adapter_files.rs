@@ -3,18 +3,21 @@
 use std::path::Path;
 
 use candle_core::Tensor;
-use peft_adapters::adapterhub;
+use peft_adapters::{adapterhub, linear};
 use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
 
 use crate::class_labels;
 
-/// Opens an adapter folder of PEFT's, ours or AdapterHub's. Formats that store a copy of the model's head beside the adapter
+/// Opens an adapter folder of PEFT's, ours, AdapterHub's or LLM-Adapters'. Formats that store a copy of the model's head beside the adapter
 /// are rid of it where it is that of `base`.
 ///
 /// # Errors
 /// What makes the folder unreadable, by the file and the key.
 pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
-    if adapterhub::is_adapterhub(folder)? { adapterhub::open(folder, base) } else { AdapterFolder::open(folder) }
+    if adapterhub::is_adapterhub(folder)? {
+        return adapterhub::open(folder, base);
+    }
+    linear::foreign(AdapterFolder::open(folder)?)
 }
 
 /// Writes PEFT's two files with the names of an adapter's classes, if it has any, as a folder that is there whole or not at all.

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
+use peft_adapters::linear::LinearAdapterConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
@@ -49,6 +50,7 @@ enum Config {
     Lora(Box<LoraConfig>),
     Ia3(Box<Ia3Config>),
     Bottleneck(Box<BottleneckConfig>),
+    LinearAdapter(Box<LinearAdapterConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
@@ -81,6 +83,7 @@ impl Config {
             "full" => Self::Full(keys),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
+            "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
@@ -100,6 +103,7 @@ impl Config {
             "full" => Self::Full(keys.clone()),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
+            "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
@@ -129,6 +133,7 @@ impl Config {
             Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => selected(config.for_base(base)?.build(base, seed, &start_tokens(config)?)?),
             Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
@@ -156,6 +161,7 @@ impl Config {
                 selected(config.build(base, 0, report, &names)?)
             }
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
+            Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {

@@ -123,12 +123,6 @@ impl Block {
 }
 
 /// The residual stream behind a sublayer whose last layer is `end`.
-fn joined(
-    end: &FrozenLinear,
-    output: &Tensor,
-    residual: &Tensor,
-    input: &SelfInput,
-    ctx: &Ctx<'_>,
-) -> Result<Tensor> {
+fn joined(end: &FrozenLinear, output: &Tensor, residual: &Tensor, input: &SelfInput, ctx: &Ctx<'_>) -> Result<Tensor> {
     end.join(&Join { output, residual, norm: None, sequences: input.sequences() }, ctx)
 }

@@ -39,6 +39,7 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let changes = is("type", json!("bottleneck"))
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
     // C3A's kernels and FourierFT's spectra start from random numbers.
+    let changes = changes || (is("type", json!("llm_adapter")) && !is("init_weights", json!("mam_adapter")));
     let changes = changes || is("type", json!("c3a"));
     let changes = changes || is("type", json!("vblora"));
     let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
@@ -274,6 +275,23 @@ pub(crate) fn cases() -> Vec<Case> {
             "bottleneck, gated, parallel, dropout",
             BIASED,
             bottleneck("par_bn", json!({"use_gating": true, "non_linearity": "gelu", "dropout": 0.3})),
+        ),
+        case(
+            "llm adapter, series",
+            UNTIED,
+            json!({"type": "llm_adapter", "bottleneck_size": 4, "scaling": 3.0, "adapter_dropout": 0.3}),
+        ),
+        case(
+            "llm adapter, parallel, learned, zero",
+            BIASED,
+            json!({"type": "llm_adapter", "bottleneck_size": 3, "use_parallel_adapter": true, "scaling": "learned",
+                "init_weights": "mam_adapter", "non_linearity": "gelu", "adapter_bias": true}),
+        ),
+        case(
+            "llm adapter, series around attention",
+            TIED,
+            json!({"type": "llm_adapter", "bottleneck_size": 4, "scaling": 3.0, "target_modules": attention,
+                "modules_to_save": ["norm"]}),
         ),
         // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
         case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),

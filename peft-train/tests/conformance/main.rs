@@ -325,7 +325,9 @@ fn writing_with_a_cache_equals_passes_over_the_whole_text() {
 #[test]
 fn dropout_acts_in_training_only_and_repeats() {
     for_all(|case, model| {
-        let dropout = ["lora_dropout", "dropout", "stochastic_depth"].into_iter().find(|key| case.method.get(*key).is_some());
+        let dropout = ["lora_dropout", "dropout", "adapter_dropout", "stochastic_depth"]
+            .into_iter()
+            .find(|key| case.method.get(*key).is_some());
         let adapter = trained(create(&case.method, model, 1)?, 2)?;
         let run = Run::new(model, adapter.clone());
         let train = |step| logits(model, &batch(), &run.ctx(step).untracked());
