@@ -176,10 +176,7 @@ pub struct Bottleneck {
 impl Bottleneck {
     /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
     fn network(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
-        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
-        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
-        let out = self.scaling.of(out, ctx)?;
+        let out = self.scaled(x, sequences, ctx)?;
         let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
@@ -188,6 +185,14 @@ impl Bottleneck {
             Some(gate) => gate.apply(&out, x, sequences, ctx),
             None => Ok(out),
         }
+    }
+
+    /// The network without dropout and gate, which is what a fusion attends to.
+    pub(crate) fn scaled(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
+        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
+        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
+        self.scaling.of(out, ctx)
     }
 
     /// What is left of `out` by [`Bottleneck::stochastic_depth`].
@@ -208,25 +213,30 @@ impl Bottleneck {
         }
     }
 
-    fn sequential(&self, join: &Join<'_>, on_stream: bool, residual: Residual, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let sum = || kernels::add(join.residual, join.output);
+    /// What the adapter reads at its place, and what its result is added to, both in the parameters' type.
+    pub(crate) fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
+        let Placement::Sequential { on_stream, residual } = self.placement else {
+            let read = join.residual.to_dtype(self.dtype())?;
+            return Ok([read, join.output.to_dtype(self.dtype())?]);
+        };
         let read = if on_stream { join.plain(ctx)? } else { join.output.clone() };
         let residual = match residual {
             Residual::Output => join.output.clone(),
-            Residual::Sum => sum()?,
+            Residual::Sum => kernels::add(join.residual, join.output)?,
             Residual::Input => read.clone(),
         };
-        let (read, residual) = (read.to_dtype(self.dtype())?, residual.to_dtype(self.dtype())?);
-        let made = self.network(&read, join.sequences, ctx)?;
-        if self.residual_before_norm {
-            return self.norm_after(kernels::add(&made, &residual)?, ctx);
-        }
-        Ok(kernels::add(&self.norm_after(made, ctx)?, &residual)?)
+        Ok([read.to_dtype(self.dtype())?, residual.to_dtype(self.dtype())?])
     }
 
-    fn parallel(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let made = self.network(&join.residual.to_dtype(self.dtype())?, join.sequences, ctx)?;
-        Ok(kernels::add(&self.norm_after(made, ctx)?, &join.output.to_dtype(self.dtype())?)?)
+    /// The stream behind the adapter, for its result with the residual connection.
+    pub(crate) fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let output = output.to_dtype(join.output.dtype())?;
+        if self.joins_stream { join.of(&output, ctx) } else { Ok(output) }
+    }
+
+    /// Whether some sequences go without it in this pass.
+    pub(crate) fn drops_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        self.stochastic_depth > 0.0 && ctx.mode != Mode::Eval
     }
 
     fn dtype(&self) -> DType {
@@ -236,16 +246,18 @@ impl Bottleneck {
 
 impl SublayerModule for Bottleneck {
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let output = match self.placement {
-            Placement::Sequential { on_stream, residual } => self.sequential(sublayer, on_stream, residual, ctx)?,
-            Placement::Parallel => self.parallel(sublayer, ctx)?,
+        let [read, residual] = self.reads(sublayer, ctx)?;
+        let made = self.network(&read, sublayer.sequences, ctx)?;
+        let output = if self.residual_before_norm && self.placement != Placement::Parallel {
+            self.norm_after(kernels::add(&made, &residual)?, ctx)?
+        } else {
+            kernels::add(&self.norm_after(made, ctx)?, &residual)?
         };
-        let output = output.to_dtype(sublayer.output.dtype())?;
-        if self.joins_stream { sublayer.of(&output, ctx) } else { Ok(output) }
+        self.behind(&output, sublayer, ctx)
     }
 
     fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
-        self.gate.is_some() || (self.stochastic_depth > 0.0 && ctx.mode != Mode::Eval)
+        self.gate.is_some() || self.drops_sequences(ctx)
     }
 
     fn parameters(&self) -> Vec<&Parameter> {
@@ -259,17 +271,18 @@ impl SublayerModule for Bottleneck {
     }
 }
 
+/// Adapters for tests.
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     #![allow(clippy::unwrap_used)]
-    use peft_core::kernels::testing::{close, randn};
-    use peft_core::{AdapterSet, FrozenNorm, NormKind, Role, Route, StepRng};
+    use peft_core::Role;
+    use peft_core::kernels::testing::randn;
 
     use super::*;
 
-    const HIDDEN: usize = 6;
+    pub(crate) const HIDDEN: usize = 6;
 
-    fn parameter(seed: u64, shape: &[usize]) -> Parameter {
+    pub(crate) fn parameter(seed: u64, shape: &[usize]) -> Parameter {
         Parameter::new(format!("p{seed}"), &randn(seed, shape, 0.6).unwrap(), Role::Plain).unwrap()
     }
 
@@ -277,7 +290,13 @@ mod tests {
         Projection { weight: Weight::Dense(weight), bias: Some(bias) }
     }
 
-    fn bottleneck(placement: Placement, scaling: Scaling, norms: [bool; 2], residual_before_norm: bool) -> Bottleneck {
+    pub(crate) fn bottleneck(
+        seed: u64,
+        placement: Placement,
+        scaling: Scaling,
+        norms: [bool; 2],
+        residual_before_norm: bool,
+    ) -> Bottleneck {
         let norm = |wanted: bool, seed| {
             wanted.then(|| Norm { weight: parameter(seed, &[HIDDEN]), bias: parameter(seed + 1, &[HIDDEN]) })
         };
@@ -287,9 +306,9 @@ mod tests {
             joins_stream: true,
             residual_before_norm,
             norm_before: norm(norms[0], 20),
-            down: dense(parameter(1, &[3, HIDDEN]), parameter(2, &[3])),
+            down: dense(parameter(seed + 1, &[3, HIDDEN]), parameter(seed + 2, &[3])),
             activation: Activation::Relu,
-            up: dense(parameter(3, &[HIDDEN, 3]), parameter(4, &[HIDDEN])),
+            up: dense(parameter(seed + 3, &[HIDDEN, 3]), parameter(seed + 4, &[HIDDEN])),
             scaling,
             dropout: 0.0,
             stochastic_depth: 0.0,
@@ -297,6 +316,16 @@ mod tests {
             norm_after: norm(norms[1], 30),
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use peft_core::kernels::testing::{close, randn};
+    use peft_core::{AdapterSet, FrozenNorm, NormKind, Route, StepRng};
+
+    use super::testing::{HIDDEN, bottleneck, parameter};
+    use super::*;
 
     fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
         let centred = x.broadcast_sub(&x.mean_keepdim(1).unwrap()).unwrap();
@@ -366,7 +395,8 @@ mod tests {
                         _ => Scaling::Learned(parameter(40, &[HIDDEN])),
                     };
                     for post_norm in [false, true] {
-                        let mut b = bottleneck(placement, scaling(), norms, before && placement != Placement::Parallel);
+                        let mut b =
+                            bottleneck(0, placement, scaling(), norms, before && placement != Placement::Parallel);
                         b.joins_stream = i == 0 || post_norm;
                         let norm = post_norm.then_some(&model_norm);
                         let join = Join { output: &h, residual: &stream, norm, sequences: &[] };
@@ -389,7 +419,7 @@ mod tests {
         let ctx = Ctx::eval(&set, &Route::Base);
         let (h, stream) = (randn(7, (5, HIDDEN), 1.0).unwrap(), randn(8, (5, HIDDEN), 1.0).unwrap());
         for placement in [Placement::Parallel, Placement::Sequential { on_stream: false, residual: Residual::Output }] {
-            let mut b = bottleneck(placement, Scaling::Fixed(1.5), [true, false], false);
+            let mut b = bottleneck(0, placement, Scaling::Fixed(1.5), [true, false], false);
             let sequences = [span(0..3), span(3..5)];
             let join = |sequences| Join { output: &h, residual: &stream, norm: None, sequences };
             let open = b.join(&join(&[]), &ctx).unwrap();
@@ -423,7 +453,7 @@ mod tests {
         let (h, stream) = (randn(7, (rows, HIDDEN), 1.0).unwrap(), randn(8, (rows, HIDDEN), 1.0).unwrap());
         let sequences: Vec<_> = (0..rows / 2).map(|i| span(2 * i..2 * i + 2)).collect();
         let placement = Placement::Sequential { on_stream: false, residual: Residual::Output };
-        let mut b = bottleneck(placement, Scaling::Fixed(1.0), [false, false], false);
+        let mut b = bottleneck(0, placement, Scaling::Fixed(1.0), [false, false], false);
         let eval = Ctx::eval(&set, &Route::Base);
         let join = Join { output: &h, residual: &stream, norm: None, sequences: &sequences };
         let base = (&h + &stream).unwrap();
@@ -449,7 +479,7 @@ mod tests {
 
     #[test]
     fn parameters_come_in_the_order_of_the_layers() {
-        let b = bottleneck(Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
+        let b = bottleneck(0, Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
         let names: Vec<&str> = b.parameters().into_iter().map(Parameter::name).collect();
         assert_eq!(names, ["p20", "p21", "p1", "p2", "p3", "p4", "p40", "p30", "p31"]);
     }

@@ -367,7 +367,7 @@ fn phm(keys: ConfigKeys<'_>) -> Result<Option<PhmConfig>> {
 }
 
 /// What is trained whole beside the adapters.
-fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
+pub(crate) fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
     let own = ["modules_to_save", "task_type"].into_iter();
     TargetSpec::from_config(&own.filter_map(|key| Some((key.to_owned(), keys.get(key)?.clone()))).collect())
 }

@@ -21,8 +21,10 @@ pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;
+pub mod fusion;
 pub mod linear;
 mod phm;
+pub mod reft;
 mod sequences;
 
 pub use bottleneck::{Bottleneck, Placement, Residual};

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
+use peft_adapters::fusion::FusionConfig;
 use peft_adapters::linear::LinearAdapterConfig;
+use peft_adapters::reft::ReftConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
@@ -51,6 +53,8 @@ enum Config {
     Ia3(Box<Ia3Config>),
     Bottleneck(Box<BottleneckConfig>),
     LinearAdapter(Box<LinearAdapterConfig>),
+    Reft(Box<ReftConfig>),
+    Fusion(Box<FusionConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
@@ -84,6 +88,8 @@ impl Config {
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_recipe(&keys)?)),
+            "reft" => Self::Reft(Box::new(ReftConfig::from_recipe(&keys)?)),
+            "fusion" => Self::Fusion(Box::new(FusionConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
@@ -104,6 +110,8 @@ impl Config {
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_adapter_config(keys)?)),
+            "reft" => Self::Reft(Box::new(ReftConfig::from_adapter_config(keys)?)),
+            "fusion" => Self::Fusion(Box::new(FusionConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
@@ -134,6 +142,12 @@ impl Config {
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Reft(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Fusion(config) => {
+                let open = |folder: &String| adapter_files::open(Path::new(folder), Some(base));
+                let folders = config.folders().iter().map(open).collect::<Result<Vec<_>>>()?;
+                selected(config.for_base(base)?.build_from(base, &folders, seed, strict)?)
+            }
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => selected(config.for_base(base)?.build(base, seed, &start_tokens(config)?)?),
             Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
@@ -162,6 +176,8 @@ impl Config {
             }
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
             Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
+            Self::Reft(config) => selected(config.build(base, 0, report)?),
+            Self::Fusion(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {

@@ -19,7 +19,8 @@ pub(crate) struct Case {
     /// choice (VB-LoRA's vectors with the largest logits).
     pub(crate) partial_gradient: &'static [&'static str],
     /// Whether what a token does to the text so far depends on tokens behind it, so that a pass over the whole text and one with
-    /// a cache are different things: a gate is the mean over the tokens of a pass.
+    /// a cache are different things: a gate is the mean over the tokens of a pass, and the last
+    /// tokens of a text are no longer the last of it when it goes on.
     pub(crate) looks_ahead: bool,
 }
 
@@ -40,6 +41,7 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
     // C3A's kernels and FourierFT's spectra start from random numbers.
     let changes = changes || (is("type", json!("llm_adapter")) && !is("init_weights", json!("mam_adapter")));
+    let changes = changes || is("type", json!("reft"));
     let changes = changes || is("type", json!("c3a"));
     let changes = changes || is("type", json!("vblora"));
     let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
@@ -54,7 +56,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         (.., true) => CHOICE,
         _ => &[],
     };
-    let looks_ahead = is("use_gating", json!(true));
+    let suffix = method.get("suffix_positions").is_some();
+    let looks_ahead = is("use_gating", json!(true)) || suffix;
     Case { name, method, shape, identity, partial_gradient, looks_ahead }
 }
 
@@ -292,6 +295,24 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "llm_adapter", "bottleneck_size": 4, "scaling": 3.0, "target_modules": attention,
                 "modules_to_save": ["norm"]}),
+        ),
+        case("reft, loreft, dropout", UNTIED, json!({"type": "reft", "r": 3, "dropout": 0.3})),
+        case(
+            "reft, noreft, last tokens",
+            BIASED,
+            json!({"type": "reft", "preset": "noreft", "r": 2, "dropout": 0.0, "prefix_positions": 1, "suffix_positions": 2,
+                "non_linearity": "tanh", "layers": [1]}),
+        ),
+        case(
+            "reft, direft, tied",
+            TIED,
+            json!({"type": "reft", "preset": "direft", "dropout": 0.0, "prefix_positions": 2, "suffix_positions": 1,
+                "tied_weights": true, "modules_to_save": ["norm"]}),
+        ),
+        case(
+            "reft, loreft, last tokens only",
+            UNTIED,
+            json!({"type": "reft", "r": 2, "dropout": 0.0, "prefix_positions": 0, "suffix_positions": 3}),
         ),
         // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
         case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),
