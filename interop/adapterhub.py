@@ -36,6 +36,7 @@ from adapters import (
     ReftConfig,
     SeqBnConfig,
 )
+from adapters.methods import modeling
 from check import Cli, Short, near, train
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
@@ -54,11 +55,12 @@ VARIANTS = {
     "compacter_own": CompacterPlusPlusConfig(
         reduction_factor=8, phm_dim=2, factorized_phm_W=False, shared_phm_rule=False, factorized_phm_rule=True, phm_bias=False
     ),
-    "gated": DoubleSeqBnConfig(reduction_factor=6, use_gating=True, ln_before=True),
+    "gated": DoubleSeqBnConfig(reduction_factor=6, use_gating=True),
     "gated_parallel": ParBnConfig(reduction_factor=6, use_gating=True, init_weights="bert"),
     "stochastic": AdapterPlusConfig(reduction_factor=8),
     "loreft": LoReftConfig(r=3, dropout=0.0),
-    "noreft": NoReftConfig(r=2, prefix_positions=2, suffix_positions=2, dropout=0.0, layers=[0, 2], non_linearity="tanh"),
+    # Not behind the last block, where a classifier reads no last tokens: peft-cli refuses parameters without a gradient.
+    "noreft": NoReftConfig(r=2, prefix_positions=2, suffix_positions=2, dropout=0.0, layers=[0, 1], non_linearity="tanh"),
     "direft": DiReftConfig(r=2, suffix_positions=1, tied_weights=True, dropout=0.0),
     "last_tokens": LoReftConfig(r=2, prefix_positions=0, suffix_positions=2, dropout=0.0),
     "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),
@@ -86,7 +88,7 @@ class Identity(torch.nn.Module):
 
 
 def without_torchvision():
-    adapters.methods.modeling.is_torchvision_available = lambda: True
+    modeling.is_torchvision_available = lambda: True
     depth = types.ModuleType("torchvision.ops.stochastic_depth")
     depth.StochasticDepth = Identity
     sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": types.ModuleType("torchvision.ops"), depth.__name__: depth}
@@ -151,7 +153,7 @@ def check(cli, base, rows, rows_file, config, out):
     model.save_adapter(str(saved), "a", use_safetensors=True)
     is_reft = isinstance(config, ReftConfig)
     if is_reft and not config.subtract_projection:
-        # The package reads this key and does not write it: what it saves of a DiReFT is a NoReFT to itself.
+        # The package does not write this key: what it saves of a DiReFT is a NoReFT to itself. We read it.
         settings = json.loads((saved / "adapter_config.json").read_text())
         settings["config"]["subtract_projection"] = False
         (saved / "adapter_config.json").write_text(json.dumps(settings))
@@ -209,7 +211,8 @@ def main():
             # What a T5's adapters share is lost where AdapterHub's package saves them.
             variants += [CROSS, "compacter_own", "adapter_plus"] * (name == "t5")
             variants += ["compacter"] * (name == "gpt2")
-            variants += ["gated", "loreft"] * (name in ("gpt2", "t5", "distilbert", "llama_classes"))
+            # The package gives a T5's decoder the encoder's positions.
+            variants += ["gated"] * (name == "t5") + ["gated", "loreft"] * (name in ("gpt2", "distilbert", "llama_classes"))
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(only, name, v)]
             if not variants:

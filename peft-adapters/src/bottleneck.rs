@@ -176,7 +176,10 @@ pub struct Bottleneck {
 impl Bottleneck {
     /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
     fn network(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let out = self.scaled(x, sequences, ctx)?;
+        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
+        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
+        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
+        let out = self.scaling.of(out, ctx)?;
         let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
@@ -185,14 +188,6 @@ impl Bottleneck {
             Some(gate) => gate.apply(&out, x, sequences, ctx),
             None => Ok(out),
         }
-    }
-
-    /// The network without dropout and gate, which is what a fusion attends to.
-    pub(crate) fn scaled(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
-        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
-        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
-        self.scaling.of(out, ctx)
     }
 
     /// What is left of `out` by [`Bottleneck::stochastic_depth`].
@@ -214,7 +209,7 @@ impl Bottleneck {
     }
 
     /// What the adapter reads at its place, and what its result is added to, both in the parameters' type.
-    pub(crate) fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
+    fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
         let Placement::Sequential { on_stream, residual } = self.placement else {
             let read = join.residual.to_dtype(self.dtype())?;
             return Ok([read, join.output.to_dtype(self.dtype())?]);
@@ -229,13 +224,13 @@ impl Bottleneck {
     }
 
     /// The stream behind the adapter, for its result with the residual connection.
-    pub(crate) fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+    fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let output = output.to_dtype(join.output.dtype())?;
         if self.joins_stream { join.of(&output, ctx) } else { Ok(output) }
     }
 
     /// Whether some sequences go without it in this pass.
-    pub(crate) fn drops_sequences(&self, ctx: &Ctx<'_>) -> bool {
+    fn drops_sequences(&self, ctx: &Ctx<'_>) -> bool {
         self.stochastic_depth > 0.0 && ctx.mode != Mode::Eval
     }
 

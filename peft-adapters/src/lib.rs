@@ -21,7 +21,6 @@ pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;
-pub mod fusion;
 pub mod linear;
 mod phm;
 pub mod reft;

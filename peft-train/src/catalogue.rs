@@ -25,7 +25,7 @@ impl MethodInfo {
     /// Whether Hugging Face PEFT has it too and loads its files.
     #[must_use]
     pub fn is_in_peft(&self) -> bool {
-        !["BOTTLENECK", "LLM_ADAPTER", "REFT", "ADAPTER_FUSION", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
+        !["BOTTLENECK", "LLM_ADAPTER", "REFT", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
     }
 }
 
@@ -75,15 +75,6 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "preset = \"loreft\", \"noreft\" or \"direft\", layers, prefix_positions, suffix_positions, r, tied_weights, dropout",
         paper: "Wu et al. 2024, arXiv:2404.03592",
-    },
-    MethodInfo {
-        name: "fusion",
-        peft_type: "ADAPTER_FUSION",
-        trainable: true,
-        mergeable: false,
-        servable: true,
-        variants: "adapters (folders of bottleneck adapters), preset = \"dynamic\" or \"static\", query, key, value, query_before_ln, value_before_softmax, residual_before, regularization",
-        paper: "AdapterFusion: Pfeiffer et al. 2021, arXiv:2005.00247",
     },
     MethodInfo {
         name: "prefix",

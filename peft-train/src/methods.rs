@@ -5,7 +5,6 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
-use peft_adapters::fusion::FusionConfig;
 use peft_adapters::linear::LinearAdapterConfig;
 use peft_adapters::reft::ReftConfig;
 use peft_core::select::Selection;
@@ -54,7 +53,6 @@ enum Config {
     Bottleneck(Box<BottleneckConfig>),
     LinearAdapter(Box<LinearAdapterConfig>),
     Reft(Box<ReftConfig>),
-    Fusion(Box<FusionConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     PTuning(PTuningConfig),
@@ -89,7 +87,6 @@ impl Config {
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_recipe(&keys)?)),
             "reft" => Self::Reft(Box::new(ReftConfig::from_recipe(&keys)?)),
-            "fusion" => Self::Fusion(Box::new(FusionConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
@@ -111,7 +108,6 @@ impl Config {
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_adapter_config(keys)?)),
             "reft" => Self::Reft(Box::new(ReftConfig::from_adapter_config(keys)?)),
-            "fusion" => Self::Fusion(Box::new(FusionConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
@@ -143,11 +139,6 @@ impl Config {
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reft(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
-            Self::Fusion(config) => {
-                let open = |folder: &String| adapter_files::open(Path::new(folder), Some(base));
-                let folders = config.folders().iter().map(open).collect::<Result<Vec<_>>>()?;
-                selected(config.for_base(base)?.build_from(base, &folders, seed, strict)?)
-            }
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => selected(config.for_base(base)?.build(base, seed, &start_tokens(config)?)?),
             Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
@@ -177,7 +168,6 @@ impl Config {
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
             Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
             Self::Reft(config) => selected(config.build(base, 0, report)?),
-            Self::Fusion(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {

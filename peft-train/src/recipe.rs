@@ -310,11 +310,6 @@ impl Recipe {
         let mut recipe = self.clone();
         recipe.model.path.iter_mut().for_each(absolute);
         recipe.output.dir.iter_mut().for_each(absolute);
-        for folder in recipe.method.get_mut("adapters").and_then(Value::as_array_mut).into_iter().flatten() {
-            if let Value::String(path) = folder {
-                absolute(path);
-            }
-        }
         let from = recipe.method.get_mut("init_from");
         for value in from.into_iter().chain(&mut recipe.data.train).chain(&mut recipe.data.eval) {
             match value {

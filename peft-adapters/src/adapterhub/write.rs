@@ -49,6 +49,9 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
     for key in adapter.keys() {
         tensors.add(adapter, family, key, name)?;
     }
+    if config.peft_type() == reft::PEFT_TYPE {
+        tensors.subtract_projections(&ReftConfig::from_adapter_config(config.map())?)?;
+    }
     // The package has both interventions, whether or not positions have them.
     if let ([there], false) = (units.as_slice(), config.get("tied_weights") == Some(&Value::Bool(true))) {
         let unit = |number: usize| format!(".units.{number}.");
@@ -76,6 +79,9 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
         write_json(&dir.join(head::CONFIG), &about, own)
     })
 }
+
+/// What the name of a free projection ends with.
+const PROJECTION: &str = ".projection.weight";
 
 fn plain(key: &str) -> &str {
     key.strip_prefix("base_model.model.").unwrap_or(key)
@@ -118,6 +124,29 @@ impl Sorted {
             return Err(Error::config("modules_to_save", message));
         }
         self.head.insert(ours.to_owned(), value);
+        Ok(())
+    }
+}
+
+impl Sorted {
+    /// Makes a DiReFT, which the package forgets when it saves or loads one, the NoReFT that it equals: `Wh = (W + P)h − Ph`.
+    fn subtract_projections(&mut self, config: &ReftConfig) -> Result<()> {
+        if config.subtract {
+            return Ok(());
+        }
+        if config.orthogonal || config.activation.is_some() {
+            let message = "false is lost where AdapterHub's package loads a file, and with orthogonality or a non_linearity there is \
+                           no equal adapter with true";
+            return Err(Error::config("subtract_projection", message));
+        }
+        let projections: Vec<_> = self.adapter.keys().filter(|key| key.ends_with(PROJECTION)).cloned().collect();
+        for key in projections {
+            let source = key.replace(PROJECTION, ".learned_source.weight");
+            if let (Some(p), Some(w)) = (self.adapter.get(&key), self.adapter.get(&source)) {
+                let sum = (w + p)?;
+                self.adapter.insert(source, sum);
+            }
+        }
         Ok(())
     }
 }

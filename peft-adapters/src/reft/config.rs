@@ -16,9 +16,9 @@ const PRESETS: [&str; 3] = ["loreft", "noreft", "direft"];
 /// More positions or a higher rank are a mistake.
 const MAX_COUNT: usize = 1 << 16;
 
-/// The keys of AdapterHub's `ReftConfig` that say what is computed. The last is no field of it, and its package reads it all the
-/// same; without it a DiReFT that the package saved is a NoReFT to the package itself.
-pub(crate) const ADAPTERHUB_KEYS: [&str; 12] = [
+/// The keys of AdapterHub's `ReftConfig`. `subtract_projection` is none that its files have: a DiReFT that the package saved is a
+/// NoReFT to the package itself.
+pub(crate) const ADAPTERHUB_KEYS: [&str; 11] = [
     "dropout",
     "dtype",
     "init_weights_seed",
@@ -30,7 +30,6 @@ pub(crate) const ADAPTERHUB_KEYS: [&str; 12] = [
     "r",
     "suffix_positions",
     "tied_weights",
-    "subtract_projection",
 ];
 
 /// The settings of ReFT's interventions.
