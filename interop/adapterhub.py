@@ -59,8 +59,7 @@ VARIANTS = {
     "gated_parallel": ParBnConfig(reduction_factor=6, use_gating=True, init_weights="bert"),
     "stochastic": AdapterPlusConfig(reduction_factor=8),
     "loreft": LoReftConfig(r=3, dropout=0.0),
-    # Not behind the last block, where a classifier reads no last tokens: peft-cli refuses parameters without a gradient.
-    "noreft": NoReftConfig(r=2, prefix_positions=2, suffix_positions=2, dropout=0.0, layers=[0, 1], non_linearity="tanh"),
+    "noreft": NoReftConfig(r=2, prefix_positions=2, suffix_positions=2, dropout=0.0, layers=[0, 2], non_linearity="tanh"),
     "direft": DiReftConfig(r=2, suffix_positions=1, tied_weights=True, dropout=0.0),
     "last_tokens": LoReftConfig(r=2, prefix_positions=0, suffix_positions=2, dropout=0.0),
     "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),

@@ -33,7 +33,7 @@ impl ReftConfig {
         }
         let mut adapter = Adapter::new(self.to_adapter_config(), base.sites());
         for end in ends.iter().filter(|end| self.layers.as_ref().is_none_or(|layers| layers.contains(&end.block))) {
-            let module = Arc::new(self.module(base, *end, seed)?);
+            let module = Arc::new(self.module(base, *end, end.block + 1 == blocks, seed)?);
             for unit in &module.units {
                 if let Rows::Orthonormal(rows) = &unit.projection {
                     adapter.add_fixed(rows.base().clone());
@@ -46,12 +46,14 @@ impl ReftConfig {
         Ok(Built { adapter, selection })
     }
 
-    fn module(&self, base: &dyn BaseModel, at: SublayerSite, seed: u64) -> Result<Reft> {
+    fn module(&self, base: &dyn BaseModel, at: SublayerSite, is_last: bool, seed: u64) -> Result<Reft> {
         let site = base.sites().get(at.end).ok_or_else(|| Error::msg("a block ends at a site that does not exist"))?;
         let (r, hidden) = (self.r, at.hidden_size);
         if r >= hidden {
             return Err(Error::config("r", format!("{r} is not below the model's hidden size {hidden}")));
         }
+        // Behind the last block only rows with a label are read, which may be none of these positions.
+        let role = |role: Role| if is_last { Role::Rows } else { role };
         let unit = |number: usize| -> Result<Unit> {
             let stream = |draw: u32| Stream { seed, step: number as u32 * DRAWS + draw, site: at.end.0 };
             let name = |suffix: &str| parameter_name(&site.path, &format!("units.{number}.{suffix}"));
@@ -62,13 +64,13 @@ impl ReftConfig {
                 Parameter::new(name(suffix), &value, role)
             };
             Ok(Unit {
-                source: parameter("learned_source.weight", 0, &[r, hidden], Role::Plain)?,
-                bias: parameter("learned_source.bias", 1, &[r], Role::NoDecay)?,
+                source: parameter("learned_source.weight", 0, &[r, hidden], role(Role::Plain))?,
+                bias: parameter("learned_source.bias", 1, &[r], role(Role::NoDecay))?,
                 projection: if self.orthogonal {
                     let of = |tensor: &str| name(&format!("projection.{tensor}"));
-                    Rows::Orthonormal(Orthonormal::new([r, hidden], stream(2), base.device(), of)?)
+                    Rows::Orthonormal(Orthonormal::new([r, hidden], stream(2), base.device(), role(Role::NoDecay), of)?)
                 } else {
-                    Rows::Free(parameter("projection.weight", 2, &[r, hidden], Role::Plain)?)
+                    Rows::Free(parameter("projection.weight", 2, &[r, hidden], role(Role::Plain))?)
                 },
             })
         };

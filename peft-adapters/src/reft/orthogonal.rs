@@ -20,11 +20,12 @@ pub(crate) struct Orthonormal {
 }
 
 impl Orthonormal {
-    /// Rows that start at random, as a function of `stream`. `name` gives the key of a tensor of the parametrisation.
+    /// Rows that start at random, as a function of `stream`, trained as `role` says. `name` gives the key of a tensor of the parametrisation.
     pub(crate) fn new(
         [r, hidden]: [usize; 2],
         stream: Stream,
         device: &candle_core::Device,
+        role: Role,
         name: impl Fn(&str) -> String,
     ) -> Result<Self> {
         let ones = |keep: fn(usize, usize) -> bool| {
@@ -34,7 +35,7 @@ impl Orthonormal {
         let (beyond, diagonal) = (ones(|i, j| j > i)?, ones(|i, j| j == i)?);
         let base = Tensor::from_vec(random_orthogonal(r, hidden, stream), (hidden, hidden), device)?;
         Ok(Self {
-            original: Parameter::new(name("parametrizations.weight.original"), &diagonal.neg()?, Role::NoDecay)?,
+            original: Parameter::new(name("parametrizations.weight.original"), &diagonal.neg()?, role)?,
             base: Parameter::new(name("parametrizations.weight.0.base"), &base, Role::NoDecay)?,
             beyond,
             diagonal,
@@ -133,7 +134,7 @@ mod tests {
         let ctx = Ctx::eval(&set, &Route::Base);
         for [r, hidden] in [[1, 2], [3, 7], [6, 7]] {
             let stream = Stream { seed: 3, step: 0, site: 1 };
-            let rows = Orthonormal::new([r, hidden], stream, &Device::Cpu, str::to_owned).unwrap();
+            let rows = Orthonormal::new([r, hidden], stream, &Device::Cpu, Role::NoDecay, str::to_owned).unwrap();
             let eye = |n| Tensor::eye(n, DType::F32, &Device::Cpu).unwrap();
             let base = rows.base().value();
             close("base", &base.matmul(&base.t().unwrap()).unwrap(), &eye(hidden), 1e-5).unwrap();
