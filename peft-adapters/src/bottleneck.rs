@@ -1,10 +1,11 @@
 //! One bottleneck adapter at the end of a sublayer.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::{self, Activation};
-use peft_core::{Ctx, Join, Parameter, Result, SiteId, SublayerModule};
+use peft_core::kernels::{self, Activation, SequenceSpan, Stream};
+use peft_core::{Ctx, Join, Mode, Parameter, Result, SiteId, SublayerModule};
 
 use crate::phm::Phm;
+use crate::sequences;
 
 /// Epsilon of the adapter's own layer norms, PyTorch's default.
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -69,7 +70,7 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
-    fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    pub(crate) fn forward(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let weight = match &self.weight {
             Weight::Dense(weight) => weight.get(ctx),
             Weight::Phm(phm) => phm.weight(ctx)?,
@@ -81,7 +82,7 @@ impl Projection {
         }
     }
 
-    fn parameters(&self) -> Vec<&Parameter> {
+    pub(crate) fn parameters(&self) -> Vec<&Parameter> {
         let weight: Vec<_> = match &self.weight {
             Weight::Dense(weight) => vec![weight],
             Weight::Phm(phm) => phm.parameters().collect(),
@@ -89,7 +90,7 @@ impl Projection {
         weight.into_iter().chain(&self.bias).collect()
     }
 
-    fn dtype(&self) -> DType {
+    pub(crate) fn dtype(&self) -> DType {
         match &self.weight {
             Weight::Dense(weight) => weight.dtype(),
             Weight::Phm(phm) => phm.dtype(),
@@ -103,6 +104,50 @@ pub(crate) enum Scaling {
     Fixed(f64),
     /// `[1]`, or `[hidden]` for a factor a channel.
     Learned(Parameter),
+}
+
+impl Scaling {
+    /// `made` `[tokens, width]`, multiplied.
+    pub(crate) fn of(&self, made: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        Ok(match self {
+            Scaling::Fixed(1.0) => made,
+            Scaling::Fixed(s) => (made * *s)?,
+            Scaling::Learned(s) => {
+                let factors = s.get(ctx).broadcast_as(made.dim(1)?)?.contiguous()?;
+                kernels::scale_columns(&made, &factors)?
+            }
+        })
+    }
+
+    pub(crate) fn parameter(&self) -> Option<&Parameter> {
+        match self {
+            Scaling::Fixed(_) => None,
+            Scaling::Learned(s) => Some(s),
+        }
+    }
+}
+
+/// How far an adapter is open to a sequence: the mean over the tokens of the pass of `sigmoid(w·x + b)` (`use_gating`). It is the
+/// package's, padding apart, which there is a part of the mean. A token that is written with a cache has a gate of its own.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    /// `[1, hidden]`.
+    pub(crate) weight: Parameter,
+    /// `[1]`.
+    pub(crate) bias: Parameter,
+}
+
+impl Gate {
+    /// `out`, each sequence multiplied by the gate for its rows of `x`.
+    fn apply(&self, out: &Tensor, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let scores = kernels::add_bias(&kernels::trainable_linear(x, &self.weight.get(ctx))?, &self.bias.get(ctx))?;
+        let open = ((scores / 2.0)?.tanh()? / 2.0)?.affine(1.0, 0.5)?;
+        let means = sequences::each(&open, sequences, |_, rows| {
+            let tokens = rows.dim(0)?;
+            Ok(rows.mean_keepdim(0)?.broadcast_as((tokens, 1))?)
+        })?;
+        Ok(out.broadcast_mul(&means)?)
+    }
 }
 
 /// `s · up(act(down(norm(x))))` at its [`Placement`]. `down` is `[bottleneck, hidden]`, `up` is `[hidden, bottleneck]`. It
@@ -121,23 +166,38 @@ pub struct Bottleneck {
     pub(crate) up: Projection,
     pub(crate) scaling: Scaling,
     pub(crate) dropout: f32,
+    /// Share of the sequences that the adapter leaves alone in training (`stochastic_depth`, Huang et al. 2016,
+    /// arXiv:1603.09382); the others have its result divided by the rest.
+    pub(crate) stochastic_depth: f32,
+    pub(crate) gate: Option<Gate>,
     pub(crate) norm_after: Option<Norm>,
 }
 
 impl Bottleneck {
     /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
-    fn network(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    fn network(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
         let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
         let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
-        let out = self.up.forward(&inner, ctx)?;
-        let out = match &self.scaling {
-            Scaling::Fixed(1.0) => out,
-            Scaling::Fixed(s) => (out * *s)?,
-            Scaling::Learned(s) => kernels::scale_columns(&out, &s.get(ctx).broadcast_as(x.dim(1)?)?.contiguous()?)?,
-        };
-        Ok(match ctx.dropout(self.site, self.dropout) {
+        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
+        let out = self.scaling.of(out, ctx)?;
+        let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
+        };
+        match &self.gate {
+            Some(gate) => gate.apply(&out, x, sequences, ctx),
+            None => Ok(out),
+        }
+    }
+
+    /// What is left of `out` by [`Bottleneck::stochastic_depth`].
+    fn some_sequences(&self, out: Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let Some(drop) = ctx.dropout(self.site, self.stochastic_depth) else { return Ok(out) };
+        // Other numbers than those of the dropout here.
+        let stream = Stream { site: !drop.stream.site, ..drop.stream };
+        sequences::each(&out, sequences, |i, rows| {
+            let factor = if stream.uniform(i as u64) < drop.p { 0.0 } else { 1.0 / (1.0 - f64::from(drop.p)) };
+            Ok((rows * factor)?)
         })
     }
 
@@ -148,25 +208,30 @@ impl Bottleneck {
         }
     }
 
-    fn sequential(&self, join: &Join<'_>, on_stream: bool, residual: Residual, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let sum = || kernels::add(join.residual, join.output);
+    /// What the adapter reads at its place, and what its result is added to, both in the parameters' type.
+    fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
+        let Placement::Sequential { on_stream, residual } = self.placement else {
+            let read = join.residual.to_dtype(self.dtype())?;
+            return Ok([read, join.output.to_dtype(self.dtype())?]);
+        };
         let read = if on_stream { join.plain(ctx)? } else { join.output.clone() };
         let residual = match residual {
             Residual::Output => join.output.clone(),
-            Residual::Sum => sum()?,
+            Residual::Sum => kernels::add(join.residual, join.output)?,
             Residual::Input => read.clone(),
         };
-        let (read, residual) = (read.to_dtype(self.dtype())?, residual.to_dtype(self.dtype())?);
-        let made = self.network(&read, ctx)?;
-        if self.residual_before_norm {
-            return self.norm_after(kernels::add(&made, &residual)?, ctx);
-        }
-        Ok(kernels::add(&self.norm_after(made, ctx)?, &residual)?)
+        Ok([read.to_dtype(self.dtype())?, residual.to_dtype(self.dtype())?])
     }
 
-    fn parallel(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let made = self.network(&join.residual.to_dtype(self.dtype())?, ctx)?;
-        Ok(kernels::add(&self.norm_after(made, ctx)?, &join.output.to_dtype(self.dtype())?)?)
+    /// The stream behind the adapter, for its result with the residual connection.
+    fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let output = output.to_dtype(join.output.dtype())?;
+        if self.joins_stream { join.of(&output, ctx) } else { Ok(output) }
+    }
+
+    /// Whether some sequences go without it in this pass.
+    fn drops_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        self.stochastic_depth > 0.0 && ctx.mode != Mode::Eval
     }
 
     fn dtype(&self) -> DType {
@@ -176,37 +241,43 @@ impl Bottleneck {
 
 impl SublayerModule for Bottleneck {
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let output = match self.placement {
-            Placement::Sequential { on_stream, residual } => self.sequential(sublayer, on_stream, residual, ctx)?,
-            Placement::Parallel => self.parallel(sublayer, ctx)?,
+        let [read, residual] = self.reads(sublayer, ctx)?;
+        let made = self.network(&read, sublayer.sequences, ctx)?;
+        let output = if self.residual_before_norm && self.placement != Placement::Parallel {
+            self.norm_after(kernels::add(&made, &residual)?, ctx)?
+        } else {
+            kernels::add(&self.norm_after(made, ctx)?, &residual)?
         };
-        let output = output.to_dtype(sublayer.output.dtype())?;
-        if self.joins_stream { sublayer.of(&output, ctx) } else { Ok(output) }
+        self.behind(&output, sublayer, ctx)
+    }
+
+    fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        self.gate.is_some() || self.drops_sequences(ctx)
     }
 
     fn parameters(&self) -> Vec<&Parameter> {
         let mut all = Vec::new();
         all.extend(self.norm_before.iter().flat_map(Norm::parameters));
         all.extend(self.down.parameters().into_iter().chain(self.up.parameters()));
-        if let Scaling::Learned(s) = &self.scaling {
-            all.push(s);
-        }
+        all.extend(self.scaling.parameter());
         all.extend(self.norm_after.iter().flat_map(Norm::parameters));
+        all.extend(self.gate.iter().flat_map(|gate| [&gate.weight, &gate.bias]));
         all
     }
 }
 
+/// Adapters for tests.
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     #![allow(clippy::unwrap_used)]
-    use peft_core::kernels::testing::{close, randn};
-    use peft_core::{AdapterSet, FrozenNorm, NormKind, Role, Route};
+    use peft_core::Role;
+    use peft_core::kernels::testing::randn;
 
     use super::*;
 
-    const HIDDEN: usize = 6;
+    pub(crate) const HIDDEN: usize = 6;
 
-    fn parameter(seed: u64, shape: &[usize]) -> Parameter {
+    pub(crate) fn parameter(seed: u64, shape: &[usize]) -> Parameter {
         Parameter::new(format!("p{seed}"), &randn(seed, shape, 0.6).unwrap(), Role::Plain).unwrap()
     }
 
@@ -214,7 +285,13 @@ mod tests {
         Projection { weight: Weight::Dense(weight), bias: Some(bias) }
     }
 
-    fn bottleneck(placement: Placement, scaling: Scaling, norms: [bool; 2], residual_before_norm: bool) -> Bottleneck {
+    pub(crate) fn bottleneck(
+        seed: u64,
+        placement: Placement,
+        scaling: Scaling,
+        norms: [bool; 2],
+        residual_before_norm: bool,
+    ) -> Bottleneck {
         let norm = |wanted: bool, seed| {
             wanted.then(|| Norm { weight: parameter(seed, &[HIDDEN]), bias: parameter(seed + 1, &[HIDDEN]) })
         };
@@ -224,14 +301,26 @@ mod tests {
             joins_stream: true,
             residual_before_norm,
             norm_before: norm(norms[0], 20),
-            down: dense(parameter(1, &[3, HIDDEN]), parameter(2, &[3])),
+            down: dense(parameter(seed + 1, &[3, HIDDEN]), parameter(seed + 2, &[3])),
             activation: Activation::Relu,
-            up: dense(parameter(3, &[HIDDEN, 3]), parameter(4, &[HIDDEN])),
+            up: dense(parameter(seed + 3, &[HIDDEN, 3]), parameter(seed + 4, &[HIDDEN])),
             scaling,
             dropout: 0.0,
+            stochastic_depth: 0.0,
+            gate: None,
             norm_after: norm(norms[1], 30),
         }
     }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use peft_core::kernels::testing::{close, randn};
+    use peft_core::{AdapterSet, FrozenNorm, NormKind, Route, StepRng};
+
+    use super::testing::{HIDDEN, bottleneck, parameter};
+    use super::*;
 
     fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Tensor {
         let centred = x.broadcast_sub(&x.mean_keepdim(1).unwrap()).unwrap();
@@ -301,10 +390,11 @@ mod tests {
                         _ => Scaling::Learned(parameter(40, &[HIDDEN])),
                     };
                     for post_norm in [false, true] {
-                        let mut b = bottleneck(placement, scaling(), norms, before && placement != Placement::Parallel);
+                        let mut b =
+                            bottleneck(0, placement, scaling(), norms, before && placement != Placement::Parallel);
                         b.joins_stream = i == 0 || post_norm;
                         let norm = post_norm.then_some(&model_norm);
-                        let join = Join { output: &h, residual: &stream, norm };
+                        let join = Join { output: &h, residual: &stream, norm, sequences: &[] };
                         let want = reference(&b, &h, &stream, post_norm.then_some((&weight, &bias)));
                         let name = format!("{placement:?}, norms {norms:?}, {before}, post-norm {post_norm}");
                         close(&name, &b.join(&join, &ctx).unwrap(), &want, 1e-5).unwrap();
@@ -314,9 +404,77 @@ mod tests {
         }
     }
 
+    fn span(rows: std::ops::Range<usize>) -> SequenceSpan {
+        SequenceSpan { queries: rows.clone(), keys: rows, prefix: 0..0 }
+    }
+
+    #[test]
+    fn a_gate_is_the_mean_over_its_sequence() {
+        let set = AdapterSet::empty();
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let (h, stream) = (randn(7, (5, HIDDEN), 1.0).unwrap(), randn(8, (5, HIDDEN), 1.0).unwrap());
+        for placement in [Placement::Parallel, Placement::Sequential { on_stream: false, residual: Residual::Output }] {
+            let mut b = bottleneck(0, placement, Scaling::Fixed(1.5), [true, false], false);
+            let sequences = [span(0..3), span(3..5)];
+            let join = |sequences| Join { output: &h, residual: &stream, norm: None, sequences };
+            let open = b.join(&join(&[]), &ctx).unwrap();
+            let base = (&h + &stream).unwrap();
+            let (weight, bias) = (parameter(50, &[1, HIDDEN]), parameter(51, &[1]));
+            let read = if placement == Placement::Parallel { &stream } else { &h };
+            let scores = read.matmul(&weight.value().t().unwrap()).unwrap().broadcast_add(&bias.value()).unwrap();
+            let scores: Vec<f32> = scores.flatten_all().unwrap().to_vec1().unwrap();
+            let mean = |s: &[f32]| s.iter().map(|x| 1.0 / (1.0 + (-x).exp())).sum::<f32>() / s.len() as f32;
+            let [first, second] = [mean(&scores[..3]), mean(&scores[3..])];
+            let gates = Tensor::new(vec![first, first, first, second, second], h.device()).unwrap();
+            let made = (&open - &base).unwrap().broadcast_mul(&gates.reshape((5, 1)).unwrap()).unwrap();
+            b.gate = Some(Gate { weight, bias });
+            assert!(b.reads_sequences(&ctx));
+            let got = b.join(&join(&sequences), &ctx).unwrap();
+            close("gated", &got, &(made + base).unwrap(), 1e-5).unwrap();
+            // The rows of one sequence alone.
+            let (h, stream) = (h.narrow(0, 3, 2).unwrap(), stream.narrow(0, 3, 2).unwrap());
+            let alone = Join { output: &h, residual: &stream, norm: None, sequences: &[span(0..2)] };
+            close("alone", &b.join(&alone, &ctx).unwrap(), &got.narrow(0, 3, 2).unwrap(), 1e-6).unwrap();
+            for wrong in [vec![], vec![span(0..1)], vec![span(1..2)]] {
+                assert!(b.join(&Join { sequences: &wrong, ..alone }, &ctx).is_err());
+            }
+        }
+    }
+
+    #[test]
+    fn stochastic_depth_leaves_whole_sequences_alone() {
+        let set = AdapterSet::empty();
+        let (rows, p) = (400, 0.25_f32);
+        let (h, stream) = (randn(7, (rows, HIDDEN), 1.0).unwrap(), randn(8, (rows, HIDDEN), 1.0).unwrap());
+        let sequences: Vec<_> = (0..rows / 2).map(|i| span(2 * i..2 * i + 2)).collect();
+        let placement = Placement::Sequential { on_stream: false, residual: Residual::Output };
+        let mut b = bottleneck(0, placement, Scaling::Fixed(1.0), [false, false], false);
+        let eval = Ctx::eval(&set, &Route::Base);
+        let join = Join { output: &h, residual: &stream, norm: None, sequences: &sequences };
+        let base = (&h + &stream).unwrap();
+        let whole = (b.join(&join, &eval).unwrap() - &base).unwrap();
+        b.stochastic_depth = p;
+        close("evaluation", &(b.join(&join, &eval).unwrap() - &base).unwrap(), &whole, 0.0).unwrap();
+        let train = |step| Ctx { mode: Mode::Train { track: false }, rng: StepRng { seed: 1, step, run: 0 }, ..eval };
+        assert!(b.reads_sequences(&train(0)) && !b.reads_sequences(&eval));
+        let made = |step| (b.join(&join, &train(step)).unwrap() - &base).unwrap().to_vec2::<f32>().unwrap();
+        let (got, whole) = (made(0), whole.to_vec2::<f32>().unwrap());
+        let mut dropped = 0;
+        for (got, whole) in got.chunks(2).zip(whole.chunks(2)) {
+            let off = got.concat().iter().all(|x| x.abs() < 1e-6);
+            dropped += usize::from(off);
+            for (got, whole) in got.concat().iter().zip(whole.concat()).filter(|_| !off) {
+                assert!((got - whole / (1.0 - p)).abs() < 1e-5, "{got} {whole}");
+            }
+        }
+        // 200 sequences, of which a quarter goes: a standard deviation is 6.
+        assert!((30..70).contains(&dropped), "{dropped}");
+        assert!(made(1) != got && made(0) == got);
+    }
+
     #[test]
     fn parameters_come_in_the_order_of_the_layers() {
-        let b = bottleneck(Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
+        let b = bottleneck(0, Placement::Parallel, Scaling::Learned(parameter(40, &[1])), [true, true], false);
         let names: Vec<&str> = b.parameters().into_iter().map(Parameter::name).collect();
         assert_eq!(names, ["p20", "p21", "p1", "p2", "p3", "p4", "p40", "p30", "p31"]);
     }

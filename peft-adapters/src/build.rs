@@ -9,9 +9,15 @@ use peft_core::{
     Unmatched, candidates, insert_saved, parameter_name, select_saved,
 };
 
-use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling, Weight};
+use crate::bottleneck::{Bottleneck, Gate, Norm, Projection, Scaling, Weight};
 use crate::config::{BottleneckConfig, ScalingKind, Start};
 use crate::phm::{Shared, Way};
+
+/// The stream's step of a gate's start, behind those of the projections.
+const GATE: u32 = u32::MAX;
+
+/// Makes a parameter of a site, for the end of its name.
+type MakeParameter<'a> = &'a dyn Fn(&str, Tensor, Role) -> Result<Parameter>;
 
 impl BottleneckConfig {
     /// Makes the adapter that this config describes on `base`. Random starts are a function of `seed` and the site.
@@ -34,8 +40,7 @@ impl BottleneckConfig {
             return Err(Error::config("cross_adapter", message));
         }
         let mut adapter = Adapter::new(self.to_adapter_config(), base.sites());
-        let chosen: Vec<_> =
-            sublayers.iter().filter(|s| !self.leave_out.contains(&s.block) && self.stands_behind(s.kind)).collect();
+        let chosen: Vec<_> = sublayers.iter().filter(|at| self.stands_at(at)).collect();
         let shared = match (&self.phm, chosen.first()) {
             (Some(phm), Some(at)) => {
                 phm.shared(at.hidden_size, self.width(at.block, at.hidden_size)?, seed, base.device())?
@@ -55,14 +60,17 @@ impl BottleneckConfig {
         Ok(Built { adapter, selection })
     }
 
-    fn stands_behind(&self, kind: SublayerKind) -> bool {
-        match kind {
+    /// Whether there is an adapter behind a sublayer.
+    fn stands_at(&self, at: &SublayerSite) -> bool {
+        let of_kind = match at.kind {
             SublayerKind::Attention => self.behind_attention,
             SublayerKind::CrossAttention => self.behind_cross_attention,
             SublayerKind::FeedForward => self.behind_feed_forward,
-        }
+        };
+        of_kind && !self.leave_out.contains(&at.block)
     }
 
+    /// The adapter at one place.
     fn bottleneck(&self, base: &dyn BaseModel, at: SublayerSite, shared: &Shared, seed: u64) -> Result<Bottleneck> {
         let site =
             base.sites().get(at.end).ok_or_else(|| Error::msg("a sublayer ends at a site that does not exist"))?;
@@ -88,7 +96,7 @@ impl BottleneckConfig {
                 let bias = phm.bias.then(|| parameter(&format!("{suffix}.b"), full(0.0, out)?, of_bias)).transpose()?;
                 return Ok(Projection { weight: Weight::Phm(weight), bias });
             }
-            let weight = Tensor::from_vec(self.start_values(out * inp, inp, way, stream), (out, inp), &Device::Cpu)?;
+            let weight = Tensor::from_vec(self.start.values(out * inp, inp, way, stream), (out, inp), &Device::Cpu)?;
             Ok(Projection {
                 weight: Weight::Dense(parameter(&format!("{suffix}.weight"), weight, of_weight)?),
                 bias: Some(parameter(&format!("{suffix}.bias"), full(0.0, out)?, of_bias)?),
@@ -114,12 +122,39 @@ impl BottleneckConfig {
                 ScalingKind::Channel => scale(hidden)?,
             },
             dropout: self.dropout,
+            stochastic_depth: self.stochastic_depth,
+            gate: if self.gated {
+                Some(self.gate(&parameter, hidden, Stream { seed, step: GATE, site: at.end.0 })?)
+            } else {
+                None
+            },
             norm_after: if self.norm_after { Some(norm("adapter_norm_after")?) } else { None },
         })
     }
 
-    fn start_values(&self, n: usize, fan_in: usize, way: Way, stream: Stream) -> Vec<f32> {
-        match self.start {
+    fn gate(&self, parameter: MakeParameter<'_>, hidden: usize, stream: Stream) -> Result<Gate> {
+        let (weight, bias) = match self.start {
+            Start::Bert | Start::MamAdapter => (stream.normal_vec(hidden, 0.02), 0.0),
+            // AdapterHub leaves PyTorch's start of a linear layer as it is.
+            Start::Houlsby => {
+                let bound = 1.0 / (hidden as f32).sqrt();
+                let mut values = stream.uniform_vec(hidden + 1, -bound, bound);
+                let bias = values.pop().unwrap_or(0.0);
+                (values, bias)
+            }
+        };
+        let role = |role: Role| if self.start == Start::MamAdapter { Role::ZeroAtStart } else { role };
+        Ok(Gate {
+            weight: parameter("gate.weight", Tensor::from_vec(weight, (1, hidden), &Device::Cpu)?, role(Role::Plain))?,
+            bias: parameter("gate.bias", Tensor::new(&[bias], &Device::Cpu)?, role(Role::NoDecay))?,
+        })
+    }
+}
+
+impl Start {
+    /// The `n` values that a projection of `fan_in` inputs starts from.
+    pub(crate) fn values(self, n: usize, fan_in: usize, way: Way, stream: Stream) -> Vec<f32> {
+        match self {
             Start::Bert => stream.normal_vec(n, 0.02),
             Start::Houlsby => truncated_normal(stream, n, 0.01),
             Start::MamAdapter if way == Way::Up => vec![0.0; n],

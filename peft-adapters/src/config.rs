@@ -29,13 +29,8 @@ const PRESETS: [(&str, &str); 7] = [
 ];
 
 /// Settings of AdapterHub's that say something which is not here: the key, and the value under which it says nothing.
-fn not_here() -> [(&'static str, Value); 4] {
-    [
-        ("use_gating", json!(false)),
-        ("inv_adapter", Value::Null),
-        ("stochastic_depth", json!(0.0)),
-        ("init_weights_seed", Value::Null),
-    ]
+fn not_here() -> [(&'static str, Value); 2] {
+    [("inv_adapter", Value::Null), ("init_weights_seed", Value::Null)]
 }
 
 /// The keys of AdapterHub's `BnConfig`.
@@ -110,6 +105,8 @@ pub struct BottleneckConfig {
     pub(crate) start: Start,
     pub(crate) scaling: ScalingKind,
     pub(crate) dropout: f32,
+    pub(crate) stochastic_depth: f32,
+    pub(crate) gated: bool,
     /// Blocks without an adapter.
     pub(crate) leave_out: Vec<usize>,
     /// Modules that are trained whole, such as a class head.
@@ -132,6 +129,7 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "mh_adapter": false, "output_adapter": true, "reduction_factor": 16, "non_linearity": "relu",
         "original_ln_before": false, "original_ln_after": true, "ln_before": false, "ln_after": false,
         "init_weights": "bert", "is_parallel": false, "scaling": 1.0, "residual_before_ln": true,
+        "use_gating": false, "stochastic_depth": 0.0,
         "adapter_residual_before_ln": false, "leave_out": [], "dropout": 0.0, "modules_to_save": null, "cross_adapter": false,
         "inv_adapter_reduction_factor": null, "phm_layer": false, "phm_dim": 4, "factorized_phm_W": true, "shared_W_phm": false,
         "shared_phm_rule": true, "factorized_phm_rule": false, "phm_c_init": "normal", "phm_init_range": 0.0001,
@@ -149,10 +147,9 @@ fn defaults(preset: &str) -> Map<String, Value> {
         "compacter++" => {
             json!({"original_ln_before": true, "phm_layer": true, "reduction_factor": 32, "non_linearity": "gelu"})
         }
-        // With AdapterHub's stochastic depth of 0.1, which is for models of images, left at 0.
         "adapter_plus" => json!({
             "original_ln_before": true, "original_ln_after": false, "residual_before_ln": false, "init_weights": "houlsby",
-            "scaling": "channel", "reduction_factor": 96, "non_linearity": "gelu"
+            "scaling": "channel", "reduction_factor": 96, "non_linearity": "gelu", "stochastic_depth": 0.1
         }),
         _ => json!({"original_ln_before": true}),
     };
@@ -222,26 +219,17 @@ impl BottleneckConfig {
             behind_cross_attention: cross,
             behind_feed_forward: output,
             reduction: Reduction::read(keys)?,
-            activation: activation(keys)?,
+            activation: activation(keys, "relu")?,
             placement: placement(keys)?,
             joins_stream: keys.flag("original_ln_after", true)?,
             norm_before: keys.flag("ln_before", false)?,
             norm_after: keys.flag("ln_after", false)?,
             residual_before_norm: keys.flag("adapter_residual_before_ln", false)?,
-            start: match keys.text("init_weights")?.unwrap_or("bert") {
-                "bert" => Start::Bert,
-                "mam_adapter" => Start::MamAdapter,
-                "houlsby" => Start::Houlsby,
-                other => {
-                    let message = format!("`{other}` is not one of bert, mam_adapter, houlsby");
-                    return Err(Error::config("init_weights", message));
-                }
-            },
+            start: start(keys)?,
             scaling: scaling(keys)?,
-            dropout: match keys.number("dropout", 0.0)? {
-                p if (0.0..1.0).contains(&p) => p as f32,
-                p => return Err(Error::config("dropout", format!("{p} is outside [0, 1)"))),
-            },
+            dropout: probability(keys, "dropout")?,
+            stochastic_depth: stochastic_depth(keys)?,
+            gated: keys.flag("use_gating", false)?,
             leave_out: leave_out(keys)?,
             saved: saved(keys)?,
             phm: phm(keys)?,
@@ -307,8 +295,17 @@ impl Reduction {
     }
 }
 
-fn activation(keys: ConfigKeys<'_>) -> Result<Activation> {
-    let name = keys.text("non_linearity")?.unwrap_or("relu").to_lowercase();
+pub(crate) fn start(keys: ConfigKeys<'_>) -> Result<Start> {
+    match keys.text("init_weights")?.unwrap_or("bert") {
+        "bert" => Ok(Start::Bert),
+        "mam_adapter" => Ok(Start::MamAdapter),
+        "houlsby" => Ok(Start::Houlsby),
+        other => Err(Error::config("init_weights", format!("`{other}` is not one of bert, mam_adapter, houlsby"))),
+    }
+}
+
+pub(crate) fn activation(keys: ConfigKeys<'_>, default: &str) -> Result<Activation> {
+    let name = keys.text("non_linearity")?.unwrap_or(default).to_lowercase();
     name.parse::<Activation>().map_err(|e| Error::config("non_linearity", e.to_string()))
 }
 
@@ -331,7 +328,23 @@ fn placement(keys: ConfigKeys<'_>) -> Result<Placement> {
     Ok(Placement::Sequential { on_stream, residual })
 }
 
-fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
+pub(crate) fn probability(keys: ConfigKeys<'_>, key: &str) -> Result<f32> {
+    match keys.number(key, 0.0)? {
+        p if (0.0..1.0).contains(&p) => Ok(p as f32),
+        p => Err(Error::config(key, format!("{p} is outside [0, 1)"))),
+    }
+}
+
+fn stochastic_depth(keys: ConfigKeys<'_>) -> Result<f32> {
+    let p = probability(keys, "stochastic_depth")?;
+    if p > 0.0 && keys.flag("is_parallel", false)? {
+        let message = "acts on sequential adapters only, in AdapterHub's package too: set it to 0";
+        return Err(Error::config("stochastic_depth", message));
+    }
+    Ok(p)
+}
+
+pub(crate) fn scaling(keys: ConfigKeys<'_>) -> Result<ScalingKind> {
     match keys.get("scaling") {
         None => Ok(ScalingKind::Fixed(1.0)),
         Some(Value::String(s)) if s == "learned" => Ok(ScalingKind::Learned),
@@ -354,7 +367,7 @@ fn phm(keys: ConfigKeys<'_>) -> Result<Option<PhmConfig>> {
 }
 
 /// What is trained whole beside the adapters.
-fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
+pub(crate) fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
     let own = ["modules_to_save", "task_type"].into_iter();
     TargetSpec::from_config(&own.filter_map(|key| Some((key.to_owned(), keys.get(key)?.clone()))).collect())
 }
@@ -395,6 +408,7 @@ mod tests {
         let plus = recipe(json!({"preset": "adapter_plus"})).unwrap();
         assert_eq!(plus.placement, Placement::Sequential { on_stream: true, residual: Residual::Input });
         assert_eq!((plus.joins_stream, plus.scaling, plus.start), (false, ScalingKind::Channel, Start::Houlsby));
+        assert_eq!((plus.stochastic_depth, plus.gated, seq.stochastic_depth), (0.1, false, 0.0));
         for (name, behind_attention) in [("compacter", true), ("compacter++", false)] {
             let compacter = recipe(json!({"preset": name})).unwrap();
             assert_eq!((compacter.behind_attention, compacter.width(0, 768).unwrap()), (behind_attention, 24));
@@ -423,9 +437,11 @@ mod tests {
             (json!({"reduction_factor": 0}), "reduction_factor"),
             (json!({"reduction_factor": {"one": 3}}), "reduction_factor"),
             (json!({"non_linearity": "rleu"}), "non_linearity"),
-            (json!({"use_gating": true}), "use_gating"),
+            (json!({"use_gating": 2}), "use_gating"),
+            (json!({"inv_adapter": "nice"}), "inv_adapter"),
             (json!({"preset": "compacter", "shared_W_phm": true, "reduction_factor": {"default": 8}}), "shared_W_phm"),
-            (json!({"stochastic_depth": 0.1}), "stochastic_depth"),
+            (json!({"stochastic_depth": 1.0}), "stochastic_depth"),
+            (json!({"stochastic_depth": 0.1, "preset": "par_bn"}), "stochastic_depth"),
             (json!({"output_adapter": false}), "nothing would be trained"),
             (json!({"residual_before_ln": "post_add", "original_ln_before": false}), "original_ln_before"),
             (json!({"scaling": "often"}), "scaling"),

@@ -10,8 +10,8 @@ keys, placements and defaults (`adapters` 1.3, `configuration/adapter_config.py`
 | `adapter_plus` | behind the feed-forward network, on the stream alone, with a factor a channel | Steitz & Roth 2024, arXiv:2406.06820 |
 | `par_bn`, `scaled_par_bn` | beside the feed-forward network | He et al. 2022, arXiv:2110.04366 |
 
-With any of them, `leave_out` names blocks without an adapter (AdapterDrop, Rücklé et al. 2021, arXiv:2010.11918). AdapterHub's gates,
-invertible adapters and stochastic depth (0.1 in its own `adapter_plus`) are refused.
+With any of them, `leave_out` names blocks without an adapter (AdapterDrop, Rücklé et al. 2021, arXiv:2010.11918). AdapterHub's
+invertible adapters are refused.
 
 [`BottleneckConfig`] is read from a recipe or an `adapter_config.json`; [`BottleneckConfig::build`] puts a [`Bottleneck`] at the end
 of the sublayers that it names. It has a nonlinearity, so no weight of the base can take it in.
@@ -21,7 +21,10 @@ pub mod adapterhub;
 mod bottleneck;
 mod build;
 mod config;
+pub mod linear;
 mod phm;
+pub mod reft;
+mod sequences;
 
 pub use bottleneck::{Bottleneck, Placement, Residual};
 pub use config::BottleneckConfig;

@@ -307,7 +307,7 @@ pub(crate) enum ConvertTo {
     Gguf,
     /// The files of mlx-lm, from a LoRA
     Mlx,
-    /// The files of AdapterHub's `adapters` package, for bottleneck adapters
+    /// The files of AdapterHub's `adapters` package, for bottleneck adapters and ReFT
     Adapterhub,
     /// adapter_config.json and adapter_model.safetensors, as training writes them
     Peft,
@@ -315,7 +315,7 @@ pub(crate) enum ConvertTo {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct ConvertArgs {
-    /// The adapter, of PEFT's, ours, AdapterHub's, mlx-lm's, torchtune's or kohya's: a folder or a hub id
+    /// The adapter, of PEFT's, ours, AdapterHub's, LLM-Adapters', mlx-lm's, torchtune's or kohya's: a folder or a hub id
     #[arg(long)]
     pub(crate) adapter: String,
     /// The form to write

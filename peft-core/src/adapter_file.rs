@@ -133,6 +133,12 @@ impl AdapterFolder {
         Self { dir: dir.as_ref().to_owned(), config, weights, keys }
     }
 
+    /// The same files under another config, for a config of another program's.
+    #[must_use]
+    pub fn with_config(self, config: AdapterConfig) -> Self {
+        Self { config, ..self }
+    }
+
     /// The folder.
     pub fn dir(&self) -> &Path {
         &self.dir

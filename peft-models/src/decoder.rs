@@ -54,6 +54,13 @@ pub struct DecoderInput {
     virtual_rows: VirtualRows,
 }
 
+impl DecoderInput {
+    /// Where the rows of each sequence lie, which is the same for all kinds.
+    fn sequences(&self) -> &[SequenceSpan] {
+        self.kinds.first().map_or(&[], |kind| &kind.attention.sequences)
+    }
+}
+
 #[derive(Debug, Clone)]
 struct KindInput {
     attention: Arc<AttentionPlan>,
@@ -379,7 +386,13 @@ impl Segmented for Decoder {
 
     fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let (last, ctx) = (self.blocks.len().saturating_sub(1), input.virtual_rows.ctx(ctx));
-        self.block_at(last)?.forward_rows(hidden, rows, input, &ctx).with_context(|| self.block_path(last))
+        let block = self.block_at(last)?;
+        let made = if block.joins_sequences(&ctx) {
+            block.forward(hidden, input, &ctx, None).and_then(|made| rows.of(&made))
+        } else {
+            block.forward_rows(hidden, rows, input, &ctx)
+        };
+        made.with_context(|| self.block_path(last))
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

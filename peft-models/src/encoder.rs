@@ -277,7 +277,8 @@ impl Block {
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
         let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
-        self.behind_attention(&attention(&q, &k, &v, &input.attention)?, hidden, c, ctx)
+        let attended = attention(&q, &k, &v, &input.attention)?;
+        self.behind_attention(&attended, hidden, &input.attention.sequences, c, ctx)
     }
 
     /// `rows` of what [`Block::forward`] makes.
@@ -297,17 +298,24 @@ impl Block {
         let queries = |s: &SequenceSpan| SequenceSpan { queries: rows.within(&s.queries), ..s.clone() };
         let sequences = input.attention.sequences.iter().map(queries).collect();
         let plan = Arc::new(AttentionPlan { sequences, ..(*input.attention).clone() });
-        self.behind_attention(&attention(&q, &k, &v, &plan)?, &own, c, &of_own)
+        self.behind_attention(&attention(&q, &k, &v, &plan)?, &own, &[], c, &of_own)
     }
 
     /// From what the heads of attention gave, `[tokens, hidden]`, and the block's input to its result.
-    fn behind_attention(&self, attended: &Tensor, hidden: &Tensor, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
+    fn behind_attention(
+        &self,
+        attended: &Tensor,
+        hidden: &Tensor,
+        sequences: &[SequenceSpan],
+        c: &EncoderConfig,
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
         let attended = self.o.forward(attended, ctx)?;
         let norm = Some(&self.attention_norm);
-        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm }, ctx)?;
+        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm, sequences }, ctx)?;
         let inner = activation(&self.up.forward(&hidden, ctx)?, c.hidden_act.into())?;
         let output = self.down.forward(&inner, ctx)?;
-        self.down.join(&Join { output: &output, residual: &hidden, norm: Some(&self.mlp_norm) }, ctx)
+        self.down.join(&Join { output: &output, residual: &hidden, norm: Some(&self.mlp_norm), sequences }, ctx)
     }
 }
 
@@ -440,8 +448,13 @@ impl Segmented for Encoder {
 
     fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &EncoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let block = self.blocks.last().ok_or_else(|| Error::msg("a model without blocks"))?;
-        let (rows, ctx) = (input.with_prompts(rows), input.virtual_rows.ctx(ctx));
-        block.forward_rows(hidden, &rows, input, &self.config, &ctx).context("the last block")
+        let (rows, ctx, c) = (input.with_prompts(rows), input.virtual_rows.ctx(ctx), &self.config);
+        let made = if block.o.joins_sequences(&ctx) || block.down.joins_sequences(&ctx) {
+            block.forward(hidden, input, c, &ctx).and_then(|made| rows.of(&made))
+        } else {
+            block.forward_rows(hidden, &rows, input, c, &ctx)
+        };
+        made.context("the last block")
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use candle_core::Tensor;
-use peft_adapters::adapterhub;
+use peft_adapters::{adapterhub, linear};
 use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
 use peft_lora::foreign::Layout;
 
 use crate::class_labels;
 
-/// Opens an adapter folder of PEFT's, ours, AdapterHub's, mlx-lm's, torchtune's or kohya's. Formats that store a copy of the model's head beside the adapter
+/// Opens an adapter folder of PEFT's, ours, AdapterHub's, LLM-Adapters',
+/// mlx-lm's, torchtune's or kohya's. Formats that store a copy of the model's head beside the adapter
 /// are rid of it where it is that of `base`.
 ///
 /// # Errors
@@ -18,7 +19,10 @@ pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder
     if let Some(layout) = Layout::of(folder)? {
         return layout.open(folder, base);
     }
-    if adapterhub::is_adapterhub(folder)? { adapterhub::open(folder, base) } else { AdapterFolder::open(folder) }
+    if adapterhub::is_adapterhub(folder)? {
+        return adapterhub::open(folder, base);
+    }
+    linear::foreign(AdapterFolder::open(folder)?)
 }
 
 /// Writes PEFT's two files with the names of an adapter's classes, if it has any, as a folder that is there whole or not at all.

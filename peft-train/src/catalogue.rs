@@ -25,7 +25,7 @@ impl MethodInfo {
     /// Whether Hugging Face PEFT has it too and loads its files.
     #[must_use]
     pub fn is_in_peft(&self) -> bool {
-        !["BOTTLENECK", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
+        !["BOTTLENECK", "LLM_ADAPTER", "REFT", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
     }
 }
 
@@ -57,6 +57,24 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "preset = \"seq_bn\", \"double_seq_bn\", \"par_bn\", \"scaled_par_bn\", \"compacter\", \"compacter++\" or \"adapter_plus\", reduction_factor, non_linearity, leave_out",
         paper: "Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2020, arXiv:2005.00052; He et al. 2022, arXiv:2110.04366; Compacter: Mahabadi et al. 2021, arXiv:2106.04647; Adapter+: Steitz & Roth 2024, arXiv:2406.06820; AdapterDrop: Rücklé et al. 2021, arXiv:2010.11918",
+    },
+    MethodInfo {
+        name: "llm_adapter",
+        peft_type: "LLM_ADAPTER",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "use_parallel_adapter, bottleneck_size, non_linearity, adapter_dropout, scaling, init_weights, target_modules, modules_to_save",
+        paper: "LLM-Adapters: Hu et al. 2023, arXiv:2304.01933",
+    },
+    MethodInfo {
+        name: "reft",
+        peft_type: "REFT",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "preset = \"loreft\", \"noreft\" or \"direft\", layers, prefix_positions, suffix_positions, r, tied_weights, dropout",
+        paper: "Wu et al. 2024, arXiv:2404.03592",
     },
     MethodInfo {
         name: "prefix",

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
+use peft_adapters::linear::LinearAdapterConfig;
+use peft_adapters::reft::ReftConfig;
 use peft_core::select::Selection;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
@@ -58,6 +60,8 @@ enum Config {
     Lora(Box<LoraConfig>),
     Ia3(Box<Ia3Config>),
     Bottleneck(Box<BottleneckConfig>),
+    LinearAdapter(Box<LinearAdapterConfig>),
+    Reft(Box<ReftConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     Multitask(Box<MultitaskConfig>),
@@ -92,6 +96,8 @@ impl Config {
             "full" => Self::Full(keys),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
+            "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_recipe(&keys)?)),
+            "reft" => Self::Reft(Box::new(ReftConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_recipe(&keys)?)),
@@ -113,6 +119,8 @@ impl Config {
             "full" => Self::Full(keys.clone()),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
+            "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_adapter_config(keys)?)),
+            "reft" => Self::Reft(Box::new(ReftConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_adapter_config(keys)?)),
@@ -144,6 +152,8 @@ impl Config {
             Self::Tokens(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reparam(config) => selected(config.for_base(base)?.build(base, seed, strict, &BTreeSet::new())?),
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Reft(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => {
                 let text = start_tokens(&config.start, config.tokenizer.as_deref())?;
@@ -179,6 +189,8 @@ impl Config {
                 selected(config.build(base, 0, report, &names)?)
             }
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
+            Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
+            Self::Reft(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {

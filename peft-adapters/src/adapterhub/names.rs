@@ -13,6 +13,8 @@ struct Place {
     module: &'static str,
     /// Beginning of the paths that this holds for.
     within: &'static str,
+    /// Whether the block ends there, which is the place of ReFT.
+    ends_block: bool,
 }
 
 /// Families whose modules are called the same.
@@ -28,27 +30,35 @@ pub(super) struct Family {
 }
 
 const fn place(layer: &'static str, module: &'static str) -> Place {
-    Place { layer, module, within: "" }
+    Place { layer, module, within: "", ends_block: false }
 }
 
+/// The last sublayer of a block.
+const fn last(layer: &'static str, module: &'static str) -> Place {
+    Place { layer, module, within: "", ends_block: true }
+}
+
+/// What holds the ReFT of a block, and what the names of its tensors begin with.
+const REFT: &str = "reft_layer.refts";
+const REFT_UNITS: &str = "units.";
 const BEHIND_ATTENTION: &str = "attention_adapters";
 const BEHIND_FEED_FORWARD: &str = "output_adapters";
 
 /// The more special place first: the end of one is the end of another.
-const BERT: &[Place] = &[place("attention.output.dense", "attention.output"), place("output.dense", "output")];
+const BERT: &[Place] = &[place("attention.output.dense", "attention.output"), last("output.dense", "output")];
 
 static FAMILIES: [Family; 6] = [
     Family {
         models: &[("llama", "Llama"), ("mistral", "Mistral")],
         body: "model",
-        places: &[place("self_attn.o_proj", BEHIND_ATTENTION), place("mlp.down_proj", BEHIND_FEED_FORWARD)],
+        places: &[place("self_attn.o_proj", BEHIND_ATTENTION), last("mlp.down_proj", BEHIND_FEED_FORWARD)],
         class_head: &["score"],
         head_activation: None,
     },
     Family {
         models: &[("gpt2", "GPT2")],
         body: "transformer",
-        places: &[place("attn.c_proj", BEHIND_ATTENTION), place("mlp.c_proj", BEHIND_FEED_FORWARD)],
+        places: &[place("attn.c_proj", BEHIND_ATTENTION), last("mlp.c_proj", BEHIND_FEED_FORWARD)],
         class_head: &["score"],
         head_activation: None,
     },
@@ -69,7 +79,7 @@ static FAMILIES: [Family; 6] = [
     Family {
         models: &[("distilbert", "DistilBert")],
         body: "distilbert",
-        places: &[place("attention.out_lin", BEHIND_ATTENTION), place("ffn.lin2", BEHIND_FEED_FORWARD)],
+        places: &[place("attention.out_lin", BEHIND_ATTENTION), last("ffn.lin2", BEHIND_FEED_FORWARD)],
         class_head: &["pre_classifier", "classifier"],
         head_activation: Some("relu"),
     },
@@ -78,9 +88,9 @@ static FAMILIES: [Family; 6] = [
         body: "",
         places: &[
             place("layer.0.SelfAttention.o", "layer.0"),
-            Place { layer: "layer.1.DenseReluDense.wo", module: "layer.1", within: "encoder." },
-            Place { layer: "layer.1.EncDecAttention.o", module: "layer.1", within: "decoder." },
-            place("layer.2.DenseReluDense.wo", "layer.2"),
+            Place { within: "encoder.", ..last("layer.1.DenseReluDense.wo", "layer.1") },
+            Place { within: "decoder.", ..place("layer.1.EncDecAttention.o", "layer.1") },
+            Place { within: "decoder.", ..last("layer.2.DenseReluDense.wo", "layer.2") },
         ],
         class_head: &[],
         head_activation: None,
@@ -119,6 +129,9 @@ impl Family {
         }
         self.places.iter().filter(|place| key.starts_with(place.within)).find_map(|place| {
             let (block, tensor) = key.split_once(&format!(".{}.", place.layer))?;
+            if tensor.starts_with(REFT_UNITS) {
+                return place.ends_block.then(|| format!("{block}.{REFT}.{name}.{tensor}"));
+            }
             Some(format!("{block}.{}.adapters.{name}.{tensor}", place.module))
         })
     }
@@ -128,13 +141,17 @@ impl Family {
         if let Some((_, tensor)) = key.split_once(&format!("{SHARED}.{name}.")) {
             return Some(format!("{SHARED}.{tensor}"));
         }
-        let (module, tensor) = key.split_once(&format!(".adapters.{name}."))?;
+        let reft = key.split_once(&format!(".{REFT}.{name}.")).filter(|(_, tensor)| tensor.starts_with(REFT_UNITS));
+        let (module, tensor) = reft.or_else(|| key.split_once(&format!(".adapters.{name}.")))?;
         let module = if self.body.is_empty() || module.starts_with(&format!("{}.", self.body)) {
             module.to_owned()
         } else {
             format!("{}.{module}", self.body)
         };
         self.places.iter().filter(|place| module.starts_with(place.within)).find_map(|place| {
+            if reft.is_some() {
+                return place.ends_block.then(|| format!("{module}.{}.{tensor}", place.layer));
+            }
             let block = module.strip_suffix(place.module)?.strip_suffix('.')?;
             Some(format!("{block}.{}.{tensor}", place.layer))
         })
@@ -172,6 +189,21 @@ mod tests {
                 "distilbert.transformer.layer.0.output_adapters.adapters.a.scaling",
             ),
             ("gpt2", "shared_parameters.phm_rule", "transformer.shared_parameters.a.phm_rule"),
+            (
+                "bert",
+                "bert.encoder.layer.1.output.dense.units.0.learned_source.bias",
+                "bert.encoder.layer.1.reft_layer.refts.a.units.0.learned_source.bias",
+            ),
+            (
+                "t5",
+                "encoder.block.1.layer.1.DenseReluDense.wo.units.1.projection.weight",
+                "encoder.block.1.reft_layer.refts.a.units.1.projection.weight",
+            ),
+            (
+                "t5",
+                "decoder.block.1.layer.2.DenseReluDense.wo.units.1.projection.weight",
+                "decoder.block.1.reft_layer.refts.a.units.1.projection.weight",
+            ),
             ("t5", "encoder.block.0.layer.1.DenseReluDense.wo.scaling", "encoder.block.0.layer.1.adapters.a.scaling"),
             ("t5", "decoder.block.0.layer.2.DenseReluDense.wo.scaling", "decoder.block.0.layer.2.adapters.a.scaling"),
         ] {

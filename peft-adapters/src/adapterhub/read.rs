@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use candle_core::{DType, Device};
 use peft_core::{
     AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result, SafetensorsFile, StoredTensor, only_a_pickle,
     parameter_name, read_keys,
@@ -12,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::{CONFIG, PICKLE, WEIGHTS, head, names};
 use crate::config::BottleneckConfig;
+use crate::reft::{self, ReftConfig};
 
 /// What older versions called the modules (`legacy_weights_mapping` in `adapters/loading.py`).
 const OLD_MODULES: [&str; 4] = [
@@ -42,13 +44,22 @@ pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
         return Err(Error::file(dir, format!("has {CONFIG} and no {WEIGHTS}")));
     }
     let file = Arc::new(SafetensorsFile::open(&path)?);
+    // Of interventions that no position has, which the package makes and stores all the same, nothing is kept.
+    let is_reft = config.get("peft_type").and_then(Value::as_str) == Some(reft::PEFT_TYPE);
+    let units = is_reft.then(|| ReftConfig::from_adapter_config(&config)).transpose()?.map(|config| config.units());
     let mut tensors: BTreeMap<String, StoredTensor> = BTreeMap::new();
     for name in file.names() {
         let now = OLD_MODULES.iter().fold(name.to_owned(), |key, old| key.replace(old, "adapters"));
         let ours = family.our_key(&now, text("name")).ok_or_else(|| {
-            let message = format!("holds `{name}`, which is no tensor of the bottleneck adapter `{}`", text("name"));
+            let message = format!("holds `{name}`, which is no tensor of the adapter `{}`", text("name"));
             Error::file(&path, message)
         })?;
+        if units.as_ref().is_some_and(|units| !units.iter().any(|unit| ours.contains(&format!(".units.{unit}.")))) {
+            continue;
+        }
+        if ours.ends_with(".parametrizations.weight.original") {
+            check_signs(&file, name)?;
+        }
         // The same norm is there under two names.
         let ours = ours.replace(".adapter_norm_before.", ".adapter_down.0.");
         let (layer, tensor) = split(&ours);
@@ -68,6 +79,21 @@ pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
     Ok(AdapterFolder::foreign(dir, AdapterConfig::new(config)?, file, tensors))
 }
 
+/// Refuses an orthogonal parametrisation whose signs are none. PyTorch cuts them to whole numbers, so that a run with weight
+/// decay makes its projection zero.
+fn check_signs(file: &SafetensorsFile, name: &str) -> Result<()> {
+    let original = file.tensor_as(name, DType::F32, &Device::Cpu)?;
+    let rows = if original.rank() == 2 { original.to_vec2::<f32>()? } else { Vec::new() };
+    if rows.iter().enumerate().any(|(i, row)| row.get(i).is_some_and(|sign| sign.abs() != 1.0)) {
+        let message = format!(
+            "`{name}` has other numbers than 1 and -1 on its diagonal, which weight decay has moved: to PyTorch the projection is \
+             zero; train it again with weight decay 0"
+        );
+        return Err(Error::file(file.path(), message));
+    }
+    Ok(())
+}
+
 /// `a.b` and `c` for `a.b.c`.
 fn split(key: &str) -> (&str, &str) {
     key.rsplit_once('.').unwrap_or((key, ""))
@@ -85,12 +111,15 @@ fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
         Some(Value::String(preset)) => [("preset".to_owned(), preset.clone().into())].into_iter().collect(),
         _ => return Err(Error::config("config", "is neither a table nor the name of a preset")),
     };
+    let mut is_reft = own.get("preset").and_then(Value::as_str).is_some_and(|preset| preset.ends_with("reft"));
     match own.remove("architecture") {
         None | Some(Value::Null) => {}
         Some(Value::String(name)) if name == "bottleneck" => {}
+        Some(Value::String(name)) if name == "reft" => is_reft = true,
         Some(other) => {
-            let message =
-                format!("{other} is a method whose AdapterHub files are not read here; bottleneck adapters are");
+            let message = format!(
+                "{other} is a method whose AdapterHub files are not read here; those of bottleneck adapters and of ReFT are"
+            );
             return Err(Error::config("architecture", message));
         }
     }
@@ -110,6 +139,10 @@ fn settings(keys: &Map<String, Value>) -> Result<Map<String, Value>> {
     own.insert("task_type".into(), task.into());
     let base = keys.get("model_name").and_then(Value::as_str).filter(|name| !name.is_empty());
     own.insert("base_model_name_or_path".into(), base.map_or(Value::Null, Into::into));
+    if is_reft {
+        own.remove("original_ln_before");
+        return Ok(ReftConfig::from_recipe(&own)?.to_adapter_config());
+    }
     Ok(BottleneckConfig::from_recipe(&own)?.to_adapter_config())
 }
 

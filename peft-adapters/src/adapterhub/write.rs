@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use peft_core::{AdapterFolder, Error, Result, atomic, to_python_json, write_safetensors};
 use serde_json::{Map, Value, json};
 
@@ -11,6 +11,7 @@ use super::names::{self, Family};
 use super::{CONFIG, VERSION, WEIGHTS, head};
 use crate::config::{ADAPTERHUB_KEYS, PEFT_TYPE};
 use crate::phm::SHARED;
+use crate::reft::{self, ReftConfig};
 
 /// What AdapterHub's files say of the base model and ours may not.
 #[derive(Debug, Clone)]
@@ -35,14 +36,31 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
         ));
     }
     let config = adapter.config();
-    if config.peft_type() != PEFT_TYPE {
-        let message = format!("is {}; bottleneck adapters are what can be written as AdapterHub's", config.peft_type());
-        return Err(Error::config("peft_type", message));
-    }
+    let units = match config.peft_type() {
+        PEFT_TYPE => Vec::new(),
+        reft::PEFT_TYPE => ReftConfig::from_adapter_config(config.map())?.units(),
+        other => {
+            let message = format!("is {other}; bottleneck adapters and ReFT are what can be written as AdapterHub's");
+            return Err(Error::config("peft_type", message));
+        }
+    };
     let family = names::family(&model.model_type)?;
     let mut tensors = Sorted::default();
     for key in adapter.keys() {
         tensors.add(adapter, family, key, name)?;
+    }
+    if config.peft_type() == reft::PEFT_TYPE {
+        tensors.subtract_projections(&ReftConfig::from_adapter_config(config.map())?)?;
+    }
+    // The package has both interventions, whether or not positions have them.
+    if let ([there], false) = (units.as_slice(), config.get("tied_weights") == Some(&Value::Bool(true))) {
+        let unit = |number: usize| format!(".units.{number}.");
+        let copies: Vec<_> = tensors
+            .adapter
+            .iter()
+            .map(|(key, value)| (key.replace(&unit(*there), &unit(1 - there)), value.clone()))
+            .collect();
+        tensors.adapter.extend(copies);
     }
     let task = config.get("task_type").and_then(Value::as_str).unwrap_or("CAUSAL_LM");
     let about = json!({
@@ -61,6 +79,9 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
         write_json(&dir.join(head::CONFIG), &about, own)
     })
 }
+
+/// What the name of a free projection ends with.
+const PROJECTION: &str = ".projection.weight";
 
 fn plain(key: &str) -> &str {
     key.strip_prefix("base_model.model.").unwrap_or(key)
@@ -85,6 +106,10 @@ impl Sorted {
             if [".adapter_up.bias", ".adapter_up.b"].iter().any(|end| ours.ends_with(end)) {
                 self.hidden_size = value.dims().first().copied();
             }
+            if ours.ends_with(".learned_source.weight") {
+                self.hidden_size = value.dims().last().copied();
+            }
+            let value = if ours.ends_with(".parametrizations.weight.original") { whole_signs(&value)? } else { value };
             // The norm in front has two names, as a module of its own and as the first of those that lead down.
             let has_norm = adapter.config().get("ln_before") == Some(&Value::Bool(true));
             if has_norm && theirs.contains(".adapter_down.0.") {
@@ -103,13 +128,52 @@ impl Sorted {
     }
 }
 
+impl Sorted {
+    /// Makes a DiReFT, which the package forgets when it saves or loads one, the NoReFT that it equals: `Wh = (W + P)h − Ph`.
+    fn subtract_projections(&mut self, config: &ReftConfig) -> Result<()> {
+        if config.subtract {
+            return Ok(());
+        }
+        if config.orthogonal || config.activation.is_some() {
+            let message = "false is lost where AdapterHub's package loads a file, and with orthogonality or a non_linearity there is \
+                           no equal adapter with true";
+            return Err(Error::config("subtract_projection", message));
+        }
+        let projections: Vec<_> = self.adapter.keys().filter(|key| key.ends_with(PROJECTION)).cloned().collect();
+        for key in projections {
+            let source = key.replace(PROJECTION, ".learned_source.weight");
+            if let (Some(p), Some(w)) = (self.adapter.get(&key), self.adapter.get(&source)) {
+                let sum = (w + p)?;
+                self.adapter.insert(source, sum);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The parametrisation of orthonormal rows with its signs as they were: PyTorch cuts them to whole numbers.
+fn whole_signs(original: &Tensor) -> Result<Tensor> {
+    let mut rows = original.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+    for (i, row) in rows.iter_mut().enumerate() {
+        row.iter_mut().skip(i).take(1).for_each(|sign| *sign = sign.signum());
+    }
+    Ok(Tensor::new(rows, &Device::Cpu)?)
+}
+
 /// The settings that AdapterHub knows. It takes a scaling for a constant only where it is a float.
 fn settings(config: &Map<String, Value>) -> Map<String, Value> {
     let float = |key: &str, value: &Value| match value.as_f64() {
         Some(x) if key == "scaling" => x.into(),
         _ => value.clone(),
     };
-    ADAPTERHUB_KEYS.iter().filter_map(|key| Some(((*key).to_owned(), float(key, config.get(*key)?)))).collect()
+    let is_reft = config.get("peft_type").and_then(Value::as_str) == Some(reft::PEFT_TYPE);
+    let known: &[&str] = if is_reft { &reft::ADAPTERHUB_KEYS } else { &ADAPTERHUB_KEYS };
+    let mut out: Map<String, Value> =
+        known.iter().filter_map(|key| Some(((*key).to_owned(), float(key, config.get(*key)?)))).collect();
+    if is_reft {
+        out.insert("architecture".into(), "reft".into());
+    }
+    out
 }
 
 fn write_weights(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use peft_core::kernels::{AttentionPlan, attention, biased_attention};
+use peft_core::kernels::{AttentionPlan, SequenceSpan, attention, biased_attention};
 use peft_core::{Ctx, Error, FrozenEmbedding, FrozenLinear, Result, Route};
 
 use crate::config::{RelativePositions, Seq2SeqConfig};
@@ -37,6 +37,11 @@ impl SelfInput {
         let last = if both_sides { longest - 1 } else { 0 };
         let buckets = (1 - longest..=last).map(|distance| positions.bucket(distance, both_sides) as u32).collect();
         Self { plan: Arc::new(plan), buckets, zero: longest as usize - 1 }
+    }
+
+    /// Where the rows of each sequence lie.
+    pub(super) fn sequences(&self) -> &[SequenceSpan] {
+        &self.plan.sequences
     }
 }
 

@@ -95,6 +95,7 @@ impl TextRows {
             types: Vec::new(),
             source_tokens: 0,
             predictor: Predictor::default(),
+            task: None,
             source: row.source.clone(),
             truncation: Truncation::default(),
         };

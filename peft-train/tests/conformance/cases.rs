@@ -18,6 +18,10 @@ pub(crate) struct Case {
     /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units) or to another
     /// choice (VB-LoRA's vectors with the largest logits).
     pub(crate) partial_gradient: &'static [&'static str],
+    /// Whether what a token does to the text so far depends on tokens behind it, so that a pass over the whole text and one with
+    /// a cache are different things: a gate is the mean over the tokens of a pass, and the last
+    /// tokens of a text are no longer the last of it when it goes on.
+    pub(crate) looks_ahead: bool,
 }
 
 const UNTIED: Shape = Shape { tied: false, attention_bias: false };
@@ -37,6 +41,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let changes = is("type", json!("bottleneck"))
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
     // C3A's kernels and FourierFT's spectra start from random numbers.
+    let changes = changes || (is("type", json!("llm_adapter")) && !is("init_weights", json!("mam_adapter")));
+    let changes = changes || is("type", json!("reft"));
     let changes = changes || is("type", json!("c3a"));
     let changes = changes || is("type", json!("vblora"));
     let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
@@ -51,7 +57,9 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         (.., true) => CHOICE,
         _ => &[],
     };
-    Case { name, method, shape, identity, partial_gradient }
+    let suffix = method.get("suffix_positions").is_some();
+    let looks_ahead = is("use_gating", json!(true)) || suffix;
+    Case { name, method, shape, identity, partial_gradient, looks_ahead }
 }
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
@@ -273,7 +281,56 @@ pub(crate) fn cases() -> Vec<Case> {
                     "adapter_residual_before_ln": true, "original_ln_after": false, "mh_adapter": true}),
             ),
         ),
-        case("bottleneck, adapter+", BIASED, bottleneck("adapter_plus", json!({"leave_out": [1]}))),
+        case(
+            "bottleneck, adapter+",
+            BIASED,
+            bottleneck("adapter_plus", json!({"leave_out": [1], "stochastic_depth": 0.4})),
+        ),
+        case(
+            "bottleneck, gated",
+            UNTIED,
+            bottleneck("double_seq_bn", json!({"use_gating": true, "original_ln_before": true, "ln_before": true})),
+        ),
+        case(
+            "bottleneck, gated, parallel, dropout",
+            BIASED,
+            bottleneck("par_bn", json!({"use_gating": true, "non_linearity": "gelu", "dropout": 0.3})),
+        ),
+        case(
+            "llm adapter, series",
+            UNTIED,
+            json!({"type": "llm_adapter", "bottleneck_size": 4, "scaling": 3.0, "adapter_dropout": 0.3}),
+        ),
+        case(
+            "llm adapter, parallel, learned, zero",
+            BIASED,
+            json!({"type": "llm_adapter", "bottleneck_size": 3, "use_parallel_adapter": true, "scaling": "learned",
+                "init_weights": "mam_adapter", "non_linearity": "gelu", "adapter_bias": true}),
+        ),
+        case(
+            "llm adapter, series around attention",
+            TIED,
+            json!({"type": "llm_adapter", "bottleneck_size": 4, "scaling": 3.0, "target_modules": attention,
+                "modules_to_save": ["norm"]}),
+        ),
+        case("reft, loreft, dropout", UNTIED, json!({"type": "reft", "r": 3, "dropout": 0.3})),
+        case(
+            "reft, noreft, last tokens",
+            BIASED,
+            json!({"type": "reft", "preset": "noreft", "r": 2, "dropout": 0.0, "prefix_positions": 1, "suffix_positions": 2,
+                "non_linearity": "tanh", "layers": [1]}),
+        ),
+        case(
+            "reft, direft, tied",
+            TIED,
+            json!({"type": "reft", "preset": "direft", "dropout": 0.0, "prefix_positions": 2, "suffix_positions": 1,
+                "tied_weights": true, "modules_to_save": ["norm"]}),
+        ),
+        case(
+            "reft, loreft, last tokens only",
+            UNTIED,
+            json!({"type": "reft", "r": 2, "dropout": 0.0, "prefix_positions": 0, "suffix_positions": 3}),
+        ),
         // Wide starts: with the usual ones a fresh adapter is nothing but for rounding.
         case("compacter", UNTIED, bottleneck("compacter", json!({"phm_dim": 2, "phm_rank": 2, "phm_init_range": 0.3}))),
         case(

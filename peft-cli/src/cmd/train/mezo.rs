@@ -29,7 +29,8 @@ pub(super) fn check(adapter: &Adapter, method: &str, kind: OptimizerKind) -> Res
         );
     }
     let on = |v: &serde_json::Value| v.as_f64().is_some_and(|p| p > 0.0);
-    if let Some((key, value)) = adapter.config.iter().find(|(key, value)| key.ends_with("dropout") && on(value)) {
+    let drops = |key: &str| key.ends_with("dropout") || key == "stochastic_depth";
+    if let Some((key, value)) = adapter.config.iter().find(|(key, value)| drops(key) && on(value)) {
         bail!(
             "`method.{key}` is {value}, and train.optimizer = \"{kind}\" compares losses without dropout: set it to 0"
         );

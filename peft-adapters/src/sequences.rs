@@ -1,0 +1,41 @@
+//! Modules that act on whole sequences of a packed batch.
+
+use candle_core::Tensor;
+use peft_core::kernels::SequenceSpan;
+use peft_core::{Error, Result};
+
+/// `change(i, rows)` for the rows `[tokens, width]` of each sequence `i`, one after another.
+///
+/// # Errors
+/// When the sequences do not cover the rows of `x`, or a change fails.
+pub(crate) fn each(
+    x: &Tensor,
+    sequences: &[SequenceSpan],
+    change: impl Fn(usize, Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    check(x, sequences)?;
+    let parts = sequences
+        .iter()
+        .enumerate()
+        .map(|(i, span)| change(i, x.narrow(0, span.queries.start, span.queries.len())?))
+        .collect::<Result<Vec<_>>>()?;
+    match parts.as_slice() {
+        [one] => Ok(one.clone()),
+        parts => Ok(Tensor::cat(parts, 0)?),
+    }
+}
+
+/// Refuses sequences that do not cover the rows of `x` in order.
+pub(crate) fn check(x: &Tensor, sequences: &[SequenceSpan]) -> Result<()> {
+    let mut end = 0;
+    for span in sequences {
+        if span.queries.start != end {
+            return Err(Error::msg("the sequences of a batch do not follow one another"));
+        }
+        end = span.queries.end;
+    }
+    if end != x.dim(0)? {
+        return Err(Error::msg(format!("the sequences of a batch cover {end} of {} rows", x.dim(0)?)));
+    }
+    Ok(())
+}
