@@ -179,7 +179,7 @@ mod tests {
         for (preset, orthogonal, subtract) in
             [("loreft", true, true), ("noreft", false, true), ("direft", false, false)]
         {
-            let config = recipe(json!({"preset": preset})).unwrap();
+            let config = recipe(json!({"preset": preset, "task_type": "CAUSAL_LM"})).unwrap();
             assert_eq!(
                 (config.orthogonal, config.subtract, config.r, config.positions),
                 (orthogonal, subtract, 1, [3, 0])
