@@ -53,6 +53,12 @@ LINES = {
     "bottleneck, double_seq_bn": Line((5e-4, 1e-3), dict(type="bottleneck", preset="double_seq_bn")),
     "bottleneck, scaled_par_bn": Line((5e-4, 1e-3), dict(type="bottleneck", preset="scaled_par_bn", reduction_factor=16)),
     "bottleneck, compacter++": Line((2e-3, 3e-3), dict(type="bottleneck", preset="compacter++")),
+    "llm_adapter, series": Line((5e-4, 1e-3), dict(type="llm_adapter"), not_on={"minilm": "has no default places in BERT"}),
+    "llm_adapter, parallel": Line(
+        (5e-4, 1e-3), dict(type="llm_adapter", use_parallel_adapter=True), not_on={"minilm": "has no default places in BERT"}
+    ),
+    "reft, loreft": Line((2e-3, 2e-3), dict(type="reft", r=4, prefix_positions=5, suffix_positions=5)),
+    "reft, direft": Line((2e-3, 2e-3), dict(type="reft", preset="direft", r=4, prefix_positions=5, suffix_positions=5)),
     "prefix": Line((1e-2, 1e-2), peer=("PrefixTuningConfig", dict(num_virtual_tokens=20))),
     "prompt": Line((3e-2, 3e-2), dict(type="prompt", num_virtual_tokens=20)),
     "p_tuning": Line((1e-3, 1e-3), dict(type="p_tuning", num_virtual_tokens=20, encoder_hidden_size=128)),
@@ -64,4 +70,9 @@ LINES = {
 }
 
 # Methods of the catalogue without a line.
-LEFT_OUT = {"trainable_tokens": "it is for new tokens, and this task has none"}
+LEFT_OUT = {
+    "trainable_tokens": "it is for new tokens, and this task has none",
+    "poly": "it is for several tasks",
+    "multitask_prompt": "it is for several tasks",
+    "cpt": "it is for a few examples in the prompt",
+}

@@ -73,10 +73,10 @@ impl ByTask {
 /// Checks a task against how many an adapter has.
 pub(crate) fn check_task(task: usize, tasks: Option<usize>) -> Result<()> {
     match tasks {
-        None => Err(Error::config("task_id", "is given, and the adapter is the same for every task; leave it out")),
+        None => Err(Error::msg("the adapter is the same for every task; name none")),
         Some(tasks) if task >= tasks => {
             let last = tasks.saturating_sub(1);
-            Err(Error::config("task_id", format!("{task} is not one of the adapter's tasks, 0 to {last}")))
+            Err(Error::msg(format!("task {task} is not one of the adapter's, 0 to {last}")))
         }
         Some(_) => Ok(()),
     }
@@ -91,13 +91,10 @@ impl Adapter {
         match self.tasks() {
             None => Ok(self),
             Some(1) => self.for_task(0),
-            Some(n) => Err(Error::config(
-                "task_id",
-                format!(
-                    "is not given, and the adapter has {n} tasks, 0 to {}; choose one of them",
-                    n.saturating_sub(1)
-                ),
-            )),
+            Some(n) => {
+                let last = n.saturating_sub(1);
+                Err(Error::msg(format!("the adapter has {n} tasks, 0 to {last}; choose one of them")))
+            }
         }
     }
 }

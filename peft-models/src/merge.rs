@@ -57,8 +57,8 @@ impl<'a> Merged<'a> {
             if let Some((id, _)) = adapter.touched().find(|(_, s)| sublayer(s)) {
                 let path = model.sites().get(id).map_or("", |s| s.path.as_str());
                 return Err(Error::msg(format!(
-                    "an adapter of type {} cannot be merged: behind `{path}` it is a network with a nonlinearity of its own, \
-                     and no weight of the model holds that; serve it unmerged",
+                    "an adapter of type {} cannot be merged: behind `{path}` it changes the residual stream, and no weight \
+                     of the model holds that; serve it unmerged",
                     adapter.peft_type()
                 )));
             }

@@ -87,7 +87,7 @@ fn what_cannot_be_read_is_refused_by_name() {
         (true, "mh_adaptr", json!(true), "did you mean `mh_adapter`"),
         (true, "reduction_factor", json!(3), "of another shape"),
         (false, "model_type", json!("deberta"), "deberta"),
-        (false, "name", json!("other"), "no tensor of the bottleneck adapter `other`"),
+        (false, "name", json!("other"), "no tensor of the adapter `other`"),
     ] {
         edit(&config, |keys| match own {
             true => keys["config"][key] = value.clone(),

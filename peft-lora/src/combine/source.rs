@@ -156,7 +156,7 @@ impl<'a> Source<'a> {
             let Some(module) = &at.module else { continue };
             if let SiteModule::Sublayer(_) = module {
                 return refuse(format!(
-                    "at `{path}` {kind} is a network with a nonlinearity of its own, which no change of a weight is"
+                    "at `{path}` {kind} changes the residual stream, which no change of a weight does"
                 ));
             }
             if module.parameters().iter().any(|p| is_whole(p, path)) {
