@@ -1,8 +1,10 @@
 """One line of the table: training here (and in PEFT), the accuracy that came of it, and what it costs."""
 import dataclasses
 import json
+import math
 import random
 import shutil
+import struct
 
 from catalogue.lines import LINES
 from vs_hf.measure import Failed, measure
@@ -26,6 +28,17 @@ BASES = {
     "smollm2": Base("smollm2", 0, 512, 1, 16),
     "minilm": Base("minilm", 1, 2000, 2, 32, encoder=True),
 }
+
+
+def elements(folder):
+    """How many numbers the safetensors files of a model hold: what their headers say."""
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        count += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return count
 
 
 class Task:
@@ -108,6 +121,8 @@ class Task:
             raise Failed(f"{name}: the first loss is {ours['losses'][0]:.5f} here and {sides['hf']['losses'][0]:.5f} there")
         whole = output / "model"
         adapter = None if whole.exists() else output
+        trained = ours["trainable_parameters"]
+        ours["share"] = trained / (elements(self.folder) + trained) if adapter else 1.0
         ours["accuracy"] = self.accuracy(whole if whole.exists() else self.folder, adapter)
         files = whole.glob("*.safetensors") if whole.exists() else [output / "adapter_model.safetensors"]
         ours["file_bytes"] = sum(path.stat().st_size for path in files)

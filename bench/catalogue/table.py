@@ -16,7 +16,7 @@ def line(name, sides):
         f"{ours['accuracy']:.1%}",
         f"{hf['accuracy']:.1%}" if hf else "",
         f"{ours['trainable_parameters']:,}",
-        f"{ours['trainable_parameters'] / ours['parameters']:.3%}",
+        f"{ours['share']:.3%}",
         beside("cpu_seconds", lambda seconds: f"{seconds:.0f}"),
         beside("peak_bytes", lambda value: f"{value / 1e6:,.0f} MB"),
         size(ours["file_bytes"]),
