@@ -162,9 +162,6 @@ fn norm(t: &Tensor) -> f64 {
     t.sqr().unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap().sqrt()
 }
 
-/// Factors are `f32`: a share of 1e-7 each, and a digit more where their products nearly cancel.
-const ROUNDING: f64 = 1e-5;
-
 /// How far the result is from the sum, as a share of it, at one site.
 fn apart_from(result: &Lora, loras: &[(f64, &Lora)], path: &str, base: &Toy) -> f64 {
     let wanted = wanted(loras, path, base);
@@ -179,6 +176,23 @@ fn sources<'a>(loras: &[(f64, &'a Lora)], base: Option<&'a dyn BaseModel>) -> Re
 fn run(loras: &[(f64, &Lora)], options: CombineOptions, base: Option<&Toy>) -> Result<Combined> {
     let base = base.map(|b| b as &dyn BaseModel);
     combine(&sources(loras, base)?, &options, base)
+}
+
+/// Ranks and seeds of which the sum's small factor is one that nalgebra alone decomposes 1.3 % wrong.
+#[test]
+fn a_sum_that_is_combined_again_is_itself() {
+    let toy = Toy::new();
+    let of = |seed, ranks: [usize; 2], config| lora(seed, &[site(Q, ranks[0]), site(UP, ranks[1])], config);
+    let a = of(557, [1, 2], json!({"lora_alpha": 12, "use_rslora": true, "alpha_pattern": {Q: 3.5}}));
+    let b = of(558, [1, 6], json!({"lora_alpha": 13, "use_rslora": false, "alpha_pattern": {Q: 3.5}}));
+    let linear = || CombineOptions::new(CombineType::Linear);
+    let weighted = [(1.773_454_678_549_892, &a), (0.096_735_668_464_064_62, &b)];
+    let result = reopened(&run(&weighted, linear(), None).unwrap());
+    let again = reopened(&run(&[(1.0, &result)], linear(), None).unwrap());
+    for path in [Q, UP] {
+        assert!(apart_from(&result, &weighted, path, &toy) < 2e-6);
+        assert!(apart_from(&again, &[(1.0, &result)], path, &toy) < 2e-6);
+    }
 }
 
 fn exact() -> [CombineOptions; 3] {
@@ -212,14 +226,13 @@ proptest! {
             let result = reopened(&combined);
             for site in &combined.sites {
                 let apart = apart_from(&result, &weighted, &site.path, &toy);
-                prop_assert!(apart < ROUNDING, "{:?} {}: {apart}", options.kind, site.path);
+                prop_assert!(apart < 2e-6, "{:?} {}: {apart}", options.kind, site.path);
                 prop_assert!(site.relative_error() < 1e-6);
             }
             // The result is a LoRA like any other: alone with the weight 1 it is itself.
             let again = reopened(&run(&[(1.0, &result)], CombineOptions::new(CombineType::Linear), None).unwrap());
             for site in &combined.sites {
-                let apart = apart_from(&again, &[(1.0, &result)], &site.path, &toy);
-                prop_assert!(apart < ROUNDING, "{:?} {}, again: {apart}", options.kind, site.path);
+                prop_assert!(apart_from(&again, &[(1.0, &result)], &site.path, &toy) < 2e-6);
             }
         }
     }
