@@ -127,19 +127,35 @@ fn reopened(combined: &Combined) -> Lora {
 
 /// What a LoRA folder makes of a weight, less the weight, by the formulas of PEFT's `lora/layer.py` and `lora/dora.py`.
 fn delta(files: &AdapterFolder, path: &str, base: &Toy) -> Option<Tensor> {
-    let config = LoraConfigOf(files);
-    let get = |suffix: &str| {
-        let key = parameter_name(path, suffix);
-        files.contains(&key).then(|| files.tensor(&key, &Device::Cpu).unwrap().to_dtype(DType::F64).unwrap())
-    };
-    let a = get("lora_A.weight").or_else(|| get("lora_embedding_A"))?;
-    let b = get("lora_B.weight").or_else(|| get("lora_embedding_B"))?;
-    let low_rank = (b.matmul(&a).unwrap() * config.scale(path, a.dim(0).unwrap())).unwrap();
-    let Some(m) = get("lora_magnitude_vector") else { return Some(low_rank) };
+    let low_rank = low_rank(files, path)?;
+    let Some(g) = gain(files, path, base) else { return Some(low_rank) };
     let w = base.weight(path);
-    let sum = (&w + low_rank).unwrap();
-    let g = (m / sum.sqr().unwrap().sum(1).unwrap().sqrt().unwrap()).unwrap();
-    Some((sum.broadcast_mul(&g.unsqueeze(1).unwrap()).unwrap() - w).unwrap())
+    Some(((&w + low_rank).unwrap().broadcast_mul(&g.unsqueeze(1).unwrap()).unwrap() - w).unwrap())
+}
+
+fn get(files: &AdapterFolder, path: &str, suffix: &str) -> Option<Tensor> {
+    let key = parameter_name(path, suffix);
+    files.contains(&key).then(|| files.tensor(&key, &Device::Cpu).unwrap().to_dtype(DType::F64).unwrap())
+}
+
+fn low_rank(files: &AdapterFolder, path: &str) -> Option<Tensor> {
+    let a = get(files, path, "lora_A.weight").or_else(|| get(files, path, "lora_embedding_A"))?;
+    let b = get(files, path, "lora_B.weight").or_else(|| get(files, path, "lora_embedding_B"))?;
+    Some((b.matmul(&a).unwrap() * LoraConfigOf(files).scale(path, a.dim(0).unwrap())).unwrap())
+}
+
+/// What DoRA multiplies each output with.
+fn gain(files: &AdapterFolder, path: &str, base: &Toy) -> Option<Tensor> {
+    let m = get(files, path, "lora_magnitude_vector")?;
+    let sum = (base.weight(path) + low_rank(files, path)?).unwrap();
+    Some((m / sum.sqr().unwrap().sum(1).unwrap().sqrt().unwrap()).unwrap())
+}
+
+/// How much of an output of the base is left, at least: of `1 + Σ wᵢ(gᵢ − 1)`.
+fn least_left(loras: &[(f64, &Lora)], path: &str, base: &Toy) -> f64 {
+    let terms = loras.iter().filter_map(|(w, l)| Some(((gain(&l.files, path, base)? - 1.0).unwrap() * *w).unwrap()));
+    let sum = terms.reduce(|sum, term| (sum + term).unwrap());
+    sum.map_or(1.0, |sum| (sum + 1.0).unwrap().abs().unwrap().min_all().unwrap().to_scalar().unwrap())
 }
 
 struct LoraConfigOf<'a>(&'a AdapterFolder);
@@ -245,6 +261,8 @@ proptest! {
         let b = lora(seed + 1, &[site(Q, ranks[1]), site(UP, 2)], json!({"use_dora": true, "use_rslora": true}));
         let c = lora(seed + 2, &[site(UP, ranks[2]), site(TABLE, 1)], json!({"lora_alpha": 3}));
         let weighted = [(weights[0], &a), (weights[1], &b), (weights[2], &c)];
+        // Others are refused (below).
+        prop_assume!([Q, UP, TABLE].iter().all(|path| least_left(&weighted, path, &toy) > 1e-6));
         for options in exact() {
             let combined = run(&weighted, options, Some(&toy)).unwrap();
             prop_assert_eq!(&combined.config["use_dora"], &json!(true));
@@ -255,6 +273,27 @@ proptest! {
             }
         }
     }
+}
+
+/// Half of an output's length, twice: nothing of the base's own is left.
+#[test]
+fn a_dora_cannot_take_an_output_away() {
+    let toy = Toy::new();
+    let a = lora(3, &[site(Q, 2)], json!({"use_dora": true}));
+    let lengths =
+        (toy.weight(Q) + low_rank(&a.files, Q).unwrap()).unwrap().sqr().unwrap().sum(1).unwrap().sqrt().unwrap();
+    let key = parameter_name(Q, "lora_magnitude_vector");
+    let tensor = |name: &String| match *name == key {
+        true => (&lengths * 0.5).unwrap().to_dtype(DType::F32).unwrap(),
+        false => a.files.tensor(name, &Device::Cpu).unwrap(),
+    };
+    let names = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"].map(|suffix| parameter_name(Q, suffix));
+    let tensors: Vec<(String, Tensor)> = names.iter().map(|name| (name.clone(), tensor(name))).collect();
+    let halved = written(a.files.config().map().clone(), &tensors);
+    assert!(least_left(&[(2.0, &halved)], Q, &toy) < 1e-6);
+    let e = run(&[(2.0, &halved)], CombineOptions::new(CombineType::Linear), Some(&toy)).unwrap_err();
+    assert!(e.to_string().contains("take away an output"), "{e}");
+    assert!(run(&[(1.0, &halved)], CombineOptions::new(CombineType::Linear), Some(&toy)).is_ok());
 }
 
 /// Eckart–Young: the rest of the singular values is the smallest error that the rank has, and it is what is reported.
