@@ -38,6 +38,7 @@ pub use driver::{
 };
 pub use grads::Grads;
 pub use objective::{MicroBatch, Objective, measure};
+pub use run_loop::Resumable;
 pub use t_few::{Counts, TFew};
 pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset, opt_params};
 pub use update_rule::UpdateRule;

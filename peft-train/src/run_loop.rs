@@ -13,7 +13,7 @@ use crate::driver::Measured;
 use crate::early_stop::{EarlyStop, Verdict};
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
 use crate::step::Made;
-use crate::trainer::Ended;
+use crate::trainer::{Ended, Outcome};
 
 /// What an evaluation measured.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +35,22 @@ pub(crate) struct Rhythm {
     pub(crate) eval_every: u64,
     /// Steps between checkpoints; 0 writes none.
     pub(crate) save_every: u64,
+}
+
+/// A run that can be gone on with.
+pub trait Resumable {
+    /// Goes on from the newest complete checkpoint of the output folder, if there is one; gives its step.
+    ///
+    /// # Errors
+    /// A damaged checkpoint, or one of another run.
+    fn resume(&mut self) -> Result<Option<u64>>;
+
+    /// Trains to the end, or until `stop` is raised.
+    ///
+    /// # Errors
+    /// A failed audit, a loss or gradient that is not finite, a judge that fails (the state before it is kept in a checkpoint), a
+    /// full disk.
+    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome>;
 }
 
 /// What a run is made of.

@@ -17,7 +17,7 @@ use crate::early_stop::{Best, EarlyStop};
 use crate::log::{Progress, RunLogger};
 use crate::objective::{MicroBatch, Objective};
 use crate::optim::OptParam;
-use crate::run_loop::{self, Readings, Rhythm, Stages};
+use crate::run_loop::{self, Readings, Resumable, Rhythm, Stages};
 use crate::schedule::Schedule;
 use crate::step::Step;
 use crate::update_rule::UpdateRule;
@@ -97,6 +97,11 @@ pub struct Trainer<'a, M: Segmented> {
     model: &'a M,
     adapter: Arc<Adapter>,
     set: AdapterSet,
+    /// The adapter's, and the same as the optimiser sees them.
+    parameters: Vec<Parameter>,
+    opt_params: Vec<OptParam>,
+    /// The lowest segment with a parameter.
+    lowest: usize,
     rule: UpdateRule,
     early_stop: EarlyStop,
     plan: Plan,
@@ -115,19 +120,10 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     ) -> Self {
         let set = AdapterSet::one("default", adapter.clone());
         let state = TrainerState { fingerprint: plan.fingerprint.clone(), ..TrainerState::default() };
-        Self { model, adapter, set, rule: rule.into(), early_stop, plan, state }
-    }
-
-    /// Goes on from the newest complete checkpoint of the output folder, if there is one; gives its step.
-    ///
-    /// # Errors
-    /// A damaged checkpoint, or one of another run.
-    pub fn resume(&mut self) -> Result<Option<u64>> {
-        let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
-        self.state = checkpoint::load(&dir, &self.adapter, &mut self.rule, &self.plan.fingerprint)?;
-        self.plan.sampler.seek(self.state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
-        self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), self.state.early_stop);
-        Ok(Some(step))
+        let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
+        let opt_params = opt_params(&parameters, plan.weight_decay, plan.loraplus_lr_ratio);
+        let lowest = adapter.lowest_segment(model.sites()).unwrap_or(0);
+        Self { model, adapter, set, parameters, opt_params, lowest, rule: rule.into(), early_stop, plan, state }
     }
 
     /// What changes the parameters, with its state.
@@ -140,15 +136,6 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     #[must_use]
     pub fn state(&self) -> &TrainerState {
         &self.state
-    }
-
-    /// Trains to the end, or until `stop` is raised.
-    ///
-    /// # Errors
-    /// A failed audit, a loss or gradient that is not finite (the state before it is kept in a checkpoint), a full disk.
-    pub fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
-        let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 
     /// The micro-batches of the coming step.
@@ -190,6 +177,21 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     }
 }
 
+impl<M: Segmented> Resumable for Trainer<'_, M> {
+    fn resume(&mut self) -> Result<Option<u64>> {
+        let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
+        self.state = checkpoint::load(&dir, &self.adapter, &mut self.rule, &self.plan.fingerprint)?;
+        self.plan.sampler.seek(self.state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
+        self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), self.state.early_stop);
+        Ok(Some(step))
+    }
+
+    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
+        let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
+        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
+    }
+}
+
 impl<M: Segmented> Stages for Trainer<'_, M> {
     fn rhythm(&self) -> Rhythm {
         let Plan { steps, eval_every, save_every, .. } = self.plan;
@@ -198,8 +200,6 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
 
     fn step(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<()> {
         let started = Instant::now();
-        let parameters: Vec<Parameter> = self.adapter.parameters().into_iter().cloned().collect();
-        let opt_params = opt_params(&parameters, self.plan.weight_decay, self.plan.loraplus_lr_ratio);
         let batches = self.micro_batches();
         if batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
             return Err(Error::msg("a batch has no counted token"));
@@ -214,9 +214,9 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
             set: &self.set,
             plan: &self.plan,
             state: &self.state,
-            parameters: &parameters,
-            opt_params: &opt_params,
-            lowest: self.adapter.lowest_segment(self.model.sites()).unwrap_or(0),
+            parameters: &self.parameters,
+            opt_params: &self.opt_params,
+            lowest: self.lowest,
         };
         let made = match &mut self.rule {
             UpdateRule::Gradient(optimizer) => step.by_gradients(&batches, optimizer.as_mut(), lr)?,

@@ -14,7 +14,7 @@ use crate::early_stop::EarlyStop;
 use crate::log::{Progress, RunLogger};
 use crate::objective::Objective;
 pub use crate::run_loop::Readings;
-use crate::run_loop::{self, Rhythm, Stages};
+use crate::run_loop::{self, Resumable, Rhythm, Stages};
 use crate::schedule::Schedule;
 use crate::step::Made;
 use crate::trainer::Outcome;
@@ -90,20 +90,6 @@ impl<J: Judge> BdplTrainer<J> {
         Self { bdpl, judge, early_stop, plan, state }
     }
 
-    /// Goes on from the newest complete checkpoint of the output folder, if there is one; gives its step.
-    ///
-    /// # Errors
-    /// A damaged checkpoint, or one of another run.
-    pub fn resume(&mut self) -> Result<Option<u64>> {
-        let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
-        let state = checkpoint::read_trainer_state(&dir, &self.plan.fingerprint)?;
-        checkpoint::read_rule_state(&dir, |tensors| self.bdpl.load_state(tensors))?;
-        self.plan.sampler.seek(state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
-        self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), state.early_stop);
-        self.state = state;
-        Ok(Some(step))
-    }
-
     /// The likeliest prompt.
     #[must_use]
     pub fn prompt(&self) -> String {
@@ -114,15 +100,6 @@ impl<J: Judge> BdplTrainer<J> {
     #[must_use]
     pub fn judge(&self) -> &J {
         &self.judge
-    }
-
-    /// Trains to the end, or until `stop` is raised.
-    ///
-    /// # Errors
-    /// A loss that is not finite, a judge that fails (the state before is kept in a checkpoint), a full disk.
-    pub fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
-        let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 
     /// Writes the likeliest prompt, as a text and as whatever else the judge makes of it.
@@ -142,6 +119,23 @@ impl<J: Judge> BdplTrainer<J> {
             Ok(dir) => format!("{why}; the state before it is in {}, go on with --resume", dir.display()),
             Err(e) => format!("{why}; and the state before it could not be saved: {e}"),
         })
+    }
+}
+
+impl<J: Judge> Resumable for BdplTrainer<J> {
+    fn resume(&mut self) -> Result<Option<u64>> {
+        let Some((step, dir)) = checkpoint::list(&self.plan.output)?.pop() else { return Ok(None) };
+        let state = checkpoint::read_trainer_state(&dir, &self.plan.fingerprint)?;
+        checkpoint::read_rule_state(&dir, |tensors| self.bdpl.load_state(tensors))?;
+        self.plan.sampler.seek(state.sampler).map_err(|e| Error::file(&dir, e.to_string()))?;
+        self.early_stop = EarlyStop::resume(self.early_stop.config().clone(), state.early_stop);
+        self.state = state;
+        Ok(Some(step))
+    }
+
+    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
+        let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
+        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
     }
 }
 

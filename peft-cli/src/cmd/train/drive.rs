@@ -4,54 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
-use peft_core::Segmented;
-use peft_train::bdpl::{BdplTrainer, Judge};
 use peft_train::data::Sampler;
 use peft_train::early_stop::{EarlyStop, EarlyStopConfig};
 use peft_train::fnv::Fnv;
 use peft_train::log::{Progress, RunLogger};
 use peft_train::recipe::{EndpointTable, Recipe};
 use peft_train::schedule::{Schedule, ScheduleKind, ScheduleOptions, warmup_steps_from_ratio};
-use peft_train::{Ended, Outcome, Trainer, checkpoint};
-
-/// A run that can be gone on with.
-pub(super) trait Resumable {
-    /// Takes the newest checkpoint, if there is one; gives its step.
-    fn resume(&mut self) -> peft_core::Result<Option<u64>>;
-    /// Runs to the end, or until `stop` is raised.
-    fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool)
-    -> peft_core::Result<Outcome>;
-}
-
-impl<M: Segmented> Resumable for Trainer<'_, M> {
-    fn resume(&mut self) -> peft_core::Result<Option<u64>> {
-        Trainer::resume(self)
-    }
-
-    fn run(
-        &mut self,
-        logger: &mut RunLogger,
-        progress: &mut Progress,
-        stop: &AtomicBool,
-    ) -> peft_core::Result<Outcome> {
-        Trainer::run(self, logger, progress, stop)
-    }
-}
-
-impl<J: Judge> Resumable for BdplTrainer<J> {
-    fn resume(&mut self) -> peft_core::Result<Option<u64>> {
-        BdplTrainer::resume(self)
-    }
-
-    fn run(
-        &mut self,
-        logger: &mut RunLogger,
-        progress: &mut Progress,
-        stop: &AtomicBool,
-    ) -> peft_core::Result<Outcome> {
-        BdplTrainer::run(self, logger, progress, stop)
-    }
-}
+use peft_train::{Ended, Outcome, Resumable, checkpoint};
 
 /// The output folder that a recipe names.
 pub(super) fn output(recipe: &Recipe) -> PathBuf {
