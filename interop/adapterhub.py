@@ -12,7 +12,6 @@ For each model and variant, with an adapter that `adapters` made and saved:
            loss that peft-cli reports for it
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
-import argparse
 import json
 import logging
 import pathlib
@@ -37,7 +36,8 @@ from adapters import (
     SeqBnConfig,
 )
 from adapters.methods import modeling
-from check import Cli, Short, near, train
+from check import Short, near, train
+from tally import Tally, options
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
 LOGITS = 6
@@ -191,18 +191,9 @@ def check_head(cli, base, rows, rows_file, settings, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="MODEL or MODEL/VARIANT, several with commas")
-    options = parser.parse_args()
-    only = options.only.split(",") if options.only else []
-    torch.set_num_threads(1)
+    given, tally = options(__doc__, only="MODEL or MODEL/VARIANT, several with commas"), Tally()
     logging.getLogger("adapters").setLevel(logging.ERROR)
-    torch.manual_seed(options.seed)
     without_torchvision()
-    cli = Cli(options.program.resolve())
-    passed = failed = 0
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         for name in MODELS:
@@ -213,7 +204,7 @@ def main():
             # The package gives a T5's decoder the encoder's positions.
             variants += ["gated"] * (name == "t5") + ["gated", "loreft"] * (name in ("gpt2", "distilbert", "llama_classes"))
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
-            variants = [v for v in variants if cases.wanted(only, name, v)]
+            variants = [v for v in variants if cases.wanted(given.only, name, v)]
             if not variants:
                 continue
             base, rows_file = work / name / "base", work / name / "rows.jsonl"
@@ -221,24 +212,17 @@ def main():
             cases.make_model(name, base)
             model = cases.load_base(base)
             classes = model.config.num_labels if cases.has_classes(model) else 0
-            rows = cases.make_rows(random.Random(options.seed), classes, cases.has_targets(model))
+            rows = cases.make_rows(random.Random(given.seed), classes, cases.has_targets(model))
             rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             for variant in variants:
-                label, out = f"{name}/{variant}", work / name / variant
+                out = work / name / variant
                 out.mkdir()
-                try:
+                with tally.case(f"{name}/{variant}"):
                     if variant in VARIANTS:
-                        check(cli, base, rows, rows_file, VARIANTS[variant], out)
+                        check(given.cli, base, rows, rows_file, VARIANTS[variant], out)
                     else:
-                        check_head(cli, base, rows, rows_file, HEADS[name][int(variant.split()[-1])], out)
-                    passed, verdict = passed + 1, "ok  "
-                except Exception as error:  # a case that breaks must not hide the others
-                    failed, verdict = failed + 1, "FAIL"
-                    label = f"{label}: {error if isinstance(error, Short) else repr(error)}"
-                print(verdict, label, flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
-
+                        check_head(given.cli, base, rows, rows_file, HEADS[name][int(variant.split()[-1])], out)
+    tally.end()
 
 if __name__ == "__main__":
     main()

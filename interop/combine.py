@@ -13,19 +13,17 @@ convert    merged by PEFT, the LoRA that `convert --to lora` wrote is the adapte
 Every result is loaded by PEFT without a missing or an unexpected key, and has the loss there that `peft-cli eval` gives.
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
-import argparse
 import json
 import pathlib
 import random
-import sys
 import tempfile
-import traceback
 
 import cases
 import torch
-from check import Cli, Short, near
+from check import Short, near
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tally import Tally, options
 
 ATTENTION, LINEARS = cases.ATTENTION, cases.LINEARS
 # Adapters by name: a variant of cases.py, or the settings of a LoRA.
@@ -255,39 +253,21 @@ def convert(world, work, name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="comma-separated names")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    given, tally = options(__doc__, only="comma-separated names"), Tally()
     tests = {f"exact/{name}": (exact, *case) for name, case in EXACT.items()}
     for number, (model, weights) in enumerate(PEFT_ON):
         for name, case in PEFT.items():
             tests[f"peft/{name}/{number}"] = (like_peft, model, weights, *case)
     tests["peft/ia3"] = (ia3_like_peft,)
     tests |= {f"convert/{name}": (convert, name) for name in CONVERT}
-    only = set(filter(None, options.only.split(",")))
-    passed = failed = 0
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        world = World(Cli(options.program.resolve()), folder, options.seed)
+        world = World(given.cli, pathlib.Path(folder), given.seed)
         for name, (test, *arguments) in tests.items():
-            if only and not any(name == o or name.startswith(o + "/") for o in only):
+            if given.only and not any(name == o or name.startswith(o + "/") for o in given.only):
                 continue
-            short = None
-            with tempfile.TemporaryDirectory() as work:
-                try:
-                    test(world, pathlib.Path(work), *arguments)
-                except Exception as error:  # a case that breaks must not hide the others
-                    short = str(error) or type(error).__name__
-                    if not isinstance(error, Short):
-                        traceback.print_exc()
-            passed, failed = passed + (short is None), failed + (short is not None)
-            print(f"{'FAIL' if short else 'ok  '} combine/{name}" + (f"\n     {short}" if short else ""), flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
-
+            with tally.case(f"combine/{name}"), tempfile.TemporaryDirectory() as work:
+                test(world, pathlib.Path(work), *arguments)
+    tally.end()
 
 if __name__ == "__main__":
     main()

@@ -10,22 +10,20 @@ convert   `convert --to peft` writes a folder that PEFT loads without a missing 
 refuse    a tensor more, one of another shape, one without its partner, and a config without the scale are refused by name
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
-import argparse
 import json
 import pathlib
 import random
 import re
 import shutil
-import sys
 import tempfile
-import traceback
 import warnings
 
 import cases
 import torch
-from check import Cli, Short, near
+from check import Short, near
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tally import Tally, options
 
 ATTENTION, LINEARS = cases.ATTENTION, cases.LINEARS
 PREFIX = "base_model.model."
@@ -217,33 +215,13 @@ def check(cli, name, seed, work):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="")
-    options = parser.parse_args()
-    only = set(filter(None, options.only.split(",")))
-    torch.set_num_threads(1)
-    cli = Cli(options.program.resolve())
-    passed = failed = 0
+    given, tally = options(__doc__, only="comma-separated names"), Tally()
     for name in CASES:
-        if only and name not in only:
+        if given.only and name not in given.only:
             continue
-        short = None
-        with tempfile.TemporaryDirectory() as work:
-            try:
-                check(cli, name, options.seed, pathlib.Path(work))
-            except Exception as error:  # a case that breaks must not hide the others
-                short = str(error) if isinstance(error, Short) else f"{type(error).__name__}: {error}"
-                if not isinstance(error, Short):
-                    traceback.print_exc()
-        passed, failed = passed + (not short), failed + bool(short)
-        print(f"{'FAIL' if short else 'ok  '} {name}", *([short] if short else []), sep="\n     ", flush=True)
-    if passed + failed == 0:
-        sys.exit("no cases to check")
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
-
+        with tally.case(name), tempfile.TemporaryDirectory() as work:
+            check(given.cli, name, given.seed, pathlib.Path(work))
+    tally.end()
 
 if __name__ == "__main__":
     main()

@@ -9,18 +9,17 @@ For each start, peft-cli trains some steps from it and
   eva       ranks and subspaces are those of PEFT's initialize_lora_eva_weights on the same rows
 Prints a line a start, then `N passed, N failed`; exit 1 if any failed.
 """
-import argparse
 import json
 import pathlib
 import random
-import sys
 import tempfile
 
 import cases
 import torch
-from check import Cli, Short, near, train
+from check import Short, near, train
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import load_file
+from tally import Tally, options
 
 R, ALPHA, STEPS = 4, 6, 5
 STARTS = ["true", "gaussian", "orthogonal", "pissa", "pissa_niter_8", "olora", "eva"]
@@ -103,32 +102,18 @@ def check(cli, start, base, rows_file, rows, base_loss, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(options.seed)
-    cli = Cli(options.program.resolve())
-    passed = failed = 0
+    given, tally = options(__doc__), Tally()
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         base, rows_file = work / "base", work / "rows.jsonl"
         cases.make_model("llama", base)
-        rows = cases.make_rows(random.Random(options.seed))
+        rows = cases.make_rows(random.Random(given.seed))
         rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         base_loss = cases.mean_loss(cases.load_base(base), rows)
         for start in STARTS:
-            try:
-                check(cli, start, base, rows_file, rows, base_loss, work / f"{start}.out")
-                passed, verdict = passed + 1, "ok  "
-            except Exception as error:  # a start that breaks must not hide the others
-                failed, verdict = failed + 1, "FAIL"
-                start = f"{start}: {error if isinstance(error, Short) else repr(error)}"
-            print(verdict, start, flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
-
+            with tally.case(start):
+                check(given.cli, start, base, rows_file, rows, base_loss, work / f"{start}.out")
+    tally.end()
 
 if __name__ == "__main__":
     main()

@@ -7,17 +7,16 @@ model and with files as its fork of PEFT has them.
 For a series, a parallel and a learned-scale adapter: peft-cli computes the loss (relative 1e-5), and trains with the losses of
 torch's AdamW (1e-4). Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
-import argparse
 import json
 import pathlib
 import random
-import sys
 import tempfile
 
 import cases
 import torch
-from check import Cli, near, train
+from check import near, train
 from safetensors.torch import save_file
+from tally import Tally, options
 
 STEPS, BATCH_ROWS, LEARNING_RATE, SIZE = 5, 4, 2e-3, 6
 SERIES = dict(target_modules=["gate_proj", "up_proj", "down_proj"], use_parallel_adapter=False, scaling=1.0, non_linearity="tanh")
@@ -85,35 +84,20 @@ def check(cli, base, rows, rows_file, config, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("program", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(options.seed)
-    cli = Cli(options.program.resolve())
-    passed = failed = 0
+    given, tally = options(__doc__), Tally()
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         base, rows_file = work / "base", work / "rows.jsonl"
         base.mkdir()
         cases.make_model("llama", base)
-        rows = cases.make_rows(random.Random(options.seed), 0, False)
+        rows = cases.make_rows(random.Random(given.seed), 0, False)
         rows_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         for name, config in CASES.items():
             out = work / name
             out.mkdir()
-            label = f"llm-adapters/{name}"
-            try:
-                check(cli, base, rows, rows_file, config, out)
-                passed, verdict = passed + 1, "ok  "
-            except Exception as error:  # a case that breaks must not hide the others
-                failed, verdict = failed + 1, "FAIL"
-                label = f"{label}: {error!r}"
-            print(verdict, label, flush=True)
-    print(f"{passed} passed, {failed} failed")
-    sys.exit(failed > 0)
-
+            with tally.case(f"llm-adapters/{name}"):
+                check(given.cli, base, rows, rows_file, config, out)
+    tally.end()
 
 if __name__ == "__main__":
     main()
