@@ -32,7 +32,7 @@ LINES = {
     "lora, rsLoRA": Line((5e-4, 1e-3), dict(type="lora", use_rslora=True, **LORA)),
     "lora, DoRA": Line((5e-4, 1e-3), peer=("LoraConfig", {**LORA, "use_dora": True})),
     "lora, PiSSA": Line((2e-4, 5e-4), dict(type="lora", init_lora_weights="pissa", **LORA)),
-    "adalora": linear("adalora", 1e-3, 2e-3, init_r=12, target_r=8, tinit=5, tfinal=10, deltaT=2),
+    "adalora": linear("adalora", 1e-3, 2e-3, init_r=12, target_r=8, deltaT=2),
     "vera": linear("vera", 5e-3, 1e-2, r=256),
     "randlora": linear("randlora", 1e-3, 2e-3, r=32),
     "vblora": linear("vblora", 5e-3, 1e-2, r=4, num_vectors=256, vector_length=64),

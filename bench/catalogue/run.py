@@ -46,13 +46,15 @@ class Task:
 
     def __init__(self, base, folder, tmp, binaries, python, peer, train, test, options):
         self.base, self.folder, self.binaries, self.python, self.peer, self.options = base, folder, binaries, python, peer, options
+        self.epochs, self.batch = options.epochs or base.epochs, options.batch or base.batch
         self.tmp = tmp / base.name
         shutil.rmtree(self.tmp, ignore_errors=True)
         self.tmp.mkdir(parents=True)
         draw = random.Random(options.seed)
         draw.shuffle(train)
         self.texts = self.write("test", test[: options.test_rows])
-        self.train = self.tokens("train", train[: options.rows or base.rows])
+        rows = train[: options.rows or base.rows]
+        self.train, self.steps = self.tokens("train", rows), self.epochs * math.ceil(len(rows) / self.batch)
         self.test = self.tokens("test", test[: options.test_rows]) if base.encoder else self.texts
         prompt = {"input_ids": json.loads(self.train.read_text().splitlines()[0])["input_ids"][:32]}
         self.prompt = self.tmp / "prompt.jsonl"
@@ -87,47 +89,61 @@ class Task:
 
     def line(self, name):
         """{side: measurement} of the line that is called `name`."""
-        line, output = LINES[name], self.tmp / "ours"
-        rate, epochs, batch = line.rates[self.base.index], self.options.epochs or self.base.epochs, self.options.batch or self.base.batch
-        method = dict(line.method)
-        sides = {}
-        if line.peer:
-            start, trained = self.tmp / "start", self.tmp / "hf"
-            shutil.rmtree(start, ignore_errors=True)
-            self.call_peer("start", "--line", name, "--output", start, "--seed", self.options.seed)
-            method = {"init_from": str(start)}
-            if self.options.peer:
-                shutil.rmtree(trained, ignore_errors=True)
-                sides["hf"] = self.call_peer(
-                    "train", "--line", name, "--rows", self.train, "--start", start, "--output", trained,
-                    "--batch", batch, "--epochs", epochs, "--learning-rate", rate,
-                )
-                sides["hf"]["accuracy"] = self.accuracy(self.folder, trained)
+        start, sides = self.start(name), {}
+        if start and self.options.peer:
+            sides["hf"] = self.there(name, start)
+        sides["ours"] = self.here(name, start)
+        if "hf" in sides:
+            ours, hf = (sides[side]["losses"][0] for side in ("ours", "hf"))
+            if not abs(ours - hf) <= 1e-3 * hf:
+                raise Failed(f"{name}: the first loss is {ours:.5f} here and {hf:.5f} there")
+        return sides
+
+    def start(self, name):
+        """The adapter that both sides start from; none without a peer."""
+        if not LINES[name].peer:
+            return None
+        start = self.tmp / "start"
+        shutil.rmtree(start, ignore_errors=True)
+        self.call_peer("start", "--line", name, "--output", start, "--seed", self.options.seed)
+        return start
+
+    def there(self, name, start):
+        output = self.tmp / "hf"
         shutil.rmtree(output, ignore_errors=True)
+        found = self.call_peer(
+            "train", "--line", name, "--rows", self.train, "--start", start, "--output", output,
+            "--batch", self.batch, "--epochs", self.epochs, "--learning-rate", LINES[name].rates[self.base.index],
+        )
+        return {**found, "accuracy": self.accuracy(self.folder, output)}
+
+    def here(self, name, start):
+        line, output = LINES[name], self.tmp / "ours"
+        shutil.rmtree(output, ignore_errors=True)
+        method = {"init_from": str(start)} if start else dict(line.method)
+        if method.get("type") == "adalora":
+            method |= {"total_step": self.steps, "tinit": self.steps // 6, "tfinal": self.steps // 3}
         settings = {
             **{f"method.{key}": value for key, value in method.items()},
-            "model.dtype": "f32", "data.shuffle": False, "train.batch_size": batch, "train.epochs": epochs, "train.seed": self.options.seed,
-            "train.learning_rate": rate, "train.scheduler": "linear", "train.warmup_ratio": 0.1, "output.save_every": 0,
-            **({"data.labels": ["0", "1"]} if self.base.encoder else {}),
+            "model.dtype": "f32", "data.shuffle": False, "train.batch_size": self.batch, "train.epochs": self.epochs,
+            "train.seed": self.options.seed, "train.learning_rate": line.rates[self.base.index], "train.scheduler": "linear",
+            "train.warmup_ratio": 0.1, "output.save_every": 0, **({"data.labels": ["0", "1"]} if self.base.encoder else {}),
         }
-        if method.get("type") == "adalora":
-            settings["method.total_step"] = epochs * -(-len(self.train.read_text().splitlines()) // batch)
-        sides["ours"] = ours = self.ours(
+        found = self.ours(
             "peft-cli", "train", "--model", self.folder, "--data", self.train, "--format", "tokens", "--output", output, "--json",
             *(part for key, value in settings.items() for part in ("--set", f"{key}={json.dumps(value)}")),
         )
-        ours["losses"] = [row["loss"] for row in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-        if "hf" in sides and not abs(ours["losses"][0] - sides["hf"]["losses"][0]) <= 1e-3 * sides["hf"]["losses"][0]:
-            raise Failed(f"{name}: the first loss is {ours['losses'][0]:.5f} here and {sides['hf']['losses'][0]:.5f} there")
-        whole = output / "model"
-        adapter = None if whole.exists() else output
-        trained = ours["trainable_parameters"]
-        ours["share"] = trained / (elements(self.folder) + trained) if adapter else 1.0
-        ours["accuracy"] = self.accuracy(whole if whole.exists() else self.folder, adapter)
-        files = whole.glob("*.safetensors") if whole.exists() else [output / "adapter_model.safetensors"]
-        ours["file_bytes"] = sum(path.stat().st_size for path in files)
-        if adapter and not self.base.encoder:
-            decoded = self.ours("peft-bench", "decode", "--model", self.folder, "--rows", self.prompt, "--adapter", adapter,
+        rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        found["losses"] = [row["loss"] for row in rows if "loss" in row]
+        whole, trained = output / "model", found["trainable_parameters"]
+        if whole.exists():
+            size = sum(path.stat().st_size for path in whole.glob("*.safetensors"))
+            return {**found, "share": 1.0, "accuracy": self.accuracy(whole, None), "file_bytes": size}
+        found["share"] = trained / (elements(self.folder) + trained)
+        found["accuracy"] = self.accuracy(self.folder, output)
+        found["file_bytes"] = (output / "adapter_model.safetensors").stat().st_size
+        if not self.base.encoder:
+            decoded = self.ours("peft-bench", "decode", "--model", self.folder, "--rows", self.prompt, "--adapter", output,
                                 "--new-tokens", 64, "--stored")
-            ours["decode_overhead"] = decoded["overhead"]
-        return sides
+            found["decode_overhead"] = decoded["overhead"]
+        return found

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use plotters::prelude::*;
 use serde_json::Value;
 
-use crate::style::{GRID, LINE, TEXT, failed};
+use crate::style::{LINE, TEXT, axes, failed};
 
 const SIZE: (u32, u32) = (1000, 560);
 /// Least distance of two labels, in pixels.
@@ -57,27 +57,13 @@ fn picture(points: &[Point]) -> Result<String> {
     let mut svg = String::new();
     let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
     root.fill(&WHITE).map_err(failed)?;
-    let font = ("sans-serif", 13).into_font().color(&TEXT);
     let mut chart = ChartBuilder::on(&root)
         .margin(8)
         .x_label_area_size(40)
         .y_label_area_size(56)
         .build_cartesian_2d(xs.log_scale(), ys)
         .map_err(failed)?;
-    chart
-        .configure_mesh()
-        .x_desc("trained parameters")
-        .y_desc("accuracy, %")
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(GRID)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| format!("{y:.0}"))
-        .label_style(font.clone())
-        .axis_desc_style(font)
-        .draw()
-        .map_err(failed)?;
+    axes(&mut chart, "trained parameters", Some("accuracy, %"))?;
     let at = |p: &Point| (p.parameters.max(1.0), p.accuracy * 100.0);
     chart.draw_series(points.iter().map(|p| Circle::new(at(p), 3, LINE.filled()))).map_err(failed)?;
     let places: Vec<(i32, i32)> = points.iter().map(|p| chart.backend_coord(&at(p))).collect();

@@ -374,13 +374,12 @@ pub(crate) fn saved(keys: ConfigKeys<'_>) -> Result<TargetSpec> {
 
 fn leave_out(keys: ConfigKeys<'_>) -> Result<Vec<usize>> {
     let wrong = |v: &Value| Error::config("leave_out", format!("{v} is not a list of blocks, counted from 0"));
-    match keys.get("leave_out") {
-        None => Ok(Vec::new()),
-        Some(Value::Array(blocks)) => {
-            blocks.iter().map(|b| b.as_u64().map(|b| b as usize).ok_or_else(|| wrong(b))).collect()
-        }
-        Some(other) => Err(wrong(other)),
-    }
+    keys.get("leave_out").map_or_else(|| Ok(Vec::new()), |list| blocks(list).ok_or_else(|| wrong(list)))
+}
+
+/// A list of blocks, counted from 0.
+pub(crate) fn blocks(list: &Value) -> Option<Vec<usize>> {
+    list.as_array()?.iter().map(|block| block.as_u64().map(|block| block as usize)).collect()
 }
 
 #[cfg(test)]

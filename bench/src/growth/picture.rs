@@ -6,7 +6,7 @@ use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 use super::{Point, Sweep};
-use crate::style::{GRID, LINE, TEXT, failed};
+use crate::style::{LINE, TEXT, axes, failed};
 
 const SIZE: (u32, u32) = (1000, 300);
 
@@ -48,7 +48,6 @@ where
     X: AsRangedCoord<Value = f64>,
     X::CoordDescType: ValueFormatter<f64>,
 {
-    let font = ("sans-serif", 13).into_font().color(&TEXT);
     let mut chart = ChartBuilder::on(area)
         .caption(title, ("sans-serif", 15).into_font().color(&TEXT))
         .margin(8)
@@ -57,21 +56,7 @@ where
         .y_label_area_size(56)
         .build_cartesian_2d(xs, ys)
         .map_err(failed)?;
-    chart
-        .configure_mesh()
-        .x_desc(axis)
-        .x_labels(7)
-        .y_labels(5)
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(GRID)
-        .axis_style(GRID)
-        .x_label_formatter(&|x| format!("{x:.0}"))
-        .y_label_formatter(&|y| format!("{y:.0}"))
-        .label_style(font.clone())
-        .axis_desc_style(font)
-        .draw()
-        .map_err(failed)?;
+    axes(&mut chart, axis, None)?;
     chart.draw_series(LineSeries::new(points.iter().copied(), LINE.stroke_width(2))).map_err(failed)?;
     chart.draw_series(points.iter().map(|&p| Circle::new(p, 3, LINE.filled()))).map_err(failed)?;
     Ok(())

@@ -6,7 +6,7 @@ use peft_core::suggest::did_you_mean;
 use peft_core::{BaseModel, ConfigKeys, Error, Result, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
-use crate::config::{activation, probability, saved};
+use crate::config::{activation, blocks, probability, saved};
 
 /// `peft_type` of ReFT; PEFT has no such method, so the name is ours.
 pub(crate) const PEFT_TYPE: &str = "REFT";
@@ -157,11 +157,7 @@ fn layers(keys: ConfigKeys<'_>) -> Result<Option<Vec<usize>>> {
     match keys.get("layers") {
         None => Ok(None),
         Some(Value::String(all)) if all == "all" => Ok(None),
-        Some(list @ Value::Array(blocks)) => {
-            let blocks: Option<Vec<usize>> = blocks.iter().map(|b| b.as_u64().map(|b| b as usize)).collect();
-            blocks.filter(|blocks| !blocks.is_empty()).map(Some).ok_or_else(|| wrong(list))
-        }
-        Some(other) => Err(wrong(other)),
+        Some(list) => blocks(list).filter(|blocks| !blocks.is_empty()).map(Some).ok_or_else(|| wrong(list)),
     }
 }
 
