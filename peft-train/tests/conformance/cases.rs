@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::model::Shape;
+use crate::table::{Answer, Property};
 
 /// One method with one set of keys.
 #[derive(Debug, Clone)]
@@ -12,16 +13,24 @@ pub(crate) struct Case {
     pub(crate) method: Value,
     /// The model it is tried on.
     pub(crate) shape: Shape,
-    /// Whether a fresh adapter changes nothing.
-    pub(crate) identity: bool,
     /// Ends of parameter names of which differences of the loss say another thing: their gradient leaves a path out on
     /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units) or to another
     /// choice (VB-LoRA's vectors with the largest logits).
     pub(crate) partial_gradient: &'static [&'static str],
-    /// Whether what a token does to the text so far depends on tokens behind it, so that a pass over the whole text and one with
-    /// a cache are different things: a gate is the mean over the tokens of a pass, and the last
-    /// tokens of a text are no longer the last of it when it goes on.
-    pub(crate) looks_ahead: bool,
+    /// What does not hold for it, or not quite; everything else does.
+    pub(crate) answers: Vec<(Property, Answer)>,
+}
+
+impl Case {
+    /// Whether a property holds for it.
+    pub(crate) fn answer(&self, property: Property) -> Answer {
+        self.answers.iter().find(|(p, _)| *p == property).map_or(Answer::Holds, |(_, answer)| *answer)
+    }
+
+    /// The method's name in the catalogue.
+    pub(crate) fn catalogue_name(&self) -> &str {
+        self.method.get("type").and_then(Value::as_str).unwrap_or("lora")
+    }
 }
 
 const UNTIED: Shape = Shape { tied: false, attention_bias: false };
@@ -33,33 +42,62 @@ const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
 const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"];
 
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
+    let of = |names: &[&str]| names.contains(&method.get("type").and_then(Value::as_str).unwrap_or("lora"));
     let is = |key: &str, value: Value| method.get(key) == Some(&value);
-    let dora = is("use_dora", json!(true));
-    let soft_prompt =
-        ["prefix", "prompt", "p_tuning", "multitask_prompt", "cpt"].iter().any(|name| is("type", json!(name)));
+    let preset = method.get("preset").and_then(Value::as_str).unwrap_or_default();
+    let mut answers = Vec::new();
+    let mut not = |property, answer| answers.push((property, answer));
+
+    let soft_prompt = of(&["prefix", "prompt", "p_tuning", "multitask_prompt", "cpt"]);
+    if soft_prompt {
+        not(Property::Fresh, Answer::Never("virtual tokens stand in front from the first step on"));
+        not(Property::Merged, Answer::Never("virtual tokens are no change of a weight; `merge` refuses"));
+    }
     // With a projection of zeros, and nothing behind it, a bottleneck is nothing.
-    let changes = is("type", json!("bottleneck"))
-        && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
-    // C3A's kernels and FourierFT's spectra start from random numbers.
-    let changes = changes || (is("type", json!("llm_adapter")) && !is("init_weights", json!("mam_adapter")));
-    let changes = changes || is("type", json!("reft"));
-    let changes = changes || is("type", json!("c3a"));
-    let changes = changes || is("type", json!("vblora"));
-    let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
-    let identity = !(soft_prompt
-        || changes
-        || ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))));
-    let mlp = is("type", json!("p_tuning")) && !is("encoder_reparameterization_type", json!("LSTM"));
-    let chooses = is("type", json!("vblora")) && method.get("topk") != method.get("num_vectors");
-    let partial_gradient = match (dora, mlp, chooses) {
-        (true, ..) => DORA,
-        (_, true, _) => RELU,
-        (.., true) => CHOICE,
-        _ => &[],
+    let random = of(&["c3a", "vblora", "reft"])
+        || (of(&["bottleneck"]) && !preset.ends_with("par_bn"))
+        || (of(&["llm_adapter"]) && !is("init_weights", json!("mam_adapter")))
+        || (of(&["fourierft"]) && !is("init_weights", json!(true)));
+    if random {
+        not(Property::Fresh, Answer::Never("it starts from small random values, as its authors have it"));
+    } else if ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))) {
+        not(Property::Fresh, Answer::Never("the recipe may ask for a start at random"));
+    }
+
+    let dora = is("use_dora", json!(true));
+    let mlp = of(&["p_tuning"]) && !is("encoder_reparameterization_type", json!("LSTM"));
+    let chooses = of(&["vblora"]) && method.get("topk") != method.get("num_vectors");
+    let (partial_gradient, why) = match (dora, mlp, chooses) {
+        (true, ..) => (DORA, "the norm in DoRA is a constant to A and B, as in the paper; the magnitude is compared"),
+        (_, true, _) => (RELU, "but for layers under a ReLU of few units, over whose kinks a difference steps"),
+        (.., true) => (CHOICE, "but for the logits that choose vectors, whose choice a difference changes"),
+        _ => (&[][..], ""),
     };
-    let suffix = method.get("suffix_positions").is_some();
-    let looks_ahead = is("use_gating", json!(true)) || suffix;
-    Case { name, method, shape, identity, partial_gradient, looks_ahead }
+    if !partial_gradient.is_empty() {
+        not(Property::Gradient, Answer::Partly(why));
+    }
+
+    if method.get("init_lora_weights").and_then(Value::as_str).is_some_and(|w| w.starts_with("pissa") || w == "olora") {
+        not(
+            Property::Files,
+            Answer::Partly("PiSSA and OLoRA become LoRA of twice the rank, whose sums round otherwise"),
+        );
+    }
+    if of(&["bottleneck", "llm_adapter", "reft"]) {
+        not(Property::Merged, Answer::Never("it is no change of a weight; `merge` refuses"));
+    } else if of(&["poly"]) {
+        not(Property::Merged, Answer::Partly("as one of its tasks"));
+    } else if is("add_biases", json!(true)) {
+        not(
+            Property::Merged,
+            Answer::Never("biases that were added have no place in the model's files; `merge` refuses"),
+        );
+    }
+    if is("use_gating", json!(true)) || method.get("suffix_positions").is_some() {
+        let why = "the first token: gates and last positions of a text are others when it goes on";
+        not(Property::Written, Answer::Partly(why));
+    }
+    Case { name, method, shape, partial_gradient, answers }
 }
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
