@@ -23,6 +23,7 @@ pub mod methods;
 pub mod mezo;
 mod objective;
 pub mod optim;
+mod prefix_start;
 pub mod recipe;
 mod recipe_combinations;
 mod run_loop;
@@ -38,6 +39,7 @@ pub use driver::{
 };
 pub use grads::Grads;
 pub use objective::{MicroBatch, Objective, measure};
+pub use prefix_start::start_prefix;
 pub use run_loop::Resumable;
 pub use t_few::{Counts, TFew};
 pub use trainer::{Ended, Outcome, Plan, Trainer, evaluate_dataset, opt_params};

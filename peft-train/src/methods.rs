@@ -264,7 +264,10 @@ pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
 /// # Errors
 /// An unknown method or key.
 pub fn looks_at_data(table: &Map<String, Value>) -> Result<bool> {
-    Ok(matches!(Config::of_recipe(table)?.0, Config::Lora(config) if config.init == Init::Eva))
+    // A prefix that starts from a text is made by who has the text's tokens ([`crate::start_prefix`]).
+    let mut table = table.clone();
+    table.remove("init_text");
+    Ok(matches!(Config::of_recipe(&table)?.0, Config::Lora(config) if config.init == Init::Eva))
 }
 
 /// Like [`create`], with the training data at hand for starts that look at it. `next_batch` gives it without end.

@@ -107,6 +107,31 @@ fn every_method_learns_and_writes() {
     }
 }
 
+/// The keys and values of a text are what the base makes of its embeddings, so a prompt of the same text begins with the same loss.
+#[test]
+fn a_prefix_starts_from_a_text() {
+    let dir = Dir::new();
+    let text = "the cat sat on the mat and the dog";
+    let first = |method: String| {
+        train(&dir, &method);
+        steps(&dir, "out")[0]["loss"].as_f64().unwrap()
+    };
+    let prefix = |count: usize| format!("type = \"prefix\"\nnum_virtual_tokens = {count}\ninit_text = {text:?}");
+    let prompt = format!(
+        "type = \"prompt\"\nnum_virtual_tokens = 5\nprompt_tuning_init = \"TEXT\"\nprompt_tuning_init_text = {text:?}"
+    );
+    let (as_prefix, as_prompt) = (first(prefix(5)), first(prompt));
+    assert!((as_prefix - as_prompt).abs() < 1e-4, "{as_prefix} and {as_prompt}");
+    let config: Value = serde_json::from_slice(&dir.read("out/adapter_config.json")).unwrap();
+    assert_eq!(config.get("init_text"), None);
+
+    train_on_rows(&dir, &prefix(100)).fails(&["init_text", "num_virtual_tokens"]);
+    let projected = format!("{}\nprefix_projection = true", prefix(5));
+    train_on_rows(&dir, &projected).fails(&["init_text", "prefix_projection"]);
+    train_on_rows(&dir, "r = 2\ninit_text = \"the\"").fails(&["init_text"]);
+    train_on_rows(&dir, "init_from = \"out\"\ninit_text = \"the\"").fails(&["init_text", "init_from"]);
+}
+
 #[test]
 fn virtual_tokens_are_not_merged_and_factors_are() {
     let dir = Dir::new();

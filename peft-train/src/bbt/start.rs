@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::Stream;
-use peft_core::{Adapter, AdapterSet, Ctx, Error, Parameter, Result, Route, Segmented, TokenBatch};
+use peft_core::{Adapter, Error, Parameter, Result, Segmented};
 use peft_prompt::{PROMPT_EMBEDDINGS, word_embedding};
 
 use super::{Bbt, BbtConfig, Depth, PURPOSE, StartRows};
+use crate::prefix_start::{embed, set_keys_values};
 
 /// Tokens of the vocabulary whose embeddings and hidden states stand for those of all.
 const SAMPLE: usize = 256;
@@ -37,16 +38,12 @@ pub fn start<M: Segmented>(model: &M, adapter: &Adapter, config: BbtConfig, text
         [] => (most..most + tokens.count).map(draw).collect(),
         text => text.iter().copied().cycle().take(tokens.count).collect(),
     };
-    let (mut rows, mut others) = (embed(model, &ids)?, embed(model, &sample)?);
-    let (mut starts, mut prefix) = (Vec::with_capacity(model.num_blocks()), Vec::new());
-    for block in 0..model.num_blocks() {
-        starts.push(StartRows { rows: rows.clone(), deviation: deviation(&others)? });
-        let [above, keys, values] = model.keys_values(block, &rows)?;
-        prefix.extend([keys, values]);
-        rows = above;
+    let mut others = embed(model, &sample)?;
+    let mut starts = Vec::with_capacity(model.num_blocks());
+    for (block, rows) in set_keys_values(model, parameter, &ids)?.into_iter().enumerate() {
+        starts.push(StartRows { rows, deviation: deviation(&others)? });
         [others, _, _] = model.keys_values(block, &others)?;
     }
-    parameter.set(&Tensor::cat(&prefix, 1)?.to_dtype(DType::F32)?)?;
     Bbt::new(config, Depth::EveryBlock, &starts)
 }
 
@@ -77,14 +74,6 @@ pub(crate) fn prompt_of(adapter: &Adapter) -> Result<&Parameter> {
             Err(Error::config("method.type", message))
         }
     }
-}
-
-/// Hidden states before the first block of a sequence.
-fn embed<M: Segmented>(model: &M, ids: &[u32]) -> Result<Tensor> {
-    let positions: Vec<u32> = (0..ids.len() as u32).collect();
-    let set = AdapterSet::empty();
-    let batch = TokenBatch { ids, positions: &positions, bounds: &[0, ids.len()], types: &[] };
-    model.embed(batch, &Ctx::eval(&set, &Route::Base))
 }
 
 /// The standard deviation of all elements, those cut off that are farther than three of it from their mean: the few huge elements

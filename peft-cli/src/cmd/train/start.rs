@@ -4,10 +4,10 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 use peft_models::{AnyModel, ModelFiles};
-use peft_train::checkpoint;
 use peft_train::data::{Batch, Dataset};
 use peft_train::methods::{self, Prepared};
 use peft_train::recipe::Recipe;
+use peft_train::{checkpoint, start_prefix};
 use serde_json::{Map, Value};
 
 use super::sampler;
@@ -40,7 +40,15 @@ pub(crate) fn start(
     model: &AnyModel,
     seed: u64,
 ) -> Result<Prepared> {
-    Ok(match table.remove("init_from") {
+    let text = match table.remove("init_text") {
+        None => None,
+        Some(Value::String(text)) => Some(text),
+        Some(other) => bail!("`method.init_text` is {other}; it is a text whose keys and values a prefix starts from"),
+    };
+    let prepared = match table.remove("init_from") {
+        Some(Value::String(_)) if text.is_some() => {
+            bail!("`method.init_text` cannot be given with method.init_from: the adapter there is the start")
+        }
         Some(Value::String(from)) => {
             if let Some(key) = table.keys().find(|k| *k != "type") {
                 bail!(
@@ -52,7 +60,12 @@ pub(crate) fn start(
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
         None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, seed)?,
         None => methods::create(&table, model, seed)?,
-    })
+    };
+    if let Some(text) = text {
+        let ids = files.tokenizer()?.encode(&text, true).map_err(|e| anyhow::anyhow!("method.init_text: {e}"))?;
+        start_prefix(model, &prepared.adapter, &ids)?;
+    }
+    Ok(prepared)
 }
 
 pub(super) fn prepare_adapter(
