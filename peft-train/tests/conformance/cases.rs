@@ -46,6 +46,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let changes = changes || is("type", json!("c3a"));
     let changes = changes || is("type", json!("vblora"));
     let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
+    // PEFT runs the tokens' part through the attention's last layer, whose bias then counts twice.
+    let changes = changes || (is("type", json!("adaption_prompt")) && shape.attention_bias);
     let identity = !(soft_prompt
         || changes
         || ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))));
@@ -213,6 +215,12 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "p_tuning", "num_virtual_tokens": 3, "encoder_hidden_size": 5,
                 "encoder_reparameterization_type": "LSTM"}),
+        ),
+        case("adaption prompt", UNTIED, json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 2})),
+        case(
+            "adaption prompt, one layer, biases",
+            BIASED,
+            json!({"type": "adaption_prompt", "adapter_len": 5, "adapter_layers": 1}),
         ),
         case("ln", UNTIED, json!({"type": "ln"})),
         case(
