@@ -210,3 +210,69 @@ impl AttentionModule for AdaptionPrompt {
         vec![&self.prompt, &self.gate]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use peft_core::kernels::FrozenWeight;
+    use peft_core::kernels::testing::{close, randn};
+    use peft_core::{AdapterSet, Route, SiteId};
+
+    use super::*;
+
+    const HEADS: usize = 4;
+    const KV_HEADS: usize = 2;
+    const HEAD_DIM: usize = 3;
+
+    fn layer(seed: u64, out: usize, inp: usize) -> FrozenLinear {
+        let weight = FrozenWeight::dense(&randn(seed, (out, inp), 0.5).unwrap()).unwrap();
+        FrozenLinear::new(SiteId(0), "layer", weight, Some(randn(seed + 1, out, 0.5).unwrap())).unwrap()
+    }
+
+    /// The same, head by head and with whole matrices of scores.
+    fn reference(q: &Tensor, (k, v): (&Tensor, &Tensor), gate: f64) -> Tensor {
+        let columns = |t: &Tensor, head: usize| t.narrow(1, head * HEAD_DIM, HEAD_DIM).unwrap().contiguous().unwrap();
+        let read = (0..HEADS).map(|head| {
+            let of = head / (HEADS / KV_HEADS);
+            let scores = columns(q, head).matmul(&columns(k, of).t().unwrap()).unwrap();
+            let weights = (scores / (HEAD_DIM as f64).sqrt()).unwrap().exp().unwrap();
+            let shares = weights.broadcast_div(&weights.sum_keepdim(1).unwrap()).unwrap();
+            (shares.matmul(&columns(v, of)).unwrap() * gate).unwrap()
+        });
+        Tensor::cat(&read.collect::<Vec<_>>(), 1).unwrap()
+    }
+
+    #[test]
+    fn every_query_reads_all_tokens_whatever_else_it_sees() {
+        let (hidden, tokens) = (HEADS * HEAD_DIM, 5);
+        let (keys, values) = (layer(1, KV_HEADS * HEAD_DIM, hidden), layer(3, KV_HEADS * HEAD_DIM, hidden));
+        let (end, queries) = (layer(5, hidden, hidden), randn(7, (9, hidden), 2.0).unwrap());
+        let prompt = randn(8, (1, tokens, hidden), 1.0).unwrap();
+        let (set, rows) = (AdapterSet::empty(), prompt.squeeze(0).unwrap());
+        let ctx = Ctx::eval(&set, &Route::Base);
+        let keys_values = |rows: &Tensor| Ok((keys.base(rows)?, values.base(rows)?));
+        let heads = Heads {
+            queries: &queries,
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            keys_values: &keys_values,
+        };
+        let (k, v) = keys_values(&rows).unwrap();
+        let read = reference(&queries, (&k, &v), -0.7);
+        for (added, want) in [(Added::Projected, end.base(&read).unwrap()), (Added::AsItIs, read)] {
+            let module = AdaptionPrompt {
+                prompt: Parameter::new("prompt", &prompt, Role::ZeroAtStart).unwrap(),
+                gate: Parameter::new("gate", &Tensor::new(&[-0.7f32], &Device::Cpu).unwrap(), Role::NoDecay).unwrap(),
+                added,
+            };
+            close(&format!("{added:?}"), &module.beside(&end, &heads, &ctx).unwrap(), &want, 1e-5).unwrap();
+            module.gate.set(&Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()).unwrap();
+            let closed = module.beside(&end, &heads, &ctx).unwrap();
+            let bias = end.bias().unwrap().broadcast_as((9, hidden)).unwrap();
+            let want = if added == Added::Projected { bias } else { bias.zeros_like().unwrap() };
+            close("closed", &closed, &want, 0.0).unwrap();
+        }
+    }
+}
