@@ -62,6 +62,9 @@ LINES = {
     "prefix": Line((1e-2, 1e-2), peer=("PrefixTuningConfig", dict(num_virtual_tokens=20))),
     "prompt": Line((3e-2, 3e-2), dict(type="prompt", num_virtual_tokens=20)),
     "p_tuning": Line((1e-3, 1e-3), dict(type="p_tuning", num_virtual_tokens=20, encoder_hidden_size=128)),
+    "adaption_prompt": Line(
+        (9e-3, 9e-3), dict(type="adaption_prompt", adapter_len=10, adapter_layers=28), not_on={"minilm": "is for llama, mistral and gpt2"}
+    ),
     "ln": Line((3e-3, 5e-3), dict(type="ln")),
     "bitfit": Line((3e-3, 5e-3), dict(type="bitfit"), not_on={"smollm2": "has no biases"}),
     "bitfit, added biases": Line((3e-3, 5e-3), dict(type="bitfit", add_biases=True), not_on={"minilm": "has biases"}),

@@ -124,7 +124,7 @@ impl FrozenLinear {
             Some(adapter) if adapter.bias.is_some() => return None,
             Some(adapter) => match &adapter.module {
                 Some(SiteModule::Linear(module)) => Some(module.low_rank(self, ctx)?),
-                None | Some(SiteModule::Sublayer(_)) => None,
+                None | Some(SiteModule::Sublayer(_) | SiteModule::Attention(_)) => None,
                 Some(_) => return None,
             },
         };
@@ -146,7 +146,7 @@ impl FrozenLinear {
         let Some(adapter) = ctx.adapters.at(slot, self.site) else { return self.base(x) };
         let y = match &adapter.module {
             Some(SiteModule::Linear(module)) => module.forward(self, x, ctx).with_context(|| self.path.to_string())?,
-            None | Some(SiteModule::Sublayer(_)) => self.base(x)?,
+            None | Some(SiteModule::Sublayer(_) | SiteModule::Attention(_)) => self.base(x)?,
             Some(other) => return Err(Error::site(&*self.path, format!("{} on a linear layer", other.kind()))),
         };
         match (&adapter.bias, &self.bias) {

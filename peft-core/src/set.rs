@@ -7,6 +7,7 @@ use peft_kernels::ServingForm;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::heads::AttentionModule;
 use crate::layers::FrozenLinear;
 use crate::module::{EmbeddingModule, NormModule, PeftModule};
 use crate::param::Parameter;
@@ -27,6 +28,8 @@ pub enum SiteModule {
     Norm(Arc<dyn NormModule>),
     /// Where a sublayer joins the residual stream; it stands at the sublayer's last linear layer.
     Sublayer(Arc<dyn SublayerModule>),
+    /// Beside the heads of an attention; it stands at the attention's last linear layer.
+    Attention(Arc<dyn AttentionModule>),
 }
 
 impl SiteModule {
@@ -38,6 +41,7 @@ impl SiteModule {
             Self::Embedding(_) => "a module for embeddings",
             Self::Norm(_) => "a module for norms",
             Self::Sublayer(_) => "a module for the ends of sublayers",
+            Self::Attention(_) => "a module for the heads of attention",
         }
     }
 
@@ -49,27 +53,28 @@ impl SiteModule {
             Self::Embedding(m) => m.parameters(),
             Self::Norm(m) => m.parameters(),
             Self::Sublayer(m) => m.parameters(),
+            Self::Attention(m) => m.parameters(),
         }
     }
 
     fn frozen(&self) -> Vec<&Parameter> {
         match self {
             Self::Linear(m) => m.frozen(),
-            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Vec::new(),
+            _ => Vec::new(),
         }
     }
 
     fn for_task(&self, task: usize) -> Self {
         match self {
             Self::Linear(m) => m.for_task(task).map_or_else(|| self.clone(), Self::Linear),
-            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => self.clone(),
+            _ => self.clone(),
         }
     }
 
     fn check(&self) -> Result<()> {
         match self {
             Self::Linear(m) => m.check(),
-            Self::Embedding(_) | Self::Norm(_) | Self::Sublayer(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -108,8 +113,8 @@ impl SiteAdapter {
         }
         let mut form = match &self.module {
             Some(SiteModule::Linear(module)) => module.lower(base)?,
-            // It acts behind the layer.
-            None | Some(SiteModule::Sublayer(_)) => Some(ServingForm::default()),
+            // These act beside the layer and behind it.
+            None | Some(SiteModule::Sublayer(_) | SiteModule::Attention(_)) => Some(ServingForm::default()),
             Some(_) => None,
         };
         if let (Some(form), Some(trained)) = (&mut form, &self.bias) {

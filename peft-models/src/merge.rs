@@ -53,12 +53,16 @@ impl<'a> Merged<'a> {
             )));
         }
         for adapter in &adapters {
-            let sublayer = |s: &SiteAdapter| matches!(s.module, Some(SiteModule::Sublayer(_)));
-            if let Some((id, _)) = adapter.touched().find(|(_, s)| sublayer(s)) {
+            let beyond = |s: &SiteAdapter| match &s.module {
+                Some(SiteModule::Sublayer(_)) => Some("it changes the residual stream"),
+                Some(SiteModule::Attention(_)) => Some("it adds what queries see beside their sequence"),
+                _ => None,
+            };
+            if let Some((id, does)) = adapter.touched().find_map(|(id, s)| Some((id, beyond(s)?))) {
                 let path = model.sites().get(id).map_or("", |s| s.path.as_str());
                 return Err(Error::msg(format!(
-                    "an adapter of type {} cannot be merged: behind `{path}` it changes the residual stream, and no weight \
-                     of the model holds that; serve it unmerged",
+                    "an adapter of type {} cannot be merged: behind `{path}` {does}, and no weight of the model holds that; \
+                     serve it unmerged",
                     adapter.peft_type()
                 )));
             }

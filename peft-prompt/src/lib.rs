@@ -7,6 +7,8 @@ Soft prompts: virtual tokens in front of every sequence, the base untouched. Wit
 * [`MultitaskConfig`]: multitask prompt tuning (Wang et al. 2023, arXiv:2303.02861), one prompt times a factor for each task.
 * [`CptConfig`]: context-aware prompt tuning (Blau et al. 2024, arXiv:2410.17222), the tokens of examples, moved a little.
 * [`PTuningConfig`]: P-tuning (Liu et al. 2021, arXiv:2103.10385), such embeddings made by a network.
+* [`AdaptionConfig`]: Llama-Adapter (Zhang et al. 2023, arXiv:2303.16199), tokens beside the sequence in the last layers, with a softmax
+  of their own and a gate. They are no virtual tokens: nothing stands in front of the sequence, and its positions are as they were.
 
 What `modules_to_save` names is trained whole beside them, and on a classifier the head, as PEFT has it. A prompt stands in front
 of an encoder's `[CLS]` too, and the class is read from the prompt's first row; a decoder's is read from the last token either way.
@@ -15,6 +17,7 @@ PEFT stores what the network makes and drops the network, so its files cannot be
 the network, and a run goes on bit by bit; from an adapter file, training goes on with the virtual tokens themselves.
 */
 
+mod adaption;
 mod cpt;
 mod keys;
 mod multitask;
@@ -23,6 +26,7 @@ mod p_tuning;
 mod prefix;
 mod prompt;
 
+pub use adaption::AdaptionConfig;
 pub use cpt::CptConfig;
 pub use keys::word_embedding;
 pub use multitask::MultitaskConfig;

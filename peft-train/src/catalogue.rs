@@ -122,6 +122,15 @@ pub const METHODS: &[MethodInfo] = &[
         paper: "Liu et al. 2021, arXiv:2103.10385",
     },
     MethodInfo {
+        name: "adaption_prompt",
+        peft_type: "ADAPTION_PROMPT",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "adapter_len, adapter_layers; Llama-Adapter",
+        paper: "Zhang et al. 2023, arXiv:2303.16199",
+    },
+    MethodInfo {
         name: "ln",
         peft_type: "LN_TUNING",
         trainable: true,

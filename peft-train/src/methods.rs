@@ -16,7 +16,8 @@ use peft_ia3::Ia3Config;
 use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
 use peft_prompt::{
-    CptConfig, MultitaskConfig, PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig, PromptStart, Stored,
+    AdaptionConfig, CptConfig, MultitaskConfig, PROMPT_EMBEDDINGS, PTuningConfig, PrefixConfig, PromptConfig,
+    PromptStart, Stored,
 };
 use peft_reparam::ReparamConfig;
 use peft_selective::{BitfitConfig, LastLayersConfig, LnConfig, TokensConfig};
@@ -67,6 +68,7 @@ enum Config {
     Multitask(Box<MultitaskConfig>),
     Cpt(Box<CptConfig>),
     PTuning(PTuningConfig),
+    Adaption(Box<AdaptionConfig>),
     Ln(Box<LnConfig>),
     Bitfit(Box<BitfitConfig>),
     LastLayers(Box<LastLayersConfig>),
@@ -103,6 +105,7 @@ impl Config {
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_recipe(&keys)?)),
             "cpt" => Self::Cpt(Box::new(CptConfig::from_recipe(&keys)?)),
             "p_tuning" => Self::PTuning(PTuningConfig::from_recipe(&keys)?),
+            "adaption_prompt" => Self::Adaption(Box::new(AdaptionConfig::from_recipe(&keys)?)),
             "ln" => Self::Ln(Box::new(LnConfig::from_recipe(&keys)?)),
             "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_recipe(&keys)?)),
             "last_layers" => Self::LastLayers(Box::new(LastLayersConfig::from_recipe(&keys)?)),
@@ -126,6 +129,7 @@ impl Config {
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_adapter_config(keys)?)),
             "cpt" => Self::Cpt(Box::new(CptConfig::from_adapter_config(keys)?)),
             "p_tuning" => Self::PTuning(PTuningConfig::from_adapter_config(keys)?),
+            "adaption_prompt" => Self::Adaption(Box::new(AdaptionConfig::from_adapter_config(keys)?)),
             "ln" => Self::Ln(Box::new(LnConfig::from_adapter_config(keys)?)),
             "bitfit" => Self::Bitfit(Box::new(BitfitConfig::from_adapter_config(keys)?)),
             "last_layers" => Self::LastLayers(Box::new(LastLayersConfig::from_adapter_config(keys)?)),
@@ -165,6 +169,7 @@ impl Config {
             }
             Self::Cpt(config) => selected(config.for_base(base)?.build(base)?),
             Self::PTuning(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
+            Self::Adaption(config) => selected(config.for_base(base)?.build(base, seed)?),
         })
     }
 
@@ -202,6 +207,10 @@ impl Config {
                 let values = files.tensor(PROMPT_EMBEDDINGS, base.device())?;
                 peft_core::check_finite(PROMPT_EMBEDDINGS, &values)?;
                 selected(config.open(base, &values)?)
+            }
+            Self::Adaption(config) => {
+                config.stored(base)?.iter().try_for_each(|tensor| files.check_one(tensor))?;
+                selected(config.build(base, 0)?)
             }
             Self::Multitask(config) => {
                 config.stored(base)?.iter().try_for_each(|tensor| files.check_one(tensor))?;

@@ -92,6 +92,7 @@ fn every_method_learns_and_writes() {
         "type = \"prefix\"\nnum_virtual_tokens = 6\nprefix_projection = true",
         "type = \"prompt\"\nnum_virtual_tokens = 6\nprompt_tuning_init = \"TEXT\"\nprompt_tuning_init_text = \"the\"",
         "type = \"p_tuning\"\nnum_virtual_tokens = 6",
+        "type = \"adaption_prompt\"\nadapter_len = 6\nadapter_layers = 2",
         "type = \"poly\"\nr = 4\ntarget_modules = \"all-linear\"",
         "type = \"cpt\"\ncpt_token_ids = [9, 20, 31, 42]\ncpt_tokens_type_mask = [1, 2, 3, 4]\nopt_projection_epsilon = 20\nopt_projection_format_epsilon = 20",
     ] {

@@ -154,10 +154,13 @@ impl<'a> Source<'a> {
             let path = &site.path;
             whole.extend(at.bias.iter().map(|b| (parameter_name(path, "bias"), b.value())));
             let Some(module) = &at.module else { continue };
-            if let SiteModule::Sublayer(_) = module {
-                return refuse(format!(
-                    "at `{path}` {kind} changes the residual stream, which no change of a weight does"
-                ));
+            let beyond = match module {
+                SiteModule::Sublayer(_) => Some("changes the residual stream"),
+                SiteModule::Attention(_) => Some("adds what queries see beside their sequence"),
+                _ => None,
+            };
+            if let Some(does) = beyond {
+                return refuse(format!("at `{path}` {kind} {does}, which no change of a weight does"));
             }
             if module.parameters().iter().any(|p| is_whole(p, path)) {
                 whole.extend(module.parameters().iter().map(|p| (p.name().to_owned(), p.value())));

@@ -2,12 +2,28 @@
 
 use candle_core::Tensor;
 use peft_core::kernels::{Columns, attention, columns, rotary};
-use peft_core::{Ctx, Error, FrozenLinear, FrozenNorm, Result};
+use peft_core::{Ctx, Error, FrozenLinear, FrozenNorm, Heads, ReadRows, Result};
 
 use super::{DecoderInput, linear, norm};
 use crate::config::{self, DecoderConfig, QueryKeyNorm};
 use crate::kv_cache::LayerCache;
 use crate::loader::Loader;
+
+/// What the heads of an attention give.
+#[derive(Debug)]
+pub(super) struct Attended {
+    /// `[tokens, heads · head_dim]`, which goes into the last layer.
+    pub(super) heads: Tensor,
+    /// The queries `[tokens, heads · head_dim]`, where an adapter reads them.
+    queries: Option<Tensor>,
+}
+
+impl Attended {
+    /// Those of `rows` alone.
+    pub(super) fn of(self, rows: &ReadRows) -> Result<Self> {
+        Ok(Self { heads: rows.of(&self.heads)?, queries: self.queries.map(|q| rows.of(&q)).transpose()? })
+    }
+}
 
 /// The attention of one layer.
 #[derive(Debug)]
@@ -19,6 +35,8 @@ pub(super) struct Attention {
     /// Of queries and of keys.
     norms: Option<[FrozenNorm; 2]>,
     output: FrozenLinear,
+    /// Heads of queries, those of keys and values, and the elements of one.
+    shape: [usize; 3],
 }
 
 #[derive(Debug)]
@@ -47,7 +65,9 @@ impl Attention {
             }
         };
         let output = linear(l, c, &format!("{path}.{}", layout.output), query, hidden, c.output_bias)?;
-        Ok(Self { layer, kind: c.kind_of_layer.get(layer).copied().unwrap_or(0), projections, norms, output })
+        let kind = c.kind_of_layer.get(layer).copied().unwrap_or(0);
+        let shape = [c.num_attention_heads, c.num_key_value_heads, c.head_dim];
+        Ok(Self { layer, kind, projections, norms, output, shape })
     }
 
     /// The last layer.
@@ -67,14 +87,14 @@ impl Attention {
         self.norms.iter().flatten()
     }
 
-    /// From `[tokens, hidden]` to what the heads give, `[tokens, heads · head_dim]`, which goes into the last layer.
+    /// From `[tokens, hidden]` to what the heads give.
     pub(super) fn forward(
         &self,
         x: &Tensor,
         input: &DecoderInput,
         ctx: &Ctx<'_>,
         cache: Option<&mut LayerCache>,
-    ) -> Result<Tensor> {
+    ) -> Result<Attended> {
         let kind = input.kinds.get(self.kind).ok_or_else(|| Error::msg("the batch was prepared by another model"))?;
         let [mut q, mut k, v] = self.projections.forward(x, ctx)?;
         if let Some([of_q, of_k]) = &self.norms {
@@ -83,7 +103,8 @@ impl Attention {
         if let Some(plan) = &kind.rotary {
             (q, k) = (rotary(&q, plan)?, rotary(&k, plan)?);
         }
-        Ok(match cache {
+        let queries = self.output.reads_heads(ctx).then(|| q.clone());
+        let heads = match cache {
             None => {
                 let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
                 attention(&q, &k, &v, &kind.attention)?
@@ -92,7 +113,18 @@ impl Attention {
                 cache.append(&k, &v, &kind.attention.sequences)?;
                 attention(&q, cache.keys(), cache.values(), &kind.attention)?
             }
-        })
+        };
+        Ok(Attended { heads, queries })
+    }
+
+    /// The last layer, on what the heads gave: `[tokens, hidden]`.
+    pub(super) fn finish(&self, attended: &Attended, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let output = self.output.forward(&attended.heads, ctx)?;
+        let Some(queries) = &attended.queries else { return Ok(output) };
+        let keys_values = |rows: &Tensor| self.projections.base_keys_values(rows);
+        let [heads, kv_heads, head_dim] = self.shape;
+        let heads = Heads { queries, heads, kv_heads, head_dim, keys_values: &keys_values };
+        self.output.add_beside(output, &heads, ctx)
     }
 }
 
@@ -117,6 +149,17 @@ impl Projections {
                 Self::Fused(fused(l, name)?, parts)
             }
         })
+    }
+
+    /// Keys and values that the frozen layers alone make of rows.
+    fn base_keys_values(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Split([_, k, v]) => Ok((k.base(x)?, v.base(x)?)),
+            Self::Fused(layer, [_, k, v]) => {
+                let all = layer.base(x)?;
+                Ok((columns(&all, *k)?, columns(&all, *v)?))
+            }
+        }
     }
 
     /// Queries, keys and values, `[tokens, heads · head_dim]` each.

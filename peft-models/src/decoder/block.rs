@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use peft_core::kernels::SequenceSpan;
 use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, ReadRows, Result, SiteId};
 
-use super::attention::Attention;
+use super::attention::{Attended, Attention};
 use super::{DecoderInput, linear, norm};
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
@@ -102,18 +102,18 @@ impl Block {
     ) -> Result<Tensor> {
         let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
         let attended = self.attention.forward(&x, input, ctx, None)?;
-        self.behind_attention(&rows.of(&attended)?, &rows.of(hidden)?, &[], &rows.ctx(ctx))
+        self.behind_attention(&attended.of(rows)?, &rows.of(hidden)?, &[], &rows.ctx(ctx))
     }
 
-    /// From what the heads of attention gave, `[tokens, heads · head_dim]`, and the block's input to its result.
+    /// From what the heads of attention gave and the block's input to its result.
     fn behind_attention(
         &self,
-        attended: &Tensor,
+        attended: &Attended,
         hidden: &Tensor,
         sequences: &[SequenceSpan],
         ctx: &Ctx<'_>,
     ) -> Result<Tensor> {
-        let attended = self.attention.end().forward(attended, ctx)?;
+        let attended = self.attention.finish(attended, ctx)?;
         let attended = apply(self.attention_norms.after.as_ref(), attended, ctx)?;
         let join = Join { output: &attended, residual: hidden, norm: None, sequences };
         let sum = self.attention.end().join(&join, ctx)?;

@@ -64,6 +64,11 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         not(Property::Fresh, Answer::Never("the recipe may ask for a start at random"));
     }
 
+    if of(&["adaption_prompt"]) && shape.attention_bias {
+        let why = "PEFT runs its tokens' part through the attention's last layer, whose bias then counts twice";
+        not(Property::Fresh, Answer::Never(why));
+    }
+
     let dora = is("use_dora", json!(true));
     let mlp = of(&["p_tuning"]) && !is("encoder_reparameterization_type", json!("LSTM"));
     let chooses = of(&["vblora"]) && method.get("topk") != method.get("num_vectors");
@@ -83,7 +88,7 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
             Answer::Partly("PiSSA and OLoRA become LoRA of twice the rank, whose sums round otherwise"),
         );
     }
-    if of(&["bottleneck", "llm_adapter", "reft"]) {
+    if of(&["bottleneck", "llm_adapter", "reft", "adaption_prompt"]) {
         not(Property::Merged, Answer::Never("it is no change of a weight; `merge` refuses"));
     } else if of(&["poly"]) {
         not(Property::Merged, Answer::Partly("as one of its tasks"));
@@ -251,6 +256,12 @@ pub(crate) fn cases() -> Vec<Case> {
             TIED,
             json!({"type": "p_tuning", "num_virtual_tokens": 3, "encoder_hidden_size": 5,
                 "encoder_reparameterization_type": "LSTM"}),
+        ),
+        case("adaption prompt", UNTIED, json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 2})),
+        case(
+            "adaption prompt, one layer, biases",
+            BIASED,
+            json!({"type": "adaption_prompt", "adapter_len": 5, "adapter_layers": 1}),
         ),
         case("ln", UNTIED, json!({"type": "ln"})),
         case(

@@ -78,6 +78,27 @@ fn a_prefix_for_another_model_is_refused_by_the_key_that_says_so() {
 }
 
 #[test]
+fn a_llama_adapter_for_another_model_is_refused() {
+    let model = base(Default::default(), Kind::F32);
+    let method = json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1});
+    let adapter = create(&method, &model, 1).unwrap();
+    for (key, value, expect) in [
+        ("adapter_len", json!(4), "adaption_prompt is [1, 3, 32], expected [1, 4, 32]"),
+        ("adapter_len", json!(1 << 24), "64 positions"),
+        ("adapter_len", json!(null), "adapter_len"),
+        ("adapter_layers", json!(2), "missing: base_model.model.model.layers.0.self_attn.adaption_prompt"),
+        ("adapter_layers", json!("1"), "adapter_layers"),
+        ("target_modules", json!("attention"), "target_modules"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &adapter).unwrap();
+        edit_config(dir.path(), key, value);
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{key}: {text}\nlacks {expect}");
+    }
+}
+
+#[test]
 fn recipes_that_no_method_can_follow_name_the_key() {
     let model = base(Default::default(), Kind::F32);
     for (method, expect) in [
@@ -103,6 +124,20 @@ fn recipes_that_no_method_can_follow_name_the_key() {
         (json!({"type": "prompt", "num_virtual_tokens": 4, "modules_to_save": ["embed_tokens"]}), "token embedding"),
         (json!({"type": "p_tuning", "num_virtual_tokens": 4, "modules_to_save": ["model"]}), "`model`"),
         (json!({"type": "prompt", "num_virtual_tokens": 4, "task_type": "SEQ_CLS"}), "CAUSAL_LM"),
+        (json!({"type": "adaption_prompt", "adapter_layers": 1}), "10 tokens"),
+        (json!({"type": "adaption_prompt", "adapter_len": 3}), "adapter_layers"),
+        (json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 0}), "adapter_layers"),
+        (json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 3}), "more than the 2 layers"),
+        (json!({"type": "adaption_prompt", "adapter_len": 65, "adapter_layers": 1}), "64 positions"),
+        (json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layer": 1}), "`adapter_layers`"),
+        (
+            json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1, "target_modules": "attn"}),
+            "has \"self_attn\" there",
+        ),
+        (
+            json!({"type": "adaption_prompt", "adapter_len": 3, "adapter_layers": 1, "task_type": "SEQ_CLS"}),
+            "CAUSAL_LM",
+        ),
         (json!({"type": "ln", "target_modules": ["input_layer_norm"]}), "input_layernorm"),
         (json!({"type": "bitfit"}), "add_biases = true"),
         (json!({"type": "bitfit", "target_modules": ["q_prj"]}), "q_proj"),
