@@ -1,8 +1,12 @@
 //! The methods and variants that every test of the suite runs over. A further one is one entry more.
 
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use peft_train::checkpoint::write_adapter_files;
 use serde_json::{Value, json};
 
-use crate::model::Shape;
+use crate::model::{Kind, Shape, base, trained};
 
 /// One method with one set of keys.
 #[derive(Debug, Clone)]
@@ -42,7 +46,7 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         && !(method.get("preset").is_some_and(|p| p.as_str().is_some_and(|p| p.ends_with("par_bn"))));
     // C3A's kernels and FourierFT's spectra start from random numbers.
     let changes = changes || (is("type", json!("llm_adapter")) && !is("init_weights", json!("mam_adapter")));
-    let changes = changes || is("type", json!("reft"));
+    let changes = changes || ["reft", "fusion", "composition", "union"].iter().any(|name| is("type", json!(name)));
     let changes = changes || is("type", json!("c3a"));
     let changes = changes || is("type", json!("vblora"));
     let changes = changes || (is("type", json!("fourierft")) && !is("init_weights", json!(true)));
@@ -61,6 +65,18 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let looks_ahead = is("use_gating", json!(true)) || suffix;
     Case { name, method, shape, identity, partial_gradient, looks_ahead }
 }
+
+/// Folders of bottleneck adapters that others are made of.
+static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
+    let model = base(UNTIED, Kind::F32);
+    [("one", "gelu"), ("other", "tanh")].map(|(name, non_linearity)| {
+        // Each process its own, since several may run at once.
+        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
+        let method = bottleneck("seq_bn", json!({"non_linearity": non_linearity, "init_weights": "houlsby"}));
+        write_adapter_files(&folder, &trained(crate::create(&method, &model, 7).unwrap(), 8).unwrap()).unwrap();
+        folder
+    })
+});
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
 fn bottleneck(preset: &str, keys: Value) -> Value {
@@ -286,6 +302,30 @@ pub(crate) fn cases() -> Vec<Case> {
             BIASED,
             bottleneck("adapter_plus", json!({"leave_out": [1], "stochastic_depth": 0.4})),
         ),
+        case("fusion", UNTIED, json!({"type": "fusion", "adapters": *PARTS})),
+        case(
+            "fusion, static, stacks, new parts, dropout",
+            BIASED,
+            json!({"type": "fusion", "preset": "static", "query_before_ln": true, "dropout_prob": 0.3, "residual_before": true,
+                "adapters": [[PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}], PARTS[1],
+                    {"reduction_factor": 4, "non_linearity": "gelu", "original_ln_before": false, "residual_before_ln": false}]}),
+        ),
+        case(
+            "fusion, value behind the softmax, no query",
+            TIED,
+            json!({"type": "fusion", "query": false, "value_before_softmax": false, "value_initialized": false, "adapters": *PARTS}),
+        ),
+        case(
+            "composition, stack",
+            UNTIED,
+            json!({"type": "composition", "adapters": [PARTS[0], {"preset": "double_seq_bn", "reduction_factor": 4, "name": "task"}]}),
+        ),
+        case(
+            "composition, mean",
+            BIASED,
+            json!({"type": "composition", "setup": "average", "weights": [3, 1],
+                "adapters": [PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}]}),
+        ),
         case(
             "bottleneck, gated",
             UNTIED,
@@ -446,6 +486,19 @@ pub(crate) fn cases() -> Vec<Case> {
             BIASED,
             json!({"type": "poly", "r": 2, "n_tasks": 4, "n_skills": 3, "n_splits": 4, "init_weights": false,
                 "target_modules": ["k_proj", "up_proj"]}),
+        ),
+        case(
+            "union, mix and match",
+            UNTIED,
+            json!({"type": "union", "methods": [
+                {"type": "prefix", "num_virtual_tokens": 3, "prefix_projection": true, "encoder_hidden_size": 8},
+                bottleneck("par_bn", json!({"non_linearity": "tanh"}))]}),
+        ),
+        case(
+            "union of three",
+            BIASED,
+            json!({"type": "union", "methods": [{"r": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa"},
+                {"type": "prompt", "num_virtual_tokens": 2}, bottleneck("double_seq_bn", json!({"init_weights": "houlsby"}))]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),
