@@ -158,9 +158,9 @@ pub(crate) struct EvalArgs {
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Adapter folder or hub id
+    /// Adapter folder or hub id; with several, each writes, in one batch
     #[arg(long)]
-    pub(crate) adapter: Option<String>,
+    pub(crate) adapter: Vec<String>,
     /// The task, for an adapter with several
     #[arg(long)]
     pub(crate) task_id: Option<usize>,
@@ -269,7 +269,7 @@ pub(crate) struct ComposeArgs {
     pub(crate) setup: Setup,
     /// An adapter folder or hub id of ours or AdapterHub's, in a mean with its weight, `PATH=0.5`; none is 1. Give it for each adapter,
     /// in order
-    #[arg(long, required = true)]
+    #[arg(long, required = true, value_name = "PATH=WEIGHT", value_parser = WeightedAdapter::parse, allow_hyphen_values = true)]
     pub(crate) adapter: Vec<WeightedAdapter>,
     /// The base model: a folder, a .gguf file or a hub id
     #[arg(long)]

@@ -151,7 +151,10 @@ impl AdapterFolder {
         for part in parts {
             for (key, place) in part.keys {
                 if keys.contains_key(&key) {
-                    return Err(Error::file(part.weights.path(), format!("holds `{key}`, which another of its parts has")));
+                    return Err(Error::file(
+                        part.weights.path(),
+                        format!("holds `{key}`, which another of its parts has"),
+                    ));
                 }
                 keys.insert(key, place);
             }

@@ -25,7 +25,18 @@ impl MethodInfo {
     /// Whether Hugging Face PEFT has it too and loads its files.
     #[must_use]
     pub fn is_in_peft(&self) -> bool {
-        !["BOTTLENECK", "LLM_ADAPTER", "REFT", "ADAPTER_FUSION", "COMPOSITION", "UNION", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
+        ![
+            "BOTTLENECK",
+            "LLM_ADAPTER",
+            "REFT",
+            "ADAPTER_FUSION",
+            "COMPOSITION",
+            "UNION",
+            "BITFIT",
+            "LAST_LAYERS",
+            "FULL",
+        ]
+        .contains(&self.peft_type)
     }
 }
 

@@ -38,10 +38,7 @@ pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
 }
 
 /// One adapter, with the family that its names are of and what it is called in them.
-pub(super) fn open_named(
-    dir: &Path,
-    base: Option<&dyn BaseModel>,
-) -> Result<(AdapterFolder, &'static Family, String)> {
+pub(super) fn open_named(dir: &Path, base: Option<&dyn BaseModel>) -> Result<(AdapterFolder, &'static Family, String)> {
     let keys = read_keys(dir)?;
     let in_config = || dir.join(CONFIG).display().to_string();
     let text = |key: &str| keys.get(key).and_then(Value::as_str).unwrap_or("");

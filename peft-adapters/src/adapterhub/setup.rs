@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use peft_core::{
-    AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result, SafetensorsFile, atomic, only_a_pickle, read_json_file,
+    AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result, SafetensorsFile, atomic, only_a_pickle,
+    read_json_file,
 };
 use serde_json::{Map, Value, json};
 
@@ -117,7 +118,10 @@ pub(super) fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFo
     for name in places.setup.names() {
         let folder = places.adapters.join(name);
         if !folder.is_dir() {
-            let message = format!("is put together of adapters of which `{name}` is missing: its folder would be {}", folder.display());
+            let message = format!(
+                "is put together of adapters of which `{name}` is missing: its folder would be {}",
+                folder.display()
+            );
             return Err(Error::file(dir, message));
         }
         let (part, of_model, saved_as) = read::open_named(&folder, None)?;
@@ -131,7 +135,8 @@ pub(super) fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFo
         let is_adapters = |key: &str| of_model.their_key(write::plain(key), &saved_as).is_some();
         let renamed = |key: &str| {
             let tensor = bottleneck_tensor(write::plain(key), of_model)?;
-            is_adapters(key).then(|| key.strip_suffix(tensor).map(|layer| format!("{layer}adapters.{name}.{tensor}")))?
+            is_adapters(key)
+                .then(|| key.strip_suffix(tensor).map(|layer| format!("{layer}adapters.{name}.{tensor}")))?
         };
         parts.push(part.part(part.config().clone(), renamed));
     }
@@ -200,8 +205,9 @@ fn fusion_tensors(dir: &Path, keys: &Map<String, Value>, family: &Family) -> Res
     };
     let mut tensors = std::collections::BTreeMap::new();
     for theirs in file.names() {
-        let key = ours(theirs)
-            .ok_or_else(|| Error::file(&path, format!("holds `{theirs}`, which is no tensor of the fusion `{name}`")))?;
+        let key = ours(theirs).ok_or_else(|| {
+            Error::file(&path, format!("holds `{theirs}`, which is no tensor of the fusion `{name}`"))
+        })?;
         let (layer, tensor) = key.split_once(".fusion.").unwrap_or((&key, ""));
         let key = peft_core::parameter_name(layer, &format!("fusion.{tensor}"));
         tensors.insert(key, (file.clone(), theirs.to_owned()));
@@ -225,9 +231,8 @@ pub(super) fn write_setup(out: &Path, adapter: &AdapterFolder, labels: &[String]
         }
         config.insert("task_type".into(), adapter.config().get("task_type").cloned().unwrap_or(Value::Null));
         let infix = format!(".adapters.{name}.");
-        let part = adapter.part(AdapterConfig::new(config)?, |key| {
-            key.contains(&infix).then(|| key.replacen(&infix, ".", 1))
-        });
+        let part =
+            adapter.part(AdapterConfig::new(config)?, |key| key.contains(&infix).then(|| key.replacen(&infix, ".", 1)));
         parts.push((name.clone(), write::Files::of(&part, family, &name)?));
     }
     let is_head = |key: &str| !key.contains(".adapters.") && !key.contains(".fusion.");
@@ -253,7 +258,11 @@ pub(super) fn write_setup(out: &Path, adapter: &AdapterFolder, labels: &[String]
             let given = |key: &str| adapter.config().map().get(key).cloned().unwrap_or(Value::Null);
             let own: Map<String, Value> = FUSION_KEYS.iter().map(|key| ((*key).to_owned(), given(key))).collect();
             let members: Vec<&str> = name.split(',').collect();
-            write_json(&dir.join(FUSION_CONFIG), &about, json!({"adapter_names": members, "config": own, "name": name}))?;
+            write_json(
+                &dir.join(FUSION_CONFIG),
+                &about,
+                json!({"adapter_names": members, "config": own, "name": name}),
+            )?;
         }
         let has_head = head.write_head(dir, &about, labels)?;
         let head_setup = if has_head { Value::Bool(true) } else { Value::Null };
@@ -269,10 +278,11 @@ fn fused_tensors(
 ) -> Result<std::collections::BTreeMap<String, candle_core::Tensor>> {
     let mut tensors = std::collections::BTreeMap::new();
     for key in adapter.keys().filter(|key| key.contains(".fusion.")) {
-        let theirs = family.their_key(write::plain(key), "x").map(|theirs| {
-            theirs.replacen(".adapters.x.fusion.", &format!("{FUSION_LAYER}{name}."), 1)
-        });
-        let theirs = theirs.ok_or_else(|| Error::config("fusion", format!("`{key}` has no place in AdapterHub's files")))?;
+        let theirs = family
+            .their_key(write::plain(key), "x")
+            .map(|theirs| theirs.replacen(".adapters.x.fusion.", &format!("{FUSION_LAYER}{name}."), 1));
+        let theirs =
+            theirs.ok_or_else(|| Error::config("fusion", format!("`{key}` has no place in AdapterHub's files")))?;
         tensors.insert(theirs, adapter.tensor(key, &candle_core::Device::Cpu)?);
     }
     Ok(tensors)

@@ -41,7 +41,8 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
     }
     if ![PEFT_TYPE, reft::PEFT_TYPE].contains(&config.peft_type()) {
         let other = config.peft_type();
-        let message = format!("is {other}; bottleneck adapters, what is made of them, and ReFT can be written as AdapterHub's");
+        let message =
+            format!("is {other}; bottleneck adapters, what is made of them, and ReFT can be written as AdapterHub's");
         return Err(Error::config("peft_type", message));
     }
     let family = names::family(&model.model_type)?;
@@ -100,7 +101,8 @@ impl Files {
             let reft = ReftConfig::from_adapter_config(config.map())?;
             files.subtract_projections(&reft)?;
             // The package has both interventions, whether or not positions have them.
-            if let ([there], false) = (reft.units().as_slice(), config.get("tied_weights") == Some(&Value::Bool(true))) {
+            if let ([there], false) = (reft.units().as_slice(), config.get("tied_weights") == Some(&Value::Bool(true)))
+            {
                 let unit = |number: usize| format!(".units.{number}.");
                 let copies: Vec<_> = files
                     .adapter

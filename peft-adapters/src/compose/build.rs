@@ -237,7 +237,8 @@ fn fill(adapter: &Adapter, files: &AdapterFolder, name: &str, base: &dyn BaseMod
     match files.keys().find(|key| !used.contains(*key) && !is_of_head(key, base)) {
         None => Ok(()),
         Some(key) => {
-            let message = format!("holds `{key}` beside its bottlenecks, for which an adapter made of several has no place");
+            let message =
+                format!("holds `{key}` beside its bottlenecks, for which an adapter made of several has no place");
             Err(Error::file(files.weights().path() as &Path, message))
         }
     }
@@ -256,7 +257,8 @@ fn fill_head(adapter: &Adapter, files: &AdapterFolder, base: &dyn BaseModel) -> 
 fn is_of_head(key: &str, base: &dyn BaseModel) -> bool {
     let head = base.sites().iter().map(|site| site.segment).max();
     matches!(base.task(), Task::Classification { .. })
-        && base.sites().iter().any(|site| {
-            Some(site.segment) == head && key.strip_prefix(&parameter_name(&site.path, "")).is_some()
-        })
+        && base
+            .sites()
+            .iter()
+            .any(|site| Some(site.segment) == head && key.strip_prefix(&parameter_name(&site.path, "")).is_some())
 }

@@ -197,12 +197,15 @@ impl ComposeConfig {
             return Err(Error::config(ADAPTERS, message));
         }
         let fusion = if setup.fusion_name().is_some() { Some(FusionSettings::read(keys)?) } else { None };
-        let is_mean = matches!(&setup, Setup::Average(list) if list.iter().all(|(_, part)| matches!(part, Setup::One(_))));
+        let is_mean =
+            matches!(&setup, Setup::Average(list) if list.iter().all(|(_, part)| matches!(part, Setup::One(_))));
         let parallel = |part: &&Part| part.config.placement == Placement::Parallel;
         let count = parts.iter().filter(parallel).count();
         if count > 0 && !(is_mean && count == parts.len()) {
             let name = parts.iter().find(parallel).map_or("", |part| part.name.as_str());
-            let message = format!("`{name}` is a parallel adapter; only a mean of such ones can be made, and the others are in sequence");
+            let message = format!(
+                "`{name}` is a parallel adapter; only a mean of such ones can be made, and the others are in sequence"
+            );
             return Err(Error::config(ADAPTERS, message));
         }
         Ok(Self { setup, sources, parts, fusion, saved: saved(keys)?, raw })
@@ -275,7 +278,8 @@ impl FusionSettings {
 /// The parts of a recipe, which are added to `sources`; a list among them is a stack.
 fn parts(list: Option<&Value>, sources: &mut Vec<(String, Source)>) -> Result<Vec<Setup>> {
     let wrong = |what: String| Error::config(ADAPTERS, what);
-    let form = "a list of folders of bottleneck adapters and of tables of new ones: adapters = [\"a\", {preset = \"seq_bn\"}]";
+    let form =
+        "a list of folders of bottleneck adapters and of tables of new ones: adapters = [\"a\", {preset = \"seq_bn\"}]";
     let list = match list {
         Some(Value::Array(list)) if list.len() > 1 => list,
         Some(Value::Array(_)) | None => return Err(wrong(format!("names two or more: {form}"))),
@@ -292,7 +296,9 @@ fn parts(list: Option<&Value>, sources: &mut Vec<(String, Source)>) -> Result<Ve
                 let name = match table.remove("name") {
                     None => "new".to_owned(),
                     Some(Value::String(name)) if !name.is_empty() && !name.contains(['.', ',']) => name,
-                    Some(other) => return Err(wrong(format!("{other} cannot be a name: it is text without dots and commas"))),
+                    Some(other) => {
+                        return Err(wrong(format!("{other} cannot be a name: it is text without dots and commas")));
+                    }
                 };
                 let config = BottleneckConfig::from_recipe(&table).map_err(|e| wrong(format!("{name}: {e}")))?;
                 (name, Source::New(Box::new(config)))
@@ -381,8 +387,12 @@ mod tests {
         let settings = fusion(two(json!({"preset": "static"}))).unwrap().fusion.unwrap();
         assert!(settings.query && !settings.value && !settings.regularization);
         let stacks = fusion(json!({"adapters": [["lang", "b.1"], {"preset": "seq_bn"}]})).unwrap();
-        assert_eq!((stacks.setup.names(), stacks.setup.fusion_name()), (vec!["lang", "b_1", "new"], Some("b_1,new".into())));
-        let keys = json!({"adapters": ["a", {"reduction_factor": 3, "name": "b"}], "setup": "average", "weights": [1, 3]});
+        assert_eq!(
+            (stacks.setup.names(), stacks.setup.fusion_name()),
+            (vec!["lang", "b_1", "new"], Some("b_1,new".into()))
+        );
+        let keys =
+            json!({"adapters": ["a", {"reduction_factor": 3, "name": "b"}], "setup": "average", "weights": [1, 3]});
         let mean = ComposeConfig::from_recipe(Kind::Composition, keys.as_object().unwrap()).unwrap();
         assert!(matches!(&mean.setup, Setup::Average(list) if list[1].0 == 0.75) && mean.fusion.is_none());
     }
@@ -424,11 +434,13 @@ mod tests {
         ] {
             let keys = json!({"adapters": [{"name": "one", "config": config}, {"name": "two", "config": {"peft_type": "BOTTLENECK"}}],
                 "setup": {"type": "Fuse", "children": [single("one"), single("two")]}});
-            let e = ComposeConfig::from_adapter_config(Kind::Fusion, keys.as_object().unwrap()).unwrap_err().to_string();
+            let e =
+                ComposeConfig::from_adapter_config(Kind::Fusion, keys.as_object().unwrap()).unwrap_err().to_string();
             assert!(e.contains(expect) && e.contains("one"), "{e}");
         }
         let other = json!({"adapters": [], "setup": {"type": "Stack", "children": [single("one")]}});
-        let e = ComposeConfig::from_adapter_config(Kind::Composition, other.as_object().unwrap()).unwrap_err().to_string();
+        let e =
+            ComposeConfig::from_adapter_config(Kind::Composition, other.as_object().unwrap()).unwrap_err().to_string();
         assert!(e.contains("in its order: one"), "{e}");
     }
 }

@@ -108,7 +108,8 @@ impl Composed {
             Node::Fuse(parts) => {
                 let entered = self.enter(node.last(), hidden, join, ctx)?;
                 let attention = self.attention.as_ref().ok_or_else(|| Error::msg("a fusion without its attention"))?;
-                let query = if attention.query_before_norm { hidden.to_dtype(entered[0].dtype())? } else { entered[0].clone() };
+                let query =
+                    if attention.query_before_norm { hidden.to_dtype(entered[0].dtype())? } else { entered[0].clone() };
                 let made = parts.iter().map(|part| self.made(part, &entered[0], join, ctx));
                 attention.forward(&query, made.collect::<Result<Vec<_>>>()?, &entered[1], ctx)
             }
@@ -134,9 +135,9 @@ impl Composed {
                     return Err(Error::msg("a fusion of more than stacks"));
                 };
                 let before = parts.iter().take(before);
-                let hidden = before.map(Ok).try_fold(read.clone(), |hidden, part: Result<&Node>| {
-                    self.output(part?, &hidden, join, ctx)
-                })?;
+                let hidden = before
+                    .map(Ok)
+                    .try_fold(read.clone(), |hidden, part: Result<&Node>| self.output(part?, &hidden, join, ctx))?;
                 let [read, _] = self.enter(Some(*last), &hidden, join, ctx)?;
                 scaled(*last, &read)
             }

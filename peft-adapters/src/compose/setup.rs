@@ -42,7 +42,9 @@ impl Setup {
         names.sort_unstable();
         names.dedup();
         if names.len() < all || setup.fuses() > 1 {
-            return Err(wrong("names an adapter twice or has two fusions; each adapter once, and one fusion, can be read"));
+            return Err(wrong(
+                "names an adapter twice or has two fusions; each adapter once, and one fusion, can be read",
+            ));
         }
         Ok(setup)
     }
@@ -176,7 +178,10 @@ mod tests {
             (json!({"type": "Stak", "children": [one("a")]}), "`Stak`"),
             (json!({"type": "Parallel", "children": [one("a"), one("b")]}), "give each its own"),
             (json!({"type": "Fuse", "children": [one("a")]}), "too little"),
-            (json!({"type": "Average", "children": [{"type": "Fuse", "children": [one("a"), one("b")]}]}), "cannot stand"),
+            (
+                json!({"type": "Average", "children": [{"type": "Fuse", "children": [one("a"), one("b")]}]}),
+                "cannot stand",
+            ),
             (json!({"type": "Average", "children": [one("a")], "kwargs": {"weights": [1, 2]}}), "list of 1"),
             (json!({"type": "Average", "children": [one("a"), one("b")], "kwargs": {"weights": [1, -1]}}), "sum"),
         ] {

@@ -30,7 +30,8 @@ pub(crate) fn run(args: &ComposeArgs) -> Result<()> {
     let (config, tensors) = adapter.exported()?;
     let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
     adapter_files::write(&args.output, &AdapterConfig::new(config)?, &adapter.labels, tensors)?;
-    let (parameters, places) = (adapter.tensors().iter().map(|(_, t)| t.elem_count()).sum::<usize>(), adapter.touched().count());
+    let (parameters, places) =
+        (adapter.tensors().iter().map(|(_, t)| t.elem_count()).sum::<usize>(), adapter.touched().count());
     if args.json {
         let of = |a: &crate::args::WeightedAdapter| json!({"adapter": a.adapter, "weight": a.weight});
         let adapters: Vec<Value> = args.adapter.iter().map(of).collect();

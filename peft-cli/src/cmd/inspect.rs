@@ -87,7 +87,16 @@ fn adapter(path: &Path, base: Option<&str>) -> Result<Value> {
 /// `<prefix><site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key<'k>(key: &'k str, prefix: &str) -> (&'k str, &'k str) {
     let key = key.strip_prefix(prefix).unwrap_or(key);
-    for mark in [".adapters.", ".fusion.", ".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter.", ".adapter_"] {
+    for mark in [
+        ".adapters.",
+        ".fusion.",
+        ".lora_",
+        ".ia3_",
+        ".ln_tuning_layers.",
+        ".base_layer.",
+        ".token_adapter.",
+        ".adapter_",
+    ] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }

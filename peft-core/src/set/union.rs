@@ -33,7 +33,8 @@ impl Adapter {
     }
 
     fn absorb(&mut self, other: Self, sites: &SiteTable) -> Result<()> {
-        let refused = |why: &str| Err(Error::msg(format!("{} cannot be one of several methods: {why}", other.peft_type())));
+        let refused =
+            |why: &str| Err(Error::msg(format!("{} cannot be one of several methods: {why}", other.peft_type())));
         if other.tasks.is_some() {
             return refused("it does another thing for each task");
         }
@@ -64,7 +65,10 @@ impl Adapter {
 fn both(ours: SiteAdapter, theirs: SiteAdapter, path: &str) -> Result<SiteAdapter> {
     let is_copy = |adapter: &SiteAdapter| {
         adapter.bias.is_none()
-            && adapter.parameters().iter().all(|p| ["weight", "bias"].iter().any(|end| p.name().ends_with(&format!("{path}.{end}"))))
+            && adapter
+                .parameters()
+                .iter()
+                .all(|p| ["weight", "bias"].iter().any(|end| p.name().ends_with(&format!("{path}.{end}"))))
     };
     if is_copy(&ours) && is_copy(&theirs) {
         return Ok(ours);

@@ -5,7 +5,7 @@ use peft_core::config_keys::peft_defaults;
 use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::{Config, Made, MethodInfo, METHODS, method};
+use super::{Config, METHODS, Made, MethodInfo, method};
 
 /// The parts: tables of methods in a recipe, configs in a file.
 const PARTS: &str = "methods";
@@ -15,7 +15,6 @@ const PEFT_TYPE: &str = "UNION";
 /// One of the methods.
 pub(super) struct Part {
     config: Config,
-    info: &'static MethodInfo,
 }
 
 /// The methods of a preset.
@@ -71,8 +70,8 @@ pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Part>> {
             None => method("lora"),
         };
         named.and_then(refuse).map_err(|e| in_part(i, &e))?;
-        let (config, info) = Config::of_recipe(table).map_err(|e| in_part(i, &e))?;
-        Ok(Part { config, info })
+        let (config, _) = Config::of_recipe(table).map_err(|e| in_part(i, &e))?;
+        Ok(Part { config })
     });
     parts.collect()
 }
@@ -85,7 +84,7 @@ pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Part>> {
             return Err(Error::config(PARTS, format!("of number {}: peft_type `{peft_type}` is not known", i + 1)));
         };
         refuse(info)?;
-        Ok(Part { config: Config::of_file(info, config).map_err(|e| in_part(i, &e))?, info })
+        Ok(Part { config: Config::of_file(info, config).map_err(|e| in_part(i, &e))? })
     });
     parts.collect()
 }

@@ -71,7 +71,8 @@ static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
     let model = base(UNTIED, Kind::F32);
     [("one", "gelu"), ("other", "tanh")].map(|(name, non_linearity)| {
         // Each process its own, since several may run at once.
-        let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
+        let folder =
+            PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
         let method = bottleneck("seq_bn", json!({"non_linearity": non_linearity, "init_weights": "houlsby"}));
         write_adapter_files(&folder, &trained(crate::create(&method, &model, 7).unwrap(), 8).unwrap()).unwrap();
         folder
