@@ -76,7 +76,8 @@ PARTS = {
     "a": SeqBnConfig(reduction_factor=8),
     "b": SeqBnConfig(reduction_factor=4, non_linearity="tanh", scaling=2.0, original_ln_before=False),
     "c": SeqBnConfig(reduction_factor=6, non_linearity="gelu", residual_before_ln=False, ln_after=True),
-    "lang": DoubleSeqBnConfig(reduction_factor=6),
+    "lang": SeqBnConfig(reduction_factor=6, original_ln_before=False),
+    "wide": DoubleSeqBnConfig(reduction_factor=6),
 }
 MEAN = [3.0, 1.0]
 SETUPS = {
@@ -86,7 +87,7 @@ SETUPS = {
     "fusion_residual_before": (Fuse("b", "a"), DynamicAdapterFusionConfig(residual_before=True, regularization=False)),
     "fusion_of_stack": (Fuse(Stack("b", "c"), "a"), DynamicAdapterFusionConfig(key=False)),
     "fusion_on_stack": (Stack("lang", Fuse("a", "b")), DynamicAdapterFusionConfig()),
-    "stack": (Stack("lang", "b", "a"), None),
+    "stack": (Stack("wide", "b", "a"), None),
     # The package divides by the number of adapters once more.
     "average": (Average("a", "b", weights=[2 * w / sum(MEAN) for w in MEAN], normalize_weights=False), None),
 }
@@ -219,7 +220,7 @@ def put_together(base, setup, fusion=None, load=None):
     move(model)
     if fusion:
         fuse = setup if isinstance(setup, Fuse) else setup[-1]
-        model.add_adapter_fusion(fuse, fusion)
+        model.add_adapter_fusion(fuse.name.split(","), fusion)
         model.train_adapter_fusion(setup)
         move(model)
     model.set_active_adapters(setup)
@@ -242,6 +243,7 @@ def check_setup(cli, base, rows, rows_file, setup, fusion, out):
     want = cases.mean_loss(model, rows)
     near("loss", cli.eval(base, rows_file, saved)["loss"], want, 1e-5)
     near_logits(cli, base, saved, model, rows[0], out)
+    beside.mkdir()
     for name in setup.flatten():
         model.save_adapter(str(beside / name), name, use_safetensors=True)
     if not fusion:
