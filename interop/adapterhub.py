@@ -13,6 +13,7 @@ For each model and variant, with an adapter that `adapters` made and saved:
 And of adapters that are put together, whose folders `adapters` made:
   eval, train, convert   as above, of a fusion or a stack; what is trained is the fusion
   beside   a fusion's own folder is read with those of its adapters beside it
+  union    a union of methods has the losses of `adapters` from the same values on, evaluated and trained
   compose  a stack or a mean that peft-cli makes of single adapters is the one of `adapters`
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
@@ -31,12 +32,15 @@ from adapters import (
     AdapterPlusConfig,
     CompacterConfig,
     CompacterPlusPlusConfig,
+    ConfigUnion,
     DiReftConfig,
     DoubleSeqBnConfig,
     DynamicAdapterFusionConfig,
+    LoRAConfig,
     LoReftConfig,
     NoReftConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     ReftConfig,
     SeqBnConfig,
     StaticAdapterFusionConfig,
@@ -44,6 +48,7 @@ from adapters import (
 from adapters.composition import Average, Fuse, Stack
 from adapters.methods import modeling
 from check import Short, near, train
+from safetensors.torch import load_file, save_file
 from tally import Tally, options
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
@@ -91,6 +96,17 @@ SETUPS = {
     # The package divides by the number of adapters once more.
     "average": (Average("a", "b", weights=[2 * w / sum(MEAN) for w in MEAN], normalize_weights=False), None),
 }
+# Unions of methods: `adapters`' config, and our `[method]` table without the targets of LoRA.
+PREFIX_LENGTH = 4
+PREFIX, OUR_PREFIX = PrefixTuningConfig(flat=True, prefix_length=PREFIX_LENGTH), f'{{type = "prefix", num_virtual_tokens = {PREFIX_LENGTH}}}'
+UNIONS = {
+    "mam": (ConfigUnion(PREFIX, ParBnConfig(reduction_factor=6)), f'[{OUR_PREFIX}, {{type = "bottleneck", preset = "par_bn", reduction_factor = 6}}]'),
+    "union": (
+        ConfigUnion(PREFIX, SeqBnConfig(reduction_factor=8, use_gating=True), LoRAConfig(r=4, alpha=8)),
+        f'[{OUR_PREFIX}, {{type = "bottleneck", reduction_factor = 8, use_gating = true}}, {{r = 4, lora_alpha = 8, target_modules = TARGETS}}]',
+    ),
+}
+TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 # All variants on one model of each kind, the first two on the others.
 EVERYTHING = ["llama", "bert"]
 # Only where a decoder attends to an encoder.
@@ -120,9 +136,9 @@ def without_torchvision():
     sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": types.ModuleType("torchvision.ops"), depth.__name__: depth}
 
 
-def of_theirs(base, load=None):
+def of_theirs(base, load=None, **more):
     """AdapterHub's model: the base with a new adapter moved away from its start, or with the one in a folder."""
-    model = cases.load_base(base)
+    model = cases.load_base(base, **more)
     adapters.init(model)
     if isinstance(load, pathlib.Path):
         info = {}
@@ -274,6 +290,47 @@ def check_setup(cli, base, rows, rows_file, setup, fusion, out):
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, ours)["loss"], 1e-6)
 
 
+def behind_prefix(model):
+    """The package does not count a prefix among the positions; PEFT and transformers do, and so does peft-cli."""
+    forward = model.forward
+
+    def shifted(input_ids, **more):
+        positions = torch.arange(input_ids.shape[1]) + PREFIX_LENGTH
+        return forward(input_ids=input_ids, position_ids=positions.expand_as(input_ids), **more)
+
+    model.forward = shifted
+    return model
+
+
+def our_tensor(key, state, family):
+    """The values of the package's model for a key of our file."""
+    if key == "prompt_embeddings":
+        # Every layer has it, and it is one.
+        flat = next(value for name, value in state.items() if name.endswith("control_trans"))
+        return flat.reshape(PREFIX_LENGTH, -1)
+    name = key.removeprefix("base_model.").removeprefix("model.") if family == "bert" else key.removeprefix("base_model.model.")
+    layer, place = (".mlp.down_proj.", ".output_adapters.adapters.a.") if family == "llama" else (".output.dense.", ".output.adapters.a.")
+    name = name.replace(".lora_A.weight", ".loras.a.lora_A").replace(".lora_B.weight", ".loras.a.lora_B")
+    return state[name if name in state else name.replace(layer, place)]
+
+
+def check_union(cli, base, rows, rows_file, config, methods, out):
+    # Of torch's own attention the package asks a causal mask from the first key on, which is the prefix's.
+    model = behind_prefix(of_theirs(base, config, attn_implementation="eager"))
+    family = model.config.model_type
+    method = 'type = "union"\nmethods = ' + methods.replace("TARGETS", json.dumps(TARGETS[family]))
+    start = out / "start"
+    train(cli, start, method, 1, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    weights = start / "adapter_model.safetensors"
+    tensors = {key: our_tensor(key, model.state_dict(), family) for key in load_file(weights)}
+    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, weights, metadata={"format": "pt"})
+    near("loss", cli.eval(base, rows_file, start)["loss"], cases.mean_loss(model, rows), 1e-5)
+    near_logits(cli, base, start, model, rows[0], out)
+    ours = train(cli, out / "trained", f"init_from = {json.dumps(str(start))}", STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    for step, (got, want) in enumerate(zip(ours, steps(model, rows, True), strict=True)):
+        near(f"loss of step {step}", got, want, 1e-4)
+
+
 def check_head(cli, base, rows, rows_file, settings, out):
     model = adapters.AutoAdapterModel.from_pretrained(str(base), dtype=torch.float32)
     model.add_adapter("a", config=SeqBnConfig(reduction_factor=8))
@@ -301,6 +358,7 @@ def main():
             # The package gives a T5's decoder the encoder's positions.
             variants += ["gated"] * (name == "t5") + ["gated", "loreft"] * (name in ("gpt2", "distilbert", "llama_classes"))
             variants += SETUPS if name in EVERYTHING else ["fusion", "stack"]
+            variants += UNIONS if name in EVERYTHING else []
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(given.only, name, v)]
             if not variants:
@@ -318,6 +376,8 @@ def main():
                 with tally.case(f"{name}/{variant}"):
                     if variant in VARIANTS:
                         check(given.cli, base, rows, rows_file, VARIANTS[variant], out)
+                    elif variant in UNIONS:
+                        check_union(given.cli, base, rows, rows_file, *UNIONS[variant], out)
                     elif variant in SETUPS:
                         check_setup(given.cli, base, rows, rows_file, *SETUPS[variant], out)
                     else:
