@@ -10,6 +10,11 @@ For each model and variant, with an adapter that `adapters` made and saved:
   head     a class head of AdapterHub's own kind, beside the adapter, is read as the layers that it stands for
   convert  what peft-cli trained, converted to AdapterHub's files, loads with no tensor missing or left over and gives the
            loss that peft-cli reports for it
+And of adapters that are put together, whose folders `adapters` made:
+  eval, train, convert   as above, of a fusion or a stack; what is trained is the fusion
+  beside   a fusion's own folder is read with those of its adapters beside it
+  union    a union of methods has the losses of `adapters` from the same values on, evaluated and trained
+  compose  a stack or a mean that peft-cli makes of single adapters is the one of `adapters`
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
 import json
@@ -27,16 +32,23 @@ from adapters import (
     AdapterPlusConfig,
     CompacterConfig,
     CompacterPlusPlusConfig,
+    ConfigUnion,
     DiReftConfig,
     DoubleSeqBnConfig,
+    DynamicAdapterFusionConfig,
+    LoRAConfig,
     LoReftConfig,
     NoReftConfig,
     ParBnConfig,
+    PrefixTuningConfig,
     ReftConfig,
     SeqBnConfig,
+    StaticAdapterFusionConfig,
 )
+from adapters.composition import Average, Fuse, Stack
 from adapters.methods import modeling
 from check import Short, near, train
+from safetensors.torch import load_file, save_file
 from tally import Tally, options
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
@@ -64,6 +76,37 @@ VARIANTS = {
     "last_tokens": LoReftConfig(r=2, prefix_positions=0, suffix_positions=2, dropout=0.0),
     "input_residual": DoubleSeqBnConfig(reduction_factor=6, original_ln_before=True, residual_before_ln=False, non_linearity="tanh"),
 }
+# Adapters to put together, and how: the setup, and the config of its fusion.
+PARTS = {
+    "a": SeqBnConfig(reduction_factor=8),
+    "b": SeqBnConfig(reduction_factor=4, non_linearity="tanh", scaling=2.0, original_ln_before=False),
+    "c": SeqBnConfig(reduction_factor=6, non_linearity="gelu", residual_before_ln=False, ln_after=True),
+    "lang": SeqBnConfig(reduction_factor=6, original_ln_before=False),
+    "wide": DoubleSeqBnConfig(reduction_factor=6),
+}
+MEAN = [3.0, 1.0]
+SETUPS = {
+    "fusion": (Fuse("a", "b", "c"), DynamicAdapterFusionConfig()),
+    "fusion_static": (Fuse("c", "a"), StaticAdapterFusionConfig(query_before_ln=True)),
+    "fusion_late_value": (Fuse("a", "b"), DynamicAdapterFusionConfig(value_before_softmax=False, value_initialized=False, query=False)),
+    "fusion_residual_before": (Fuse("b", "a"), DynamicAdapterFusionConfig(residual_before=True, regularization=False)),
+    "fusion_of_stack": (Fuse(Stack("b", "c"), "a"), DynamicAdapterFusionConfig(key=False)),
+    "fusion_on_stack": (Stack("lang", Fuse("a", "b")), DynamicAdapterFusionConfig()),
+    "stack": (Stack("wide", "b", "a"), None),
+    # The package divides by the number of adapters once more.
+    "average": (Average("a", "b", weights=[2 * w / sum(MEAN) for w in MEAN], normalize_weights=False), None),
+}
+# Unions of methods: `adapters`' config, and our `[method]` table without the targets of LoRA.
+PREFIX_LENGTH = 4
+PREFIX, OUR_PREFIX = PrefixTuningConfig(flat=True, prefix_length=PREFIX_LENGTH), f'{{type = "prefix", num_virtual_tokens = {PREFIX_LENGTH}}}'
+UNIONS = {
+    "mam": (ConfigUnion(PREFIX, ParBnConfig(reduction_factor=6)), f'[{OUR_PREFIX}, {{type = "bottleneck", preset = "par_bn", reduction_factor = 6}}]'),
+    "union": (
+        ConfigUnion(PREFIX, SeqBnConfig(reduction_factor=8, use_gating=True), LoRAConfig(r=4, alpha=8)),
+        f'[{OUR_PREFIX}, {{type = "bottleneck", reduction_factor = 8, use_gating = true}}, {{r = 4, lora_alpha = 8, target_modules = TARGETS}}]',
+    ),
+}
+TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
 # All variants on one model of each kind, the first two on the others.
 EVERYTHING = ["llama", "bert"]
 # Only where a decoder attends to an encoder.
@@ -93,9 +136,9 @@ def without_torchvision():
     sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": types.ModuleType("torchvision.ops"), depth.__name__: depth}
 
 
-def of_theirs(base, load=None):
+def of_theirs(base, load=None, **more):
     """AdapterHub's model: the base with a new adapter moved away from its start, or with the one in a folder."""
-    model = cases.load_base(base)
+    model = cases.load_base(base, **more)
     adapters.init(model)
     if isinstance(load, pathlib.Path):
         info = {}
@@ -115,8 +158,9 @@ def of_theirs(base, load=None):
     return model.eval()
 
 
-def steps(model, rows, alone):
-    """Losses of training; with `alone` no row is padded, since padding is a part of what a gate is the mean of."""
+def steps(model, rows, alone, penalty=None):
+    """Losses of training; with `alone` no row is padded, since padding is a part of what a gate is the mean of. `penalty` gives what
+    is minimised with the loss."""
     # An intervention that no position has gets no gradient.
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
@@ -124,7 +168,7 @@ def steps(model, rows, alone):
         batch = rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS]
         sums = [cases.summed_loss(model, part) for part in ([[row] for row in batch] if alone else [batch])]
         loss, count = sum(loss for loss, _ in sums), sum(count for _, count in sums)
-        (loss / count).backward()
+        (loss / count + (penalty() if penalty else 0)).backward()
         optimizer.step()
         optimizer.zero_grad()
         yield loss.item() / count
@@ -177,6 +221,116 @@ def check(cli, base, rows, rows_file, config, out):
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, trained)["loss"], 1e-6)
 
 
+def put_together(base, setup, fusion=None, load=None):
+    """AdapterHub's model with adapters in a setup, moved away from their start and the fusion set to be trained; or with the setup
+    of a folder."""
+    model = cases.load_base(base)
+    adapters.init(model)
+    if load:
+        model.load_adapter_setup(str(load), set_active=True, use_safetensors=True)
+        return model.eval()
+    for name in sorted(setup.flatten()):
+        model.add_adapter(name, config=PARTS[name])
+    # So that all of them are moved, and a head with them.
+    model.train_adapter(Stack(*sorted(setup.flatten())))
+    move(model)
+    if fusion:
+        fuse = setup if isinstance(setup, Fuse) else setup[-1]
+        model.add_adapter_fusion(fuse.name.split(","), fusion)
+        model.train_adapter_fusion(setup)
+        move(model)
+    model.set_active_adapters(setup)
+    return model.eval()
+
+
+def move(model):
+    for name, parameter in model.named_parameters():
+        if name.startswith("lm_head"):
+            parameter.requires_grad = False
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+
+
+def check_setup(cli, base, rows, rows_file, setup, fusion, out):
+    model = put_together(base, setup, fusion)
+    saved, beside = out / "theirs", out / "beside"
+    has_classes = cases.has_classes(model)
+    model.save_adapter_setup(str(saved), setup, head_setup=has_classes or None, use_safetensors=True)
+    want = cases.mean_loss(model, rows)
+    near("loss", cli.eval(base, rows_file, saved)["loss"], want, 1e-5)
+    near_logits(cli, base, saved, model, rows[0], out)
+    beside.mkdir()
+    for name in setup.flatten():
+        model.save_adapter(str(beside / name), name, use_safetensors=True)
+    if not fusion:
+        # The package's mean has the weights of its files divided by their sum, as we have.
+        weights = MEAN if isinstance(setup, Average) else [1] * len(setup)
+        parts = [part for name, weight in zip(setup, weights) for part in ("--adapter", f"{beside / name}={weight}")]
+        kind = "average" if isinstance(setup, Average) else "stack"
+        ours = out / "ours"
+        cli.run("compose", "--setup", kind, *parts, "--model", base, "--output", ours)
+        near("loss of ours", cli.eval(base, rows_file, ours)["loss"], want, 1e-5)
+        near_logits(cli, base, ours, model, rows[0], out)
+    else:
+        if isinstance(setup, Fuse) and all(isinstance(part, str) for part in setup):
+            model.save_adapter_fusion(str(beside / "fusion"), setup, use_safetensors=True)
+            near("loss with adapters beside", cli.eval(base, rows_file, beside / "fusion")["loss"], want, 1e-5)
+        ours = out / "trained"
+        losses = train(cli, ours, f"init_from = {json.dumps(str(saved))}", STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+        expected = steps(model, rows, False, model.base_model.get_fusion_regularization_loss if fusion.regularization else None)
+        for step, (got, expect) in enumerate(zip(losses, expected, strict=True)):
+            near(f"loss of step {step}", got, expect, 1e-4)
+        near("loss of what was trained", cli.eval(base, rows_file, ours)["loss"], cases.mean_loss(model, rows), 1e-4)
+    converted = out / "converted"
+    cli.run("convert", "--adapter", ours, "--to", "adapterhub", "--output", converted, "--model", base)
+    if not isinstance(setup, Average):
+        loaded = put_together(base, setup, load=converted)
+        near("loss in adapters", cases.mean_loss(loaded, rows), cli.eval(base, rows_file, ours)["loss"], 1e-5)
+    cli.run("convert", "--adapter", converted, "--to", "peft", "--output", out / "back")
+    near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, ours)["loss"], 1e-6)
+
+
+def behind_prefix(model):
+    """The package does not count a prefix among the positions; PEFT and transformers do, and so does peft-cli."""
+    forward = model.forward
+
+    def shifted(input_ids, **more):
+        positions = torch.arange(input_ids.shape[1]) + PREFIX_LENGTH
+        return forward(input_ids=input_ids, position_ids=positions.expand_as(input_ids), **more)
+
+    model.forward = shifted
+    return model
+
+
+def our_tensor(key, state, family):
+    """The values of the package's model for a key of our file."""
+    if key == "prompt_embeddings":
+        # Every layer has it, and it is one.
+        flat = next(value for name, value in state.items() if name.endswith("control_trans"))
+        return flat.reshape(PREFIX_LENGTH, -1)
+    name = key.removeprefix("base_model.").removeprefix("model.") if family == "bert" else key.removeprefix("base_model.model.")
+    layer, place = (".mlp.down_proj.", ".output_adapters.adapters.a.") if family == "llama" else (".output.dense.", ".output.adapters.a.")
+    name = name.replace(".lora_A.weight", ".loras.a.lora_A").replace(".lora_B.weight", ".loras.a.lora_B")
+    return state[name if name in state else name.replace(layer, place)]
+
+
+def check_union(cli, base, rows, rows_file, config, methods, out):
+    # Of torch's own attention the package asks a causal mask from the first key on, which is the prefix's.
+    model = behind_prefix(of_theirs(base, config, attn_implementation="eager"))
+    family = model.config.model_type
+    method = 'type = "union"\nmethods = ' + methods.replace("TARGETS", json.dumps(TARGETS[family]))
+    start = out / "start"
+    train(cli, start, method, 1, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    weights = start / "adapter_model.safetensors"
+    tensors = {key: our_tensor(key, model.state_dict(), family) for key in load_file(weights)}
+    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, weights, metadata={"format": "pt"})
+    near("loss", cli.eval(base, rows_file, start)["loss"], cases.mean_loss(model, rows), 1e-5)
+    near_logits(cli, base, start, model, rows[0], out)
+    ours = train(cli, out / "trained", f"init_from = {json.dumps(str(start))}", STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    for step, (got, want) in enumerate(zip(ours, steps(model, rows, True), strict=True)):
+        near(f"loss of step {step}", got, want, 1e-4)
+
+
 def check_head(cli, base, rows, rows_file, settings, out):
     model = adapters.AutoAdapterModel.from_pretrained(str(base), dtype=torch.float32)
     model.add_adapter("a", config=SeqBnConfig(reduction_factor=8))
@@ -203,6 +357,8 @@ def main():
             variants += ["compacter"] * (name == "gpt2")
             # The package gives a T5's decoder the encoder's positions.
             variants += ["gated"] * (name == "t5") + ["gated", "loreft"] * (name in ("gpt2", "distilbert", "llama_classes"))
+            variants += SETUPS if name in EVERYTHING else ["fusion", "stack"]
+            variants += UNIONS if name in EVERYTHING else []
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(given.only, name, v)]
             if not variants:
@@ -220,6 +376,10 @@ def main():
                 with tally.case(f"{name}/{variant}"):
                     if variant in VARIANTS:
                         check(given.cli, base, rows, rows_file, VARIANTS[variant], out)
+                    elif variant in UNIONS:
+                        check_union(given.cli, base, rows, rows_file, *UNIONS[variant], out)
+                    elif variant in SETUPS:
+                        check_setup(given.cli, base, rows, rows_file, *SETUPS[variant], out)
                     else:
                         check_head(given.cli, base, rows, rows_file, HEADS[name][int(variant.split()[-1])], out)
     tally.end()

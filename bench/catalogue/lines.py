@@ -78,4 +78,7 @@ LEFT_OUT = {
     "poly": "it is for several tasks",
     "multitask_prompt": "it is for several tasks",
     "cpt": "it is for a few examples in the prompt",
+    "fusion": "it is made of adapters of other tasks",
+    "composition": "it is made of other adapters",
+    "union": "it is made of other methods",
 }

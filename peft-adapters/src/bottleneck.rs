@@ -176,10 +176,7 @@ pub struct Bottleneck {
 impl Bottleneck {
     /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
     fn network(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
-        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
-        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
-        let out = self.scaling.of(out, ctx)?;
+        let out = self.scaled(x, sequences, ctx)?;
         let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
@@ -188,6 +185,28 @@ impl Bottleneck {
             Some(gate) => gate.apply(&out, x, sequences, ctx),
             None => Ok(out),
         }
+    }
+
+    /// The network without dropout and gate, which is what a fusion attends to.
+    pub(crate) fn scaled(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
+        let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
+        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
+        self.scaling.of(out, ctx)
+    }
+
+    /// The network of `read`, with the norm at its end and its residual connection.
+    pub(crate) fn with_residual(
+        &self,
+        [read, residual]: &[Tensor; 2],
+        sequences: &[SequenceSpan],
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
+        let made = self.network(read, sequences, ctx)?;
+        if self.residual_before_norm && self.placement != Placement::Parallel {
+            return self.norm_after(kernels::add(&made, residual)?, ctx);
+        }
+        Ok(kernels::add(&self.norm_after(made, ctx)?, residual)?)
     }
 
     /// What is left of `out` by [`Bottleneck::stochastic_depth`].
@@ -209,7 +228,7 @@ impl Bottleneck {
     }
 
     /// What the adapter reads at its place, and what its result is added to, both in the parameters' type.
-    fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
+    pub(crate) fn reads(&self, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<[Tensor; 2]> {
         let Placement::Sequential { on_stream, residual } = self.placement else {
             let read = join.residual.to_dtype(self.dtype())?;
             return Ok([read, join.output.to_dtype(self.dtype())?]);
@@ -224,7 +243,7 @@ impl Bottleneck {
     }
 
     /// The stream behind the adapter, for its result with the residual connection.
-    fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+    pub(crate) fn behind(&self, output: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let output = output.to_dtype(join.output.dtype())?;
         if self.joins_stream { join.of(&output, ctx) } else { Ok(output) }
     }
@@ -241,13 +260,7 @@ impl Bottleneck {
 
 impl SublayerModule for Bottleneck {
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let [read, residual] = self.reads(sublayer, ctx)?;
-        let made = self.network(&read, sublayer.sequences, ctx)?;
-        let output = if self.residual_before_norm && self.placement != Placement::Parallel {
-            self.norm_after(kernels::add(&made, &residual)?, ctx)?
-        } else {
-            kernels::add(&self.norm_after(made, ctx)?, &residual)?
-        };
+        let output = self.with_residual(&self.reads(sublayer, ctx)?, sublayer.sequences, ctx)?;
         self.behind(&output, sublayer, ctx)
     }
 

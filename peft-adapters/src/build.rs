@@ -48,7 +48,7 @@ impl BottleneckConfig {
             _ => Shared::default(),
         };
         for sublayer in chosen {
-            let module = SiteModule::Sublayer(Arc::new(self.bottleneck(base, *sublayer, &shared, seed)?));
+            let module = SiteModule::Sublayer(Arc::new(self.bottleneck(base, *sublayer, "", &shared, seed)?));
             adapter.insert(sublayer.end, SiteAdapter::new(Some(module), None))?;
         }
         shared.parameters().for_each(|parameter| adapter.add_shared(parameter.clone()));
@@ -61,7 +61,7 @@ impl BottleneckConfig {
     }
 
     /// Whether there is an adapter behind a sublayer.
-    fn stands_at(&self, at: &SublayerSite) -> bool {
+    pub(crate) fn stands_at(&self, at: &SublayerSite) -> bool {
         let of_kind = match at.kind {
             SublayerKind::Attention => self.behind_attention,
             SublayerKind::CrossAttention => self.behind_cross_attention,
@@ -70,13 +70,21 @@ impl BottleneckConfig {
         of_kind && !self.leave_out.contains(&at.block)
     }
 
-    /// The adapter at one place.
-    fn bottleneck(&self, base: &dyn BaseModel, at: SublayerSite, shared: &Shared, seed: u64) -> Result<Bottleneck> {
+    /// The adapter at one place; `prefix` is what its tensors' names begin with behind the layer's.
+    pub(crate) fn bottleneck(
+        &self,
+        base: &dyn BaseModel,
+        at: SublayerSite,
+        prefix: &str,
+        shared: &Shared,
+        seed: u64,
+    ) -> Result<Bottleneck> {
         let site =
             base.sites().get(at.end).ok_or_else(|| Error::msg("a sublayer ends at a site that does not exist"))?;
         let (hidden, width) = (at.hidden_size, self.width(at.block, at.hidden_size)?);
         let parameter = |suffix: &str, value: Tensor, role: Role| {
-            Parameter::new(parameter_name(&site.path, suffix), &value.to_device(base.device())?, role)
+            let name = parameter_name(&site.path, &format!("{prefix}{suffix}"));
+            Parameter::new(name, &value.to_device(base.device())?, role)
         };
         let full = |value: f32, n: usize| Ok::<_, Error>(Tensor::full(value, n, &Device::Cpu)?);
         // No gradient gets through a projection of zeros, and a norm of its result has nothing to scale.

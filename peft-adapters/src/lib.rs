@@ -20,6 +20,7 @@ of the sublayers that it names. It has a nonlinearity, so no weight of the base 
 pub mod adapterhub;
 mod bottleneck;
 mod build;
+pub mod compose;
 mod config;
 pub mod linear;
 mod phm;

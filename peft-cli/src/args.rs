@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Merge(MergeArgs),
     /// Make one adapter of several: a weighted sum of what they change
     Combine(CombineArgs),
+    /// Put bottleneck adapters together as they are: one behind the other, or the mean of what they make
+    Compose(ComposeArgs),
     /// Write an adapter in another form: as a LoRA of a chosen rank, or another program's files
     Convert(ConvertArgs),
     /// Say what a model or an adapter is
@@ -156,9 +158,9 @@ pub(crate) struct EvalArgs {
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Adapter folder or hub id
+    /// Adapter folder or hub id; with several, each writes, in one batch
     #[arg(long)]
-    pub(crate) adapter: Option<String>,
+    pub(crate) adapter: Vec<String>,
     /// The task, for an adapter with several
     #[arg(long)]
     pub(crate) task_id: Option<usize>,
@@ -253,6 +255,40 @@ pub(crate) struct CombineArgs {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Put bottleneck adapters together as they are, in one adapter that goes wherever `--adapter` stands.
+///
+/// A stack has the first read what the sublayer made, and each of the others what the one before made; a class head is the last
+/// one's. A mean adds up what they make, each multiplied by its weight; weights are divided by their sum.
+/// Attention that is trained to choose among adapters is the method `fusion`; a new adapter trained on top of others is `composition`.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ComposeArgs {
+    /// How they are put together
+    #[arg(long, value_enum)]
+    pub(crate) setup: Setup,
+    /// An adapter folder or hub id of ours or AdapterHub's, in a mean with its weight, `PATH=0.5`; none is 1. Give it for each adapter,
+    /// in order
+    #[arg(long, required = true, value_name = "PATH=WEIGHT", value_parser = WeightedAdapter::parse, allow_hyphen_values = true)]
+    pub(crate) adapter: Vec<WeightedAdapter>,
+    /// The base model: a folder, a .gguf file or a hub id
+    #[arg(long)]
+    pub(crate) model: String,
+    /// Output folder
+    #[arg(long)]
+    pub(crate) output: PathBuf,
+    /// Print the result as JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How adapters are put together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Setup {
+    /// Each reads what the one before made
+    Stack,
+    /// The weighted mean of what they make
+    Average,
 }
 
 /// An adapter and what its change is multiplied with.

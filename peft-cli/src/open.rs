@@ -83,7 +83,14 @@ pub(crate) fn virtual_tokens(method: &toml::Table) -> Result<usize> {
     }
     let count = match method.get("init_from").and_then(toml::Value::as_str) {
         Some(from) => start_keys(from)?.get(key).and_then(Value::as_u64),
-        None => method.get(key).and_then(toml::Value::as_integer).and_then(|n| u64::try_from(n).ok()),
+        None => {
+            let of = |table: &toml::Table| table.get(key).and_then(toml::Value::as_integer);
+            let parts = method.get("methods").and_then(toml::Value::as_array).into_iter().flatten();
+            let given = of(method).or_else(|| parts.filter_map(toml::Value::as_table).find_map(of));
+            // Mix-And-Match has as many where the recipe does not say it.
+            let preset = method.get("preset").and_then(toml::Value::as_str) == Some("mam");
+            given.or(preset.then_some(30)).and_then(|n| u64::try_from(n).ok())
+        }
     };
     Ok(count.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))
 }

@@ -51,7 +51,7 @@ pub struct AdapterFolder {
 pub type StoredTensor = (Arc<SafetensorsFile>, String);
 
 /// A tensor of the folder.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Place {
     Stored(StoredTensor),
     /// Made of what another program's file holds.
@@ -131,6 +131,35 @@ impl AdapterFolder {
     ) -> Self {
         let keys = tensors.into_iter().map(|(key, tensor)| (key, Place::Made(tensor))).collect();
         Self { dir: dir.as_ref().to_owned(), config, weights, keys }
+    }
+
+    /// The tensors that `name` gives a name to, under it and another config: a part of an adapter that is made of several.
+    #[must_use]
+    pub fn part(&self, config: AdapterConfig, name: impl Fn(&str) -> Option<String>) -> Self {
+        let keys = self.keys.iter().filter_map(|(key, place)| Some((name(key)?, place.clone()))).collect();
+        Self { dir: self.dir.clone(), config, weights: self.weights.clone(), keys }
+    }
+
+    /// One adapter of the tensors of several folders, in the folder `dir`.
+    ///
+    /// # Errors
+    /// No folder, or a tensor that two of them have.
+    pub fn joined(dir: impl AsRef<Path>, config: AdapterConfig, parts: Vec<Self>) -> Result<Self> {
+        let dir = dir.as_ref();
+        let Some(first) = parts.first() else { return Err(Error::file(dir, "holds no adapter")) };
+        let (weights, mut keys) = (first.weights.clone(), BTreeMap::new());
+        for part in parts {
+            for (key, place) in part.keys {
+                if keys.contains_key(&key) {
+                    return Err(Error::file(
+                        part.weights.path(),
+                        format!("holds `{key}`, which another of its parts has"),
+                    ));
+                }
+                keys.insert(key, place);
+            }
+        }
+        Ok(Self { dir: dir.to_owned(), config, weights, keys })
     }
 
     /// The same files under another config, for a config of another program's.

@@ -1,5 +1,7 @@
 //! Adapters, and the immutable sets of them that a forward pass is given.
 
+mod union;
+
 use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use crate::error::{HubError, Result};
 use crate::{Kind, Location};
 
+/// Files of which an adapter folder has one: an adapter's own config, or what AdapterHub writes of several that are put together.
+const ADAPTER_FILES: [&str; 3] = ["adapter_config.json", "adapter_setup.json", "adapter_fusion_config.json"];
+
 /// Check that a folder or file can be the model or adapter that it was named as, by the names of its files only.
 pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
     let unsuitable = |why: String| HubError::Unsuitable { path: path.to_owned(), why };
@@ -30,7 +33,7 @@ pub(crate) fn check(path: &Path, kind: Kind) -> Result<Location> {
     let has = |file: &str| path.join(file).is_file();
     match kind {
         Kind::Model if has("config.json") => Ok(Location::Folder(path.to_owned())),
-        Kind::Adapter if has("adapter_config.json") => Ok(Location::Folder(path.to_owned())),
+        Kind::Adapter if ADAPTER_FILES.iter().any(|file| has(file)) => Ok(Location::Folder(path.to_owned())),
         // Some programs keep an adapter in one file of weights and nothing beside it.
         Kind::Adapter if !has("config.json") && list(path, |entry| has_extension(entry, "safetensors"))?.len() == 1 => {
             Ok(Location::Folder(path.to_owned()))

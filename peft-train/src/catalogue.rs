@@ -25,7 +25,18 @@ impl MethodInfo {
     /// Whether Hugging Face PEFT has it too and loads its files.
     #[must_use]
     pub fn is_in_peft(&self) -> bool {
-        !["BOTTLENECK", "LLM_ADAPTER", "REFT", "BITFIT", "LAST_LAYERS", "FULL"].contains(&self.peft_type)
+        ![
+            "BOTTLENECK",
+            "LLM_ADAPTER",
+            "REFT",
+            "ADAPTER_FUSION",
+            "COMPOSITION",
+            "UNION",
+            "BITFIT",
+            "LAST_LAYERS",
+            "FULL",
+        ]
+        .contains(&self.peft_type)
     }
 }
 
@@ -75,6 +86,24 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "preset = \"loreft\", \"noreft\" or \"direft\", layers, prefix_positions, suffix_positions, r, tied_weights, dropout",
         paper: "Wu et al. 2024, arXiv:2404.03592",
+    },
+    MethodInfo {
+        name: "fusion",
+        peft_type: "ADAPTER_FUSION",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "adapters (folders of bottleneck adapters, and tables of new ones), preset = \"dynamic\" or \"static\", query, key, value, query_before_ln, value_before_softmax, residual_before, regularization",
+        paper: "AdapterFusion: Pfeiffer et al. 2021, arXiv:2005.00247",
+    },
+    MethodInfo {
+        name: "composition",
+        peft_type: "COMPOSITION",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "adapters (folders of bottleneck adapters, and tables of new ones), setup = \"stack\" or \"average\", weights",
+        paper: "stacks: MAD-X, Pfeiffer et al. 2020, arXiv:2005.00052; means: Wang et al. 2021, arXiv:2109.04877",
     },
     MethodInfo {
         name: "prefix",
@@ -318,6 +347,15 @@ pub const METHODS: &[MethodInfo] = &[
         servable: true,
         variants: "r, n_tasks, n_skills, n_splits; rows name their task, merged for one task",
         paper: "Ponti et al. 2022, arXiv:2202.13914; multi-head routing: Caccia et al. 2022, arXiv:2211.03831",
+    },
+    MethodInfo {
+        name: "union",
+        peft_type: "UNION",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "methods (a table each), or preset = \"mam\"",
+        paper: "Mix-And-Match: He et al. 2021, arXiv:2110.04366; UniPELT: Mao et al. 2021, arXiv:2110.07577",
     },
     MethodInfo {
         name: "full",

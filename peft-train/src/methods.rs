@@ -1,10 +1,13 @@
 //! From a method's name or `peft_type` in the catalogue to an adapter on a base model.
 
+mod union;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::BottleneckConfig;
+use peft_adapters::compose::{ComposeConfig, Kind};
 use peft_adapters::linear::LinearAdapterConfig;
 use peft_adapters::reft::ReftConfig;
 use peft_core::select::Selection;
@@ -63,6 +66,7 @@ enum Config {
     Bottleneck(Box<BottleneckConfig>),
     LinearAdapter(Box<LinearAdapterConfig>),
     Reft(Box<ReftConfig>),
+    Compose(Box<ComposeConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     Multitask(Box<MultitaskConfig>),
@@ -74,6 +78,7 @@ enum Config {
     LastLayers(Box<LastLayersConfig>),
     Tokens(Box<TokensConfig>),
     Reparam(Box<ReparamConfig>),
+    Union(Vec<union::Part>),
     Full(Map<String, Value>),
 }
 
@@ -96,10 +101,13 @@ impl Config {
         let info = method(&name)?;
         let config = match info.name {
             "full" => Self::Full(keys),
+            "union" => Self::Union(union::of_recipe(&keys)?),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_recipe(&keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_recipe(&keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_recipe(&keys)?)),
             "reft" => Self::Reft(Box::new(ReftConfig::from_recipe(&keys)?)),
+            "fusion" => Self::Compose(Box::new(ComposeConfig::from_recipe(Kind::Fusion, &keys)?)),
+            "composition" => Self::Compose(Box::new(ComposeConfig::from_recipe(Kind::Composition, &keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_recipe(&keys)?)),
@@ -120,10 +128,13 @@ impl Config {
     fn of_file(info: &MethodInfo, keys: &Map<String, Value>) -> Result<Self> {
         Ok(match info.name {
             "full" => Self::Full(keys.clone()),
+            "union" => Self::Union(union::of_file(keys)?),
             "ia3" => Self::Ia3(Box::new(Ia3Config::from_adapter_config(keys)?)),
             "bottleneck" => Self::Bottleneck(Box::new(BottleneckConfig::from_adapter_config(keys)?)),
             "llm_adapter" => Self::LinearAdapter(Box::new(LinearAdapterConfig::from_adapter_config(keys)?)),
             "reft" => Self::Reft(Box::new(ReftConfig::from_adapter_config(keys)?)),
+            "fusion" => Self::Compose(Box::new(ComposeConfig::from_adapter_config(Kind::Fusion, keys)?)),
+            "composition" => Self::Compose(Box::new(ComposeConfig::from_adapter_config(Kind::Composition, keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_adapter_config(keys)?)),
@@ -144,6 +155,7 @@ impl Config {
         let strict = Unmatched::Error;
         Ok(match self {
             Self::Full(keys) => (peft_selective::full::build(keys, base)?, None),
+            Self::Union(parts) => union::create(parts, base, seed)?,
             Self::Lora(config) if config.init == Init::Eva => {
                 let message = "eva looks at the training data, and there is none here";
                 return Err(Error::config("init_lora_weights", message));
@@ -158,6 +170,7 @@ impl Config {
             Self::Bottleneck(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reft(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
+            Self::Compose(config) => selected(composed(config, base, seed)?),
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => {
                 let text = start_tokens(&config.start, config.tokenizer.as_deref())?;
@@ -183,6 +196,7 @@ impl Config {
         let report = Unmatched::Report;
         Ok(match self {
             Self::Full(keys) => (peft_selective::full::build(keys, base)?, None),
+            Self::Union(parts) => union::open(parts, base, files)?,
             Self::Lora(config) => selected(config.build(base, 0, report)?),
             Self::Ia3(config) => selected(config.build(base, 0, report)?),
             Self::Ln(config) => selected(config.build(base, report)?),
@@ -196,6 +210,7 @@ impl Config {
             Self::Bottleneck(config) => selected(config.build(base, 0, report)?),
             Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
             Self::Reft(config) => selected(config.build(base, 0, report)?),
+            Self::Compose(config) => selected(config.build(base, 0, report)?),
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {
@@ -231,6 +246,22 @@ fn start_tokens(start: &PromptStart, tokenizer: Option<&str>) -> Result<Vec<u32>
     tokenizer.encode(text, true).map_err(|e| Error::config("prompt_tuning_init_text", e.to_string()))
 }
 
+/// The adapter of a recipe that is made of others, read from their folders.
+fn composed(config: &ComposeConfig, base: &dyn BaseModel, seed: u64) -> Result<Built> {
+    let open = |folder: &str| adapter_files::open(Path::new(folder), Some(base));
+    let folders = config.folders().map(open).collect::<Result<Vec<_>>>()?;
+    config.for_base(base)?.build_from(base, &folders, seed, Unmatched::Error)
+}
+
+/// Puts adapters in folders together without training: a table like that of the method `composition`, whose parts are all
+/// folders.
+///
+/// # Errors
+/// An unknown key, a folder that cannot be read, or adapters that cannot be put together.
+pub fn compose(table: &Map<String, Value>, base: &dyn BaseModel) -> Result<Adapter> {
+    Ok(composed(&ComposeConfig::of_folders(Kind::Composition, table)?, base, 0)?.adapter)
+}
+
 /// Makes a fresh adapter from a recipe's `[method]` table.
 ///
 /// # Errors
@@ -262,8 +293,13 @@ pub fn tasks(keys: &Map<String, Value>) -> Option<usize> {
 /// What is asked for, by its key, with the way out.
 pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
     let Some(info) = METHODS.iter().find(|m| m.peft_type == adapter.peft_type()) else { return Ok(()) };
+    if adapter.trainable_elements() == 0 {
+        let message = "holds adapters that stay as they are, and nothing to train: method.type composition puts a new one to such";
+        return Err(Error::config("adapters", message));
+    }
     match Config::of_file(info, &adapter.config)? {
         Config::Reparam(config) => config.check_training(steps, &adapter.parameters()),
+        Config::Union(parts) => union::check_training(&parts, steps, adapter),
         _ => Ok(()),
     }
 }

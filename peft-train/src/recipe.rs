@@ -96,6 +96,7 @@ impl Recipe {
         let mut recipe = self.clone();
         recipe.model.path.iter_mut().for_each(absolute);
         recipe.output.dir.iter_mut().for_each(absolute);
+        parts(&mut recipe.method).into_iter().for_each(absolute);
         let from = recipe.method.get_mut("init_from");
         for value in from.into_iter().chain(&mut recipe.data.train).chain(&mut recipe.data.eval) {
             match value {
@@ -209,6 +210,8 @@ fn known_keys() -> std::collections::BTreeMap<String, Vec<String>> {
 }
 
 fn resolve_paths(table: &mut Table, folder: &Path) {
+    let method = table.get_mut("method").and_then(Value::as_table_mut);
+    method.map(parts).into_iter().flatten().for_each(|path| resolve(path, folder, false));
     for (name, keys) in [
         ("model", &["path"][..]),
         ("method", &["init_from"]),
@@ -232,6 +235,23 @@ fn resolve_paths(table: &mut Table, folder: &Path) {
             }
         }
     }
+}
+
+/// Every folder in `method.adapters`, whose lists are stacks.
+fn parts(method: &mut Table) -> Vec<&mut String> {
+    let list = method.get_mut("adapters").and_then(Value::as_array_mut).into_iter().flatten();
+    list.flat_map(|part| match part {
+        Value::String(path) => vec![path],
+        Value::Array(stack) => stack
+            .iter_mut()
+            .filter_map(|part| match part {
+                Value::String(path) => Some(path),
+                _ => None,
+            })
+            .collect(),
+        _ => Vec::new(),
+    })
+    .collect()
 }
 
 /// Hub ids and template texts are not paths: without `always`, only what exists in the recipe's folder, or starts like a

@@ -172,3 +172,78 @@ fn what_the_format_has_no_place_for_is_refused() {
         assert!(text.contains(expect) && !out.exists(), "{text}");
     }
 }
+
+/// A fusion of two new adapters with a class head, as AdapterHub's folder of folders.
+fn setup_folder() -> (TempDir, Arc<peft_core::Adapter>) {
+    let part = |name: &str| json!({"name": name, "reduction_factor": 3, "ln_before": name == "two"});
+    folder(&json!({"type": "fusion", "adapters": [part("one"), part("two")]}))
+}
+
+#[test]
+fn a_setup_is_written_and_read_back() {
+    let (dir, adapter) = setup_folder();
+    let hub = dir.path().join("hub");
+    assert!(adapterhub::is_adapterhub(&hub).unwrap());
+    assert_eq!(class_labels::read(&hub).unwrap().unwrap(), ["no", "yes"]);
+    let setup: Value = serde_json::from_slice(&std::fs::read(hub.join("adapter_setup.json")).unwrap()).unwrap();
+    let single = |name: &str| json!({"type": "single", "children": [name]});
+    assert_eq!(setup["adapter_setup"], json!({"type": "Fuse", "children": [single("one"), single("two")]}));
+    assert_eq!(setup["head_setup"], true);
+    let opened = Arc::new(methods::open(&hub, &bert()).unwrap().adapter);
+    let sorted = |adapter: &peft_core::Adapter| {
+        let mut tensors = adapter.tensors();
+        tensors.sort_by(|a, b| a.0.cmp(&b.0));
+        tensors
+    };
+    let (ours, theirs) = (sorted(&adapter), sorted(&opened));
+    assert_eq!(ours.len(), theirs.len());
+    for ((name, a), (other, b)) in ours.iter().zip(&theirs) {
+        assert_eq!(name, other);
+        close(name, a, b, 0.0).unwrap();
+    }
+    // What AdapterHub's files do not say: that the parts of this one were trained with it.
+    let names =
+        |adapter: &peft_core::Adapter| adapter.parameters().iter().map(|p| p.name().to_owned()).collect::<Vec<_>>();
+    assert!(names(&adapter).iter().any(|name| name.contains(".adapters.")));
+    assert!(names(&opened).iter().all(|name| name.contains(".fusion.") || !name.contains(".encoder.")));
+}
+
+#[test]
+fn a_setup_that_cannot_be_read_is_refused_by_name() {
+    let (dir, _) = setup_folder();
+    let (hub, model) = (dir.path().join("hub"), bert());
+    let refused = |expect: &str| {
+        let text = methods::open(&hub, &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{text}\nlacks {expect}");
+    };
+    let single = |name: &str| json!({"type": "single", "children": [name]});
+    for (file, change, expect) in [
+        (
+            "adapter_setup.json",
+            json!({"type": "Parallel", "children": [single("one"), single("two")]}),
+            "give each its own",
+        ),
+        (
+            "adapter_setup.json",
+            json!({"type": "Stack", "children": [single("../one")]}),
+            "cannot be the name of a folder",
+        ),
+        ("adapter_setup.json", json!({"type": "Stack", "children": [single("three")]}), "`three` is missing"),
+        ("one,two/adapter_fusion_config.json", json!({"temperature": true}), "temperature"),
+        ("one,two/adapter_fusion_config.json", json!({"heads": 2}), "heads"),
+    ] {
+        let path = hub.join(file);
+        let start = std::fs::read(&path).unwrap();
+        edit(&path, |keys| match change.get("type") {
+            Some(_) => keys["adapter_setup"] = change.clone(),
+            None => keys["config"].as_object_mut().unwrap().extend(change.as_object().unwrap().clone()),
+        });
+        refused(expect);
+        std::fs::write(&path, start).unwrap();
+    }
+    let weights = hub.join("one,two/model_adapter_fusion.safetensors");
+    std::fs::rename(&weights, hub.join("one,two/pytorch_model_adapter_fusion.bin")).unwrap();
+    refused("pytorch_model_adapter_fusion.bin");
+    std::fs::remove_dir_all(hub.join("one,two")).unwrap();
+    refused("adapter_fusion_config.json");
+}

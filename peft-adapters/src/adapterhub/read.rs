@@ -11,7 +11,8 @@ use peft_core::{
 };
 use serde_json::{Map, Value};
 
-use super::{CONFIG, PICKLE, WEIGHTS, head, names};
+use super::names::{self, Family};
+use super::{CONFIG, PICKLE, WEIGHTS, head, setup};
 use crate::config::BottleneckConfig;
 use crate::reft::{self, ReftConfig};
 
@@ -30,6 +31,14 @@ const OLD_MODULES: [&str; 4] = [
 /// Weights in a pickle alone (the message has the command that converts them), an adapter of a method or for a family that is
 /// not read, a setting that is not supported, or a tensor that belongs to nothing.
 pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
+    if setup::is_setup(dir) {
+        return setup::open(dir, base);
+    }
+    Ok(open_named(dir, base)?.0)
+}
+
+/// One adapter, with the family that its names are of and what it is called in them.
+pub(super) fn open_named(dir: &Path, base: Option<&dyn BaseModel>) -> Result<(AdapterFolder, &'static Family, String)> {
     let keys = read_keys(dir)?;
     let in_config = || dir.join(CONFIG).display().to_string();
     let text = |key: &str| keys.get(key).and_then(Value::as_str).unwrap_or("");
@@ -76,7 +85,7 @@ pub fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder> {
     if !head.modules.is_empty() {
         config.insert("modules_to_save".into(), head.modules.into_iter().collect::<Vec<_>>().into());
     }
-    Ok(AdapterFolder::foreign(dir, AdapterConfig::new(config)?, file, tensors))
+    Ok((AdapterFolder::foreign(dir, AdapterConfig::new(config)?, file, tensors), family, text("name").to_owned()))
 }
 
 /// Refuses an orthogonal parametrisation whose signs are none. PyTorch cuts them to whole numbers, so that a run with weight

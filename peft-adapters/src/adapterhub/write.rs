@@ -8,7 +8,7 @@ use peft_core::{AdapterFolder, Error, Result, atomic, to_python_json, write_safe
 use serde_json::{Map, Value, json};
 
 use super::names::{self, Family};
-use super::{CONFIG, VERSION, WEIGHTS, head};
+use super::{CONFIG, VERSION, WEIGHTS, head, setup};
 use crate::config::{ADAPTERHUB_KEYS, PEFT_TYPE};
 use crate::phm::SHARED;
 use crate::reft::{self, ReftConfig};
@@ -36,66 +36,102 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
         ));
     }
     let config = adapter.config();
-    let units = match config.peft_type() {
-        PEFT_TYPE => Vec::new(),
-        reft::PEFT_TYPE => ReftConfig::from_adapter_config(config.map())?.units(),
-        other => {
-            let message = format!("is {other}; bottleneck adapters and ReFT are what can be written as AdapterHub's");
-            return Err(Error::config("peft_type", message));
-        }
-    };
+    if setup::is_composed(config) {
+        return setup::write_setup(out, adapter, labels, model);
+    }
+    if ![PEFT_TYPE, reft::PEFT_TYPE].contains(&config.peft_type()) {
+        let other = config.peft_type();
+        let message =
+            format!("is {other}; bottleneck adapters, what is made of them, and ReFT can be written as AdapterHub's");
+        return Err(Error::config("peft_type", message));
+    }
     let family = names::family(&model.model_type)?;
-    let mut tensors = Sorted::default();
-    for key in adapter.keys() {
-        tensors.add(adapter, family, key, name)?;
-    }
-    if config.peft_type() == reft::PEFT_TYPE {
-        tensors.subtract_projections(&ReftConfig::from_adapter_config(config.map())?)?;
-    }
-    // The package has both interventions, whether or not positions have them.
-    if let ([there], false) = (units.as_slice(), config.get("tied_weights") == Some(&Value::Bool(true))) {
-        let unit = |number: usize| format!(".units.{number}.");
-        let copies: Vec<_> = tensors
-            .adapter
-            .iter()
-            .map(|(key, value)| (key.replace(&unit(*there), &unit(1 - there)), value.clone()))
-            .collect();
-        tensors.adapter.extend(copies);
-    }
+    let files = Files::of(adapter, family, name)?;
     let task = config.get("task_type").and_then(Value::as_str).unwrap_or("CAUSAL_LM");
-    let about = json!({
-        "hidden_size": tensors.hidden_size, "model_class": family.model_class(&model.model_type, task), "model_name": model.name,
-        "model_type": model.model_type, "version": VERSION
-    });
+    let about = About { hidden_size: files.hidden_size, family, model }.to_json(task);
     atomic::replace_dir(out, |dir| -> Result<()> {
-        write_weights(&dir.join(WEIGHTS), &tensors.adapter)?;
-        write_json(&dir.join(CONFIG), &about, json!({"config": settings(config.map()), "name": name}))?;
-        if tensors.head.is_empty() {
-            return Ok(());
-        }
-        write_weights(&dir.join(head::WEIGHTS), &tensors.head)?;
-        let ids: Map<String, Value> = labels.iter().enumerate().map(|(i, label)| (label.clone(), i.into())).collect();
-        let own = json!({"config": null, "label2id": ids, "name": null, "num_labels": labels.len()});
-        write_json(&dir.join(head::CONFIG), &about, own)
+        files.write_adapter(dir, &about, name)?;
+        files.write_head(dir, &about, labels).map(drop)
     })
+}
+
+/// What each of the configs says of the model.
+pub(super) struct About<'a> {
+    pub(super) hidden_size: Option<usize>,
+    pub(super) family: &'a Family,
+    pub(super) model: &'a HubModel,
+}
+
+impl About<'_> {
+    pub(super) fn to_json(&self, task: &str) -> Value {
+        let model = self.model;
+        json!({
+            "hidden_size": self.hidden_size, "model_class": self.family.model_class(&model.model_type, task),
+            "model_name": model.name, "model_type": model.model_type, "version": VERSION
+        })
+    }
 }
 
 /// What the name of a free projection ends with.
 const PROJECTION: &str = ".projection.weight";
 
-fn plain(key: &str) -> &str {
+/// A key without what PEFT puts in front of a path.
+pub(super) fn plain(key: &str) -> &str {
     key.strip_prefix("base_model.model.").unwrap_or(key)
 }
 
-/// The tensors by the file that they go to.
+/// The tensors by the file that they go to, in AdapterHub's names, with the settings.
 #[derive(Default)]
-struct Sorted {
+pub(super) struct Files {
     adapter: BTreeMap<String, Tensor>,
     head: BTreeMap<String, Tensor>,
-    hidden_size: Option<usize>,
+    pub(super) hidden_size: Option<usize>,
+    settings: Map<String, Value>,
 }
 
-impl Sorted {
+impl Files {
+    /// The files of `adapter`, which is called `name` in them.
+    pub(super) fn of(adapter: &AdapterFolder, family: &Family, name: &str) -> Result<Self> {
+        let config = adapter.config();
+        let mut files = Self { settings: settings(config.map()), ..Self::default() };
+        for key in adapter.keys() {
+            files.add(adapter, family, key, name)?;
+        }
+        if config.peft_type() == reft::PEFT_TYPE {
+            let reft = ReftConfig::from_adapter_config(config.map())?;
+            files.subtract_projections(&reft)?;
+            // The package has both interventions, whether or not positions have them.
+            if let ([there], false) = (reft.units().as_slice(), config.get("tied_weights") == Some(&Value::Bool(true)))
+            {
+                let unit = |number: usize| format!(".units.{number}.");
+                let copies: Vec<_> = files
+                    .adapter
+                    .iter()
+                    .map(|(key, value)| (key.replace(&unit(*there), &unit(1 - there)), value.clone()))
+                    .collect();
+                files.adapter.extend(copies);
+            }
+        }
+        Ok(files)
+    }
+
+    pub(super) fn write_adapter(&self, dir: &Path, about: &Value, name: &str) -> Result<()> {
+        write_weights(&dir.join(WEIGHTS), &self.adapter)?;
+        write_json(&dir.join(CONFIG), about, json!({"config": self.settings, "name": name}))
+    }
+
+    /// Writes the head, and says whether there is one.
+    pub(super) fn write_head(&self, dir: &Path, about: &Value, labels: &[String]) -> Result<bool> {
+        if self.head.is_empty() {
+            return Ok(false);
+        }
+        write_weights(&dir.join(head::WEIGHTS), &self.head)?;
+        let ids: Map<String, Value> = labels.iter().enumerate().map(|(i, label)| (label.clone(), i.into())).collect();
+        let own = json!({"config": null, "label2id": ids, "name": null, "num_labels": labels.len()});
+        write_json(&dir.join(head::CONFIG), about, own)?;
+        Ok(true)
+    }
+
     fn add(&mut self, adapter: &AdapterFolder, family: &Family, key: &str, name: &str) -> Result<()> {
         let (value, ours) = (adapter.tensor(key, &Device::Cpu)?, plain(key));
         if ours.starts_with(SHARED) && family.body.is_empty() {
@@ -126,9 +162,7 @@ impl Sorted {
         self.head.insert(ours.to_owned(), value);
         Ok(())
     }
-}
 
-impl Sorted {
     /// Makes a DiReFT, which the package forgets when it saves or loads one, the NoReFT that it equals: `Wh = (W + P)h − Ph`.
     fn subtract_projections(&mut self, config: &ReftConfig) -> Result<()> {
         if config.subtract {
@@ -176,12 +210,12 @@ fn settings(config: &Map<String, Value>) -> Map<String, Value> {
     out
 }
 
-fn write_weights(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+pub(super) fn write_weights(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     write_safetensors(path, tensors.iter().map(|(key, t)| (key.as_str(), t)), &metadata)
 }
 
-fn write_json(path: &Path, about: &Value, own: Value) -> Result<()> {
+pub(super) fn write_json(path: &Path, about: &Value, own: Value) -> Result<()> {
     let keys: Map<String, Value> =
         [about.clone(), own].into_iter().filter_map(|v| v.as_object().cloned()).flatten().collect();
     atomic::write_file(path, to_python_json(&keys, &[]).map_err(|e| Error::msg(e.to_string()))?.as_bytes())

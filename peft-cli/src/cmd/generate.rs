@@ -36,14 +36,18 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let tokenizer = files.tokenizer()?;
     let model = files.load(&open::placement(&args.model.device, &args.model.dtype)?, 0)?;
     model.check_writes()?;
-    let adapters = match &args.adapter {
-        None if args.task_id.is_some() => bail!("--task-id goes with --adapter"),
-        None => AdapterSet::empty(),
-        Some(spec) => {
-            let adapter = methods::open(&open::adapter(spec)?, &model)?.adapter;
-            AdapterSet::one("adapter", Arc::new(open::for_task(adapter, args.task_id)?.settled().context("--task-id")?))
-        }
-    };
+    if args.adapter.is_empty() && args.task_id.is_some() {
+        bail!("--task-id goes with --adapter");
+    }
+    if args.adapter.len() > 1 && args.chat {
+        bail!("--chat goes with one --adapter");
+    }
+    let mut adapters = AdapterSet::empty();
+    for spec in &args.adapter {
+        let adapter = methods::open(&open::adapter(spec)?, &model)?.adapter;
+        let adapter = open::for_task(adapter, args.task_id)?.settled().context("--task-id")?;
+        adapters = adapters.with(spec, Arc::new(adapter));
+    }
     let options = GenerateOptions {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -55,6 +59,9 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let session = Session { model: &model, tokenizer: &tokenizer, adapters, options, stream: !args.json };
     if !args.chat {
         let prompt = args.prompt.as_deref().context("--prompt is missing")?;
+        if args.adapter.len() > 1 {
+            return session.each(args, &tokenizer.encode(prompt, true)?);
+        }
         let answer = session.answer(tokenizer.encode(prompt, true)?)?;
         return finish(args, &answer);
     }
@@ -102,10 +109,28 @@ impl Session<'_> {
         self.answer(self.tokenizer.encode(&text, false)?)
     }
 
-    fn answer(&self, prompt: Vec<u32>) -> Result<Answer> {
-        if prompt.is_empty() {
-            bail!("the prompt is empty: there is nothing to continue");
+    /// What every adapter writes, in one batch.
+    fn each(&self, args: &GenerateArgs, prompt: &[u32]) -> Result<()> {
+        refuse_empty(prompt)?;
+        let slots = 0..self.adapters.names().count();
+        let requests: Vec<Request> = slots.map(|slot| Request { prompt: prompt.to_vec(), slot: Some(slot) }).collect();
+        let written = self.model.generate(&self.adapters, &requests, &self.options, |_, _| true)?;
+        let mut answers = Vec::new();
+        for (name, ids) in self.adapters.names().zip(written) {
+            let text = self.tokenizer.decode(&ids, true)?;
+            if !args.json {
+                out!("{name}:\n{text}\n");
+            }
+            answers.push(json!({"adapter": name, "text": text, "tokens": ids.len()}));
         }
+        if args.json {
+            out!("{}", json!({"answers": answers, "prompt_tokens": prompt.len()}));
+        }
+        Ok(())
+    }
+
+    fn answer(&self, prompt: Vec<u32>) -> Result<Answer> {
+        refuse_empty(&prompt)?;
         let prompt_tokens = prompt.len();
         let slot = self.adapters.adapter(0).map(|_| 0);
         let started = Instant::now();
@@ -141,6 +166,13 @@ impl Session<'_> {
         }
         Ok(())
     }
+}
+
+fn refuse_empty(prompt: &[u32]) -> Result<()> {
+    if prompt.is_empty() {
+        bail!("the prompt is empty: there is nothing to continue");
+    }
+    Ok(())
 }
 
 fn finish(args: &GenerateArgs, answer: &Answer) -> Result<()> {

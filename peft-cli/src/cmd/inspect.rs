@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Result;
+use peft_adapters::adapterhub;
 use peft_core::BaseModel;
 use peft_core::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
 use peft_lora::foreign::Layout;
@@ -16,7 +17,8 @@ use crate::open;
 
 pub(crate) fn run(args: &InspectArgs) -> Result<()> {
     let path = Path::new(&args.path);
-    let is_adapter = path.join("adapter_config.json").exists() || Layout::of(path)?.is_some();
+    let is_adapter =
+        path.join("adapter_config.json").exists() || adapterhub::is_setup(path) || Layout::of(path)?.is_some();
     let base = args.model.as_deref();
     let facts = if is_adapter {
         adapter(path, base)?
@@ -85,7 +87,16 @@ fn adapter(path: &Path, base: Option<&str>) -> Result<Value> {
 /// `<prefix><site>.<part>`: the site is the module's path, the part what PEFT stores for it.
 fn split_key<'k>(key: &'k str, prefix: &str) -> (&'k str, &'k str) {
     let key = key.strip_prefix(prefix).unwrap_or(key);
-    for mark in [".lora_", ".ia3_", ".ln_tuning_layers.", ".base_layer.", ".token_adapter.", ".adapter_"] {
+    for mark in [
+        ".adapters.",
+        ".fusion.",
+        ".lora_",
+        ".ia3_",
+        ".ln_tuning_layers.",
+        ".base_layer.",
+        ".token_adapter.",
+        ".adapter_",
+    ] {
         if let Some(at) = key.find(mark) {
             return (&key[..at], &key[at + 1..]);
         }

@@ -6,6 +6,7 @@ use clap::CommandFactory;
 use crate::args::{Args, Command};
 
 mod combine;
+mod compose;
 mod convert;
 mod doctor;
 mod eval;
@@ -25,6 +26,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Generate(a) => generate::run(&a),
         Command::Merge(a) => merge::run(&a),
         Command::Combine(a) => combine::run(&a),
+        Command::Compose(a) => compose::run(&a),
         Command::Convert(a) => convert::run(&a),
         Command::Inspect(a) => inspect::run(&a),
         Command::Methods(a) => methods::run(&a),

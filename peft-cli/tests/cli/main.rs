@@ -4,6 +4,7 @@
 
 mod blackbox;
 mod combine;
+mod compose;
 mod endpoint;
 mod harness;
 mod methods;

@@ -1,8 +1,12 @@
 //! The methods and variants that every test of the suite runs over. A further one is one entry more.
 
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use peft_train::checkpoint::write_adapter_files;
 use serde_json::{Value, json};
 
-use crate::model::Shape;
+use crate::model::{Kind, Shape, base, trained};
 use crate::table::{Answer, Property};
 
 /// One method with one set of keys.
@@ -58,7 +62,9 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         || (of(&["bottleneck"]) && !preset.ends_with("par_bn"))
         || (of(&["llm_adapter"]) && !is("init_weights", json!("mam_adapter")))
         || (of(&["fourierft"]) && !is("init_weights", json!(true)));
-    if random {
+    if of(&["fusion", "composition", "union"]) {
+        not(Property::Fresh, Answer::Never("it is what its parts are"));
+    } else if random {
         not(Property::Fresh, Answer::Never("it starts from small random values, as its authors have it"));
     } else if ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))) {
         not(Property::Fresh, Answer::Never("the recipe may ask for a start at random"));
@@ -82,14 +88,21 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         not(Property::Gradient, Answer::Partly(why));
     }
 
-    if method.get("init_lora_weights").and_then(Value::as_str).is_some_and(|w| w.starts_with("pissa") || w == "olora") {
+    // A part of a union counts, too.
+    let text = method.to_string();
+    if text.contains("pissa") || text.contains("olora") {
         not(
             Property::Files,
             Answer::Partly("PiSSA and OLoRA become LoRA of twice the rank, whose sums round otherwise"),
         );
     }
-    if of(&["bottleneck", "llm_adapter", "reft", "adaption_prompt"]) {
+    if of(&["bottleneck", "llm_adapter", "reft", "adaption_prompt", "fusion", "composition"]) {
         not(Property::Merged, Answer::Never("it is no change of a weight; `merge` refuses"));
+    } else if of(&["union"]) {
+        not(
+            Property::Merged,
+            Answer::Never("those of its parts that could be are merged by themselves; `merge` refuses"),
+        );
     } else if of(&["poly"]) {
         not(Property::Merged, Answer::Partly("as one of its tasks"));
     } else if is("add_biases", json!(true)) {
@@ -104,6 +117,19 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     }
     Case { name, method, shape, partial_gradient, answers }
 }
+
+/// Folders of bottleneck adapters that others are made of.
+static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
+    let model = base(UNTIED, Kind::F32);
+    [("one", "gelu"), ("other", "tanh")].map(|(name, non_linearity)| {
+        // Each process its own, since several may run at once.
+        let folder =
+            PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
+        let method = bottleneck("seq_bn", json!({"non_linearity": non_linearity, "init_weights": "houlsby"}));
+        write_adapter_files(&folder, &trained(crate::create(&method, &model, 7).unwrap(), 8).unwrap()).unwrap();
+        folder
+    })
+});
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
 fn bottleneck(preset: &str, keys: Value) -> Value {
@@ -335,6 +361,30 @@ pub(crate) fn cases() -> Vec<Case> {
             BIASED,
             bottleneck("adapter_plus", json!({"leave_out": [1], "stochastic_depth": 0.4})),
         ),
+        case("fusion", UNTIED, json!({"type": "fusion", "adapters": *PARTS})),
+        case(
+            "fusion, static, stacks, new parts, dropout",
+            BIASED,
+            json!({"type": "fusion", "preset": "static", "query_before_ln": true, "dropout_prob": 0.3, "residual_before": true,
+                "adapters": [[PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}], PARTS[1],
+                    {"reduction_factor": 4, "non_linearity": "gelu", "original_ln_before": false, "residual_before_ln": false}]}),
+        ),
+        case(
+            "fusion, value behind the softmax, no query",
+            TIED,
+            json!({"type": "fusion", "query": false, "value_before_softmax": false, "value_initialized": false, "adapters": *PARTS}),
+        ),
+        case(
+            "composition, stack",
+            UNTIED,
+            json!({"type": "composition", "adapters": [PARTS[0], {"preset": "double_seq_bn", "reduction_factor": 4, "name": "task"}]}),
+        ),
+        case(
+            "composition, mean",
+            BIASED,
+            json!({"type": "composition", "setup": "average", "weights": [3, 1],
+                "adapters": [PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}]}),
+        ),
         case(
             "bottleneck, gated",
             UNTIED,
@@ -495,6 +545,19 @@ pub(crate) fn cases() -> Vec<Case> {
             BIASED,
             json!({"type": "poly", "r": 2, "n_tasks": 4, "n_skills": 3, "n_splits": 4, "init_weights": false,
                 "target_modules": ["k_proj", "up_proj"]}),
+        ),
+        case(
+            "union, mix and match",
+            UNTIED,
+            json!({"type": "union", "methods": [
+                {"type": "prefix", "num_virtual_tokens": 3, "prefix_projection": true, "encoder_hidden_size": 8},
+                bottleneck("par_bn", json!({"non_linearity": "tanh"}))]}),
+        ),
+        case(
+            "union of three",
+            BIASED,
+            json!({"type": "union", "methods": [{"r": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "pissa"},
+                {"type": "prompt", "num_virtual_tokens": 2}, bottleneck("double_seq_bn", json!({"init_weights": "houlsby"}))]}),
         ),
         case("full", BIASED, json!({"type": "full"})),
         case("full, tied", TIED, json!({"type": "full"})),

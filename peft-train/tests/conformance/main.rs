@@ -372,7 +372,7 @@ fn writing_with_a_cache_equals_passes_over_the_whole_text() {
 #[test]
 fn dropout_acts_in_training_only_and_repeats() {
     for_all(|case, model| {
-        let dropout = ["lora_dropout", "dropout", "adapter_dropout", "stochastic_depth"]
+        let dropout = ["lora_dropout", "dropout", "adapter_dropout", "stochastic_depth", "dropout_prob"]
             .into_iter()
             .find(|key| case.method.get(*key).and_then(Value::as_f64).is_some_and(|p| p > 0.0));
         let adapter = trained(create(&case.method, model, 1)?, 2)?;

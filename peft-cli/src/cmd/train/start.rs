@@ -25,6 +25,20 @@ fn with_tokenizer(mut method: Map<String, Value>, files: &ModelFiles) -> Map<Str
     method
 }
 
+/// `method` with folders for the hub ids among its `adapters`.
+fn with_parts(mut method: Map<String, Value>) -> Result<Map<String, Value>> {
+    fn located(part: &mut Value) -> Result<()> {
+        match part {
+            Value::String(spec) => *spec = open::adapter(spec)?.display().to_string(),
+            Value::Array(stack) => stack.iter_mut().try_for_each(located)?,
+            _ => {}
+        }
+        Ok(())
+    }
+    method.get_mut("adapters").map_or(Ok(()), located)?;
+    Ok(method)
+}
+
 /// The `[method]` table as JSON.
 pub(super) fn method_table(recipe: &Recipe) -> Result<Map<String, Value>> {
     Ok(match serde_json::to_value(&recipe.method)? {
@@ -58,6 +72,7 @@ pub(crate) fn start(
             methods::open(&open::adapter(&from)?, model)?
         }
         Some(other) => bail!("`method.init_from` is {other}; it is a folder or a hub id"),
+        None if table.contains_key("adapters") => methods::create(&with_parts(table)?, model, seed)?,
         None if starts_from_text(&table) => methods::create(&with_tokenizer(table, files), model, seed)?,
         None => methods::create(&table, model, seed)?,
     };

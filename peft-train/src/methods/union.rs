@@ -1,0 +1,123 @@
+//! Several methods as one adapter: Mix-And-Match (He et al. 2021, arXiv:2110.04366), the parts of UniPELT (Mao et al. 2021,
+//! arXiv:2110.07577) without their gates, and any others that do not change the same site.
+
+use peft_core::config_keys::peft_defaults;
+use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
+use serde_json::{Map, Value, json};
+
+use super::{Config, METHODS, Made, MethodInfo, method};
+
+/// The parts: tables of methods in a recipe, configs in a file.
+const PARTS: &str = "methods";
+const PRESET: &str = "preset";
+const PEFT_TYPE: &str = "UNION";
+
+/// One of the methods.
+pub(super) struct Part {
+    config: Config,
+}
+
+/// The methods of a preset.
+fn preset(name: &Value) -> Result<Value> {
+    match name.as_str() {
+        // AdapterHub's `MAMConfig`, whose defaults are the paper's.
+        Some("mam") => Ok(json!([
+            {"type": "prefix", "num_virtual_tokens": 30, "prefix_projection": true, "encoder_hidden_size": 800},
+            {"type": "bottleneck", "preset": "par_bn"}
+        ])),
+        Some("unipelt") => Err(Error::config(
+            PRESET,
+            "UniPELT has a gate on each of its methods, and only that of a bottleneck is here: methods = [{type = \"prefix\", \
+             num_virtual_tokens = 10}, {type = \"bottleneck\", use_gating = true}, {type = \"lora\", r = 8, lora_alpha = 2}] has the \
+             others open",
+        )),
+        _ => Err(Error::config(PRESET, format!("{name} is not one of mam"))),
+    }
+}
+
+fn list(value: Option<&Value>) -> Result<Vec<&Map<String, Value>>> {
+    let tables: Option<Vec<_>> = value.and_then(Value::as_array).and_then(|l| l.iter().map(Value::as_object).collect());
+    tables.filter(|tables| !tables.is_empty()).ok_or_else(|| {
+        let message = "is a list of tables of methods: methods = [{type = \"prefix\", num_virtual_tokens = 8}, {type = \"lora\"}]";
+        Error::config(PARTS, message)
+    })
+}
+
+fn refuse(info: &MethodInfo) -> Result<()> {
+    if ["union", "full"].contains(&info.name) {
+        return Err(Error::config(PARTS, format!("`{}` cannot be one of several methods", info.name)));
+    }
+    Ok(())
+}
+
+fn in_part(i: usize, e: &Error) -> Error {
+    Error::config(PARTS, format!("of number {}: {e}", i + 1))
+}
+
+/// The parts of a recipe's `[method]` table.
+pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Part>> {
+    let known = Map::from_iter([PARTS, PRESET].map(|key| (key.to_owned(), Value::Null)));
+    ConfigKeys(keys).refuse_unknown("union", &known)?;
+    let given = match (keys.get(PRESET), keys.get(PARTS)) {
+        (Some(name), None) => preset(name)?,
+        (None, Some(parts)) => parts.clone(),
+        (Some(_), Some(_)) => return Err(Error::config(PRESET, "is a list of `methods` itself: give one of the two")),
+        (None, None) => Value::Null,
+    };
+    let parts = list(Some(&given))?.into_iter().enumerate().map(|(i, table)| {
+        let named = match table.get("type").and_then(Value::as_str) {
+            Some(name) => method(name),
+            None => method("lora"),
+        };
+        named.and_then(refuse).map_err(|e| in_part(i, &e))?;
+        let (config, _) = Config::of_recipe(table).map_err(|e| in_part(i, &e))?;
+        Ok(Part { config })
+    });
+    parts.collect()
+}
+
+/// The parts of an `adapter_config.json`.
+pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Part>> {
+    let parts = list(keys.get(PARTS))?.into_iter().enumerate().map(|(i, config)| {
+        let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or("");
+        let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
+            return Err(Error::config(PARTS, format!("of number {}: peft_type `{peft_type}` is not known", i + 1)));
+        };
+        refuse(info)?;
+        Ok(Part { config: Config::of_file(info, config).map_err(|e| in_part(i, &e))? })
+    });
+    parts.collect()
+}
+
+/// A fresh adapter.
+pub(super) fn create(parts: &[Part], base: &dyn BaseModel, seed: u64) -> Result<Made> {
+    // Methods that draw for the same site by the same seed would start alike.
+    let made = |(i, part): (usize, &Part)| {
+        part.config.create(base, seed.wrapping_add((i as u64) << 32)).map_err(|e| in_part(i, &e))
+    };
+    whole(parts.iter().enumerate().map(made).collect::<Result<_>>()?, base)
+}
+
+/// An adapter for the values in `files`.
+pub(super) fn open(parts: &[Part], base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
+    whole(parts.iter().map(|part| part.config.open(base, files)).collect::<Result<_>>()?, base)
+}
+
+fn whole(made: Vec<Made>, base: &dyn BaseModel) -> Result<Made> {
+    let parts: Vec<Adapter> = made.into_iter().map(|(adapter, _)| adapter).collect();
+    let mut config = peft_defaults(PEFT_TYPE, json!({}));
+    config.insert("task_type".into(), base.task().peft_name().into());
+    // Where rows are cut, and by other programs, it is looked for here.
+    if let Some(tokens) = parts.iter().find_map(Adapter::virtual_tokens) {
+        config.insert("num_virtual_tokens".into(), tokens.count.into());
+    }
+    Ok((Adapter::union(parts, PARTS, config, base.sites())?, None))
+}
+
+/// What is wrong with a training run of so many steps.
+pub(super) fn check_training(parts: &[Part], steps: u64, adapter: &Adapter) -> Result<()> {
+    parts.iter().try_for_each(|part| match &part.config {
+        Config::Reparam(config) => config.check_training(steps, &adapter.parameters()),
+        _ => Ok(()),
+    })
+}
