@@ -343,7 +343,7 @@ pub(crate) enum ConvertTo {
     Gguf,
     /// The files of mlx-lm, from a LoRA
     Mlx,
-    /// The files of AdapterHub's `adapters` package, for bottleneck adapters and ReFT
+    /// The files of AdapterHub's `adapters` package, for bottleneck adapters, what is made of them, and ReFT
     Adapterhub,
     /// adapter_config.json and adapter_model.safetensors, as training writes them
     Peft,

@@ -235,7 +235,7 @@ pub(super) fn write_setup(out: &Path, adapter: &AdapterFolder, labels: &[String]
             adapter.part(AdapterConfig::new(config)?, |key| key.contains(&infix).then(|| key.replacen(&infix, ".", 1)));
         parts.push((name.clone(), write::Files::of(&part, family, &name)?));
     }
-    let is_head = |key: &str| !key.contains(".adapters.") && !key.contains(".fusion.");
+    let is_head = |key: &str| !key.contains(".adapters.") && !is_of_fusion(key);
     let head = adapter.part(adapter.config().clone(), |key| is_head(key).then(|| key.to_owned()));
     let head = write::Files::of(&head, family, "head")?;
     let about = About { hidden_size: parts.iter().find_map(|(_, files)| files.hidden_size), family, model };
@@ -271,13 +271,18 @@ pub(super) fn write_setup(out: &Path, adapter: &AdapterFolder, labels: &[String]
     })
 }
 
+/// Whether one of our keys is of the fusion and not of a part, which may be called so.
+fn is_of_fusion(key: &str) -> bool {
+    key.contains(".fusion.") && !key.contains(".adapters.")
+}
+
 fn fused_tensors(
     adapter: &AdapterFolder,
     family: &Family,
     name: &str,
 ) -> Result<std::collections::BTreeMap<String, candle_core::Tensor>> {
     let mut tensors = std::collections::BTreeMap::new();
-    for key in adapter.keys().filter(|key| key.contains(".fusion.")) {
+    for key in adapter.keys().filter(|key| is_of_fusion(key)) {
         let theirs = family
             .their_key(write::plain(key), "x")
             .map(|theirs| theirs.replacen(".adapters.x.fusion.", &format!("{FUSION_LAYER}{name}."), 1));

@@ -143,6 +143,15 @@ fn methods_are_trained_as_one() {
 #[test]
 fn what_cannot_be_a_part_is_refused() {
     let dir = two();
+    // Dropout is looked for in the parts, too.
+    for (method, expect) in [
+        ("type = \"fusion\"\nadapters = [\"a\", \"b\"]\npreset = \"static\"\ndropout_prob = 0.1", "dropout_prob"),
+        ("type = \"composition\"\nadapters = [\"a\", {dropout = 0.2}]", "method.dropout"),
+        ("type = \"union\"\nmethods = [{type = \"lora\", lora_dropout = 0.1}]", "lora_dropout"),
+        ("type = \"fusion\"\nadapters = [\"a\", \"b\"]", "acts on gradients"),
+    ] {
+        train(&dir, "no", method, &["--set", "train.optimizer=mezo"]).fails(&[expect]);
+    }
     train(&dir, "lora", "type = \"lora\"", &[]).ok();
     train(&dir, "more", "type = \"bottleneck\"\nmodules_to_save = [\"norm\"]", &[]).ok();
     train(&dir, "all", "type = \"bottleneck\"\nmh_adapter = true", &[]).ok();

@@ -8,6 +8,7 @@ use peft_train::methods;
 use peft_train::mezo::{Mezo, MezoConfig, Record, checksum};
 use peft_train::optim::OptimizerKind;
 use peft_train::recipe::{Recipe, TrainTable};
+use serde_json::{Map, Value};
 
 use super::start::method_table;
 
@@ -28,14 +29,23 @@ pub(super) fn check(adapter: &Adapter, method: &str, kind: OptimizerKind) -> Res
             "method {method} acts on gradients, and train.optimizer = \"{kind}\" has none: use adamw, or another method"
         );
     }
-    let on = |v: &serde_json::Value| v.as_f64().is_some_and(|p| p > 0.0);
-    let drops = |key: &str| key.ends_with("dropout") || key == "stochastic_depth";
-    if let Some((key, value)) = adapter.config.iter().find(|(key, value)| drops(key) && on(value)) {
+    if let Some((key, value)) = dropout(&adapter.config) {
         bail!(
             "`method.{key}` is {value}, and train.optimizer = \"{kind}\" compares losses without dropout: set it to 0"
         );
     }
     Ok(())
+}
+
+/// A dropout that is not 0 in a config or in those of its parts.
+fn dropout(config: &Map<String, Value>) -> Option<(&str, &Value)> {
+    let on = |v: &Value| v.as_f64().is_some_and(|p| p > 0.0);
+    let drops = |key: &str| key.ends_with("dropout") || ["stochastic_depth", "dropout_prob"].contains(&key);
+    config.iter().find_map(|(key, value)| match value {
+        Value::Object(part) => dropout(part),
+        Value::Array(parts) => parts.iter().filter_map(Value::as_object).find_map(dropout),
+        value => (drops(key) && on(value)).then_some((key.as_str(), value)),
+    })
 }
 
 /// The record of a run about to begin, where its start can be made again: one that was found in the training data, or at random
