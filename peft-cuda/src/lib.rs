@@ -8,6 +8,7 @@ host, which is what the tests do. See `docs/cuda-kernels.md`.
 With the feature `cuda`, `IMAGES` holds the compiled kernels.
 */
 
+pub mod adamw;
 pub mod cross_entropy;
 pub mod norm;
 pub mod pointwise;
@@ -36,4 +37,4 @@ macro_rules! images {
     };
 }
 #[cfg(feature = "cuda")]
-images!("cross_entropy", "norm", "pointwise", "rows");
+images!("adamw", "cross_entropy", "norm", "pointwise", "rows");
