@@ -3,6 +3,7 @@
 #![cfg(target_os = "linux")]
 
 mod adamw;
+mod attention;
 mod cross_entropy;
 mod harness;
 mod norm;
