@@ -146,6 +146,8 @@ __device__ __forceinline__ void multiply_add(float (*c)[4], const Operand<T> &a,
 // c += a * b for `a[row][k]` (16 rows) and `b[column][k]` (8 N columns), both in shared memory.
 template <class T, int N>
 __device__ __forceinline__ void product(float (&c)[N][4], const T *a, const T *b, int pitch, int depth, bool exact) {
+    // Matrix instructions want the warp together, which a branch before may have parted.
+    __syncwarp();
     for (int k = 0; k < depth; k += DEPTH<T>) {
         Operand<T> l = left(a + k, pitch);
 #pragma unroll
@@ -157,6 +159,7 @@ __device__ __forceinline__ void product(float (&c)[N][4], const T *a, const T *b
 template <class T, int K, int N>
 __device__ __forceinline__ void product_of_results(float (&c)[N][4], const float (&a)[K][4], const T *b, int pitch,
                                                    int width, bool exact) {
+    __syncwarp();
 #pragma unroll
     for (int k = 0; k < K * 8; k += DEPTH<T>) {
         Operand<T> l = from_results<T>(&a[k / 8]);

@@ -138,6 +138,7 @@ fn check(name: &str, c: &Case, element: Element, tf32: bool, orders: &[Order]) {
     ];
     let exact = tensors.each_ref().map(|t| values(&rounded(t, element)));
     let want = reference(c, exact.each_ref().map(Vec::as_slice));
+    let mut bits: Option<Vec<Vec<u8>>> = None;
     for &order in orders {
         let what = format!("{name} {element:?} tf32 {tf32} {order:?}");
         let [mut q, mut k, mut v, mut bias, mut dout] = tensors.each_ref().map(|t| upload(t, element));
@@ -176,6 +177,10 @@ fn check(name: &str, c: &Case, element: Element, tf32: bool, orders: &[Order]) {
         assert_eq!(launches.len(), 3 + usize::from(c.bias.is_some()));
         launches.iter().for_each(|l| launch(l, order));
         assert!(launches.iter().all(|l| l.shared <= 99 << 10), "more shared memory than 8.6 and 8.9 have");
+        let results = [&out, &lse].into_iter().chain(&grads[..launches.len()]).map(|b| b.bytes().to_vec()).collect();
+        if let Some(before) = bits.replace(results) {
+            assert!(bits.as_ref() == Some(&before), "{what}: the order of blocks shows");
+        }
         for ((got, want), name) in grads.iter().zip(&want.grads).zip(["dq", "dk", "dv", "d_bias"]) {
             if name == "d_bias" && c.bias.is_none() {
                 continue;
