@@ -166,7 +166,7 @@ impl Plan {
         let mut taken: Vec<Range<usize>> = spans.iter().map(|s| s.queries.clone()).collect();
         taken.sort_by_key(|r| r.start);
         let mut end = 0;
-        for next in taken.into_iter().chain([tokens..tokens]) {
+        for next in taken.into_iter().chain(std::iter::once(tokens..tokens)) {
             if end < next.start {
                 spans.push(Span { queries: end..next.start, ..Span::default() });
             }
