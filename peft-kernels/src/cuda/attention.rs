@@ -25,18 +25,25 @@ struct Uploaded {
 /// What a plan's tables depend on besides the plan.
 type Key = (DeviceId, Element, usize, usize);
 
+struct InUse {
+    plan: Weak<AttentionPlan>,
+    key: Key,
+    made: Arc<Uploaded>,
+}
+
 /// Tables of the plans that are in use: every layer of a batch has the same.
-static UPLOADED: Mutex<Vec<(Weak<AttentionPlan>, Key, Arc<Uploaded>)>> = Mutex::new(Vec::new());
+static IN_USE: Mutex<Vec<InUse>> = Mutex::new(Vec::new());
 
 fn uploaded(plan: &Arc<AttentionPlan>, q: &View<'_>, k: &View<'_>) -> Result<Arc<Uploaded>> {
     let (tokens, key_rows) = (q.shape.dims2()?.0, k.shape.dims2()?.0);
     let key = (q.device.id(), q.operand.element, tokens, key_rows);
-    let mut all = UPLOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((.., found)) = all.iter().find(|(p, of, _)| std::ptr::eq(p.as_ptr(), Arc::as_ptr(plan)) && *of == key) {
-        return Ok(found.clone());
+    let mut all = IN_USE.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_it = |u: &&InUse| u.key == key && std::ptr::eq(u.plan.as_ptr(), Arc::as_ptr(plan));
+    if let Some(found) = all.iter().find(is_it) {
+        return Ok(found.made.clone());
     }
     // An address is not used again while a weak pointer holds it.
-    all.retain(|(plan, ..)| plan.strong_count() > 0);
+    all.retain(|u| u.plan.strong_count() > 0);
     let AttentionPlan { heads, kv_heads, head_dim, scale, causal, window, softcap, ref sequences } = **plan;
     let span =
         |s: &crate::SequenceSpan| Span { queries: s.queries.clone(), keys: s.keys.clone(), prefix: s.prefix.clone() };
@@ -47,7 +54,7 @@ fn uploaded(plan: &Arc<AttentionPlan>, q: &View<'_>, k: &View<'_>) -> Result<Arc
     let [spans, query_tiles, key_tiles, users] = lists.map(|list| q.upload(list));
     let lists = [spans?, query_tiles?, key_tiles?, users?];
     let made = Arc::new(Uploaded { plan: of_kernels, tables, lists });
-    all.push((Arc::downgrade(plan), key, made.clone()));
+    all.push(InUse { plan: Arc::downgrade(plan), key, made: made.clone() });
     Ok(made)
 }
 

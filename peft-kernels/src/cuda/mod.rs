@@ -10,6 +10,7 @@ pub(crate) mod pointwise;
 pub(crate) mod rotary;
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use candle_core::backend::BackendDevice;
@@ -186,12 +187,14 @@ fn function(device: &CudaDevice, launch: &Launch) -> std::result::Result<CudaFun
         return Ok(function.clone());
     }
     let of_file = (device.id(), launch.file);
-    if !loaded.modules.contains_key(&of_file) {
-        let image = IMAGES.iter().find(|i| i.name == launch.file).map_or(&[][..], |i| i.bytes);
-        let module = device.cuda_stream().context().load_module(Ptx::from_binary(image.to_vec()))?;
-        loaded.modules.insert(of_file, module);
-    }
-    let function = loaded.modules[&of_file].load_function(&launch.kernel)?;
+    let module = match loaded.modules.entry(of_file) {
+        Entry::Occupied(module) => module.into_mut(),
+        Entry::Vacant(empty) => {
+            let image = IMAGES.iter().find(|i| i.name == launch.file).map_or(&[][..], |i| i.bytes);
+            empty.insert(device.cuda_stream().context().load_module(Ptx::from_binary(image.to_vec()))?)
+        }
+    };
+    let function = module.load_function(&launch.kernel)?;
     if launch.shared > SHARED {
         // The same for all launches of a kernel.
         function.set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, launch.shared.cast_signed())?;
