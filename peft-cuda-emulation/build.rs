@@ -22,10 +22,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     build.flag("-U_FORTIFY_SOURCE").flag("-ffp-contract=off").define("PEFT_EMULATION", None);
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     for source in &sources {
-        // Compilers take a .cu file for CUDA whatever they are told; a file that includes it is C++.
+        // Compilers take a .cu file for CUDA whatever they are told; a file that includes it is C++. On a card each file is a
+        // program of its own, in which names mean what they mean there.
         let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let wrapper = out.join(format!("{name}.cpp"));
-        std::fs::write(&wrapper, format!("#include \"{name}.cu\"\n"))?;
+        let text = format!("#include \"cuda_on_host.h\"\nnamespace kernels_{name} {{\n#include \"{name}.cu\"\n}}\n");
+        std::fs::write(&wrapper, text)?;
         build.file(wrapper);
     }
     build.file("emulator/fibers.cpp").file("emulator/faulty.cpp");

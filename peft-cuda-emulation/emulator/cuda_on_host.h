@@ -113,3 +113,5 @@ inline f16 to_f16(float x) {
     uint32_t b = bits_of(magnitude) - (112u << 23);
     return f16{uint16_t(sign | (b + 0xfffu + (b >> 13 & 1)) >> 13)};
 }
+
+#include "tensor_cores_on_host.h"

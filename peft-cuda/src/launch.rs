@@ -83,6 +83,12 @@ impl Args {
         self.int(value.to_bits())
     }
 
+    /// A double.
+    #[must_use]
+    pub fn double(self, value: f64) -> Self {
+        self.long(value.to_bits())
+    }
+
     /// The arguments, each in the low bytes of a word: a pointer to a word is a pointer to its argument on the
     /// little-endian machines that CUDA runs on.
     #[must_use]

@@ -8,6 +8,9 @@ host, which is what the tests do. See `docs/cuda-kernels.md`.
 With the feature `cuda`, `IMAGES` holds the compiled kernels.
 */
 
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
 pub mod norm;
 pub mod pointwise;
 pub mod rows;
@@ -35,4 +38,4 @@ macro_rules! images {
     };
 }
 #[cfg(feature = "cuda")]
-images!("norm", "pointwise", "rows");
+images!("adamw", "attention_bf16", "attention_f16", "attention_f32", "cross_entropy", "norm", "pointwise", "rows");

@@ -1,7 +1,8 @@
 //! How an operation of this crate is run and differentiated.
 //!
 //! A [`DiffOp`] states the same function twice, once as a fused CPU kernel over `f32` slices and once in candle tensor
-//! operations that run on any device and float type, and gives its gradient. [`apply`] makes it one graph node, so that
+//! operations that run on any device and float type, and gives its gradient. Some have kernels for CUDA besides, which go
+//! before the neutral form. [`apply`] makes it one graph node, so that
 //! what the graph keeps alive is the arguments and the result, nothing between. The neutral form is also what the tests
 //! hold the fused form against.
 //!
@@ -39,6 +40,24 @@ pub(crate) trait DiffOp: Send + Sync + 'static {
 
     /// The same function in tensor operations, for every other device and float type. Arguments are untracked.
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor>;
+
+    /// The CUDA kernel, if there is one for these arguments: contiguous, on one card.
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, _args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        Ok(None)
+    }
+
+    /// [`Self::backward`] by CUDA kernels, if there are some for these arguments.
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        _args: &[Tensor],
+        _res: &Tensor,
+        _grad: &Tensor,
+        _needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        Ok(None)
+    }
 
     /// Makes what running it leaves for the backward pass; the result is not wanted. Arguments are untracked and contiguous.
     fn remember(&self, args: &[Tensor]) -> Result<()>
@@ -99,6 +118,10 @@ impl Value {
 
 /// Runs an operation on untracked contiguous arguments, fused where that is possible.
 pub(crate) fn compute<T: DiffOp>(op: &T, args: &[Tensor]) -> Result<Value> {
+    #[cfg(feature = "cuda")]
+    if let Some(made) = crate::cuda::compute(op, args)? {
+        return Ok(Value::Neutral(made));
+    }
     if !args.iter().all(is_cpu_f32) {
         return Ok(Value::Neutral(op.neutral(args)?.contiguous()?));
     }
@@ -109,6 +132,21 @@ pub(crate) fn compute<T: DiffOp>(op: &T, args: &[Tensor]) -> Result<Value> {
     });
     let (data, shape) = op.cpu(&views.collect::<Result<Vec<_>>>()?)?;
     Ok(Value::Fused(data, shape))
+}
+
+/// Gradients of the arguments for which `needs` is true. All tensors are untracked and contiguous.
+pub(crate) fn gradients<T: DiffOp>(
+    op: &T,
+    args: &[Tensor],
+    res: &Tensor,
+    grad: &Tensor,
+    needs: &[bool],
+) -> Result<Vec<Option<Tensor>>> {
+    #[cfg(feature = "cuda")]
+    if let Some(grads) = op.cuda_backward(args, res, grad, needs)? {
+        return Ok(grads);
+    }
+    op.backward(args, res, grad, needs)
 }
 
 /// Whether the fused CPU kernels apply to `t`.
@@ -163,6 +201,10 @@ impl<T: DiffOp> Node<T> {
     }
 
     fn on_cuda(&self, args: &[Arg<'_, CudaStorage>]) -> Result<(CudaStorage, Shape)> {
+        #[cfg(feature = "cuda")]
+        if let Some(made) = crate::cuda::compute_lent(&self.0, args)? {
+            return Ok(made);
+        }
         self.neutrally(args, Storage::Cuda, |s| match s {
             Storage::Cuda(s) => Some(s),
             _ => None,
@@ -184,7 +226,7 @@ impl<T: DiffOp> Node<T> {
     ) -> Result<[Option<Tensor>; N]> {
         let needs = args.map(Tensor::track_op);
         let args = args.map(Tensor::detach);
-        let grads = self.0.backward(&args, &res.detach(), &grad.detach().contiguous()?, &needs)?;
+        let grads = gradients(&self.0, &args, &res.detach(), &grad.detach().contiguous()?, &needs)?;
         let found = grads.len();
         let grads: [Option<Tensor>; N] = grads
             .try_into()

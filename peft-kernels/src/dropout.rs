@@ -93,6 +93,13 @@ impl Mask {
         if word >= self.threshold { self.scale } else { 0.0 }
     }
 
+    /// As the CUDA kernel takes it.
+    #[cfg(feature = "cuda")]
+    fn of_kernel(&self) -> peft_cuda::pointwise::Mask {
+        let Self { stream: Stream { seed, step, site }, threshold, scale } = *self;
+        peft_cuda::pointwise::Mask { seed, step, site, threshold, scale }
+    }
+
     /// The factors as a tensor, for devices without a kernel.
     fn tensor(&self, shape: &Shape, dtype: DType, device: &Device) -> Result<Tensor> {
         let mut factors = vec![1f32; shape.elem_count()];
@@ -159,6 +166,26 @@ impl DiffOp for Mask {
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
         let x = &args[0];
         x.mul(&self.tensor(x.shape(), x.dtype(), x.device())?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        crate::cuda::pointwise::dropout(self.of_kernel(), args)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        _: &[Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        if needs != [true] {
+            return Ok(None);
+        }
+        let dropped = crate::cuda::with(&[grad], |grad| crate::cuda::pointwise::dropout(self.of_kernel(), grad))?;
+        Ok(dropped.map(|dx| vec![Some(dx.tensor())]))
     }
 
     fn backward(&self, _: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

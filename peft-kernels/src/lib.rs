@@ -6,7 +6,7 @@ operations cut the gradient without a word. The operations here know what is fro
 hand-written backward that computes exactly the gradients that training needs.
 
 Each operation has a fused CPU kernel (one pass over memory, parallel over rows) and a backend-neutral form in tensor
-operations that runs on CUDA and Metal; see `diff_op.rs` for how the two become one node. Hidden states are packed,
+operations that runs on CUDA and Metal, some a CUDA kernel too; see `diff_op.rs` for how they become one node. Hidden states are packed,
 `[tokens, hidden]`, the sequences of a batch one after another without padding.
 */
 
@@ -18,6 +18,8 @@ mod blocks;
 mod columns;
 mod cpu;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod deferred;
 mod diff_op;
 mod dropout;

@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 #![cfg(target_os = "linux")]
 
+mod adamw;
+mod attention;
+mod cross_entropy;
 mod harness;
 mod norm;
 mod pointwise;

@@ -121,6 +121,25 @@ impl DiffOp for Pointwise {
         neutral::value(self.0, &wide(&args[0])?)?.to_dtype(args[0].dtype())
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        crate::cuda::pointwise::activation(self.0, args)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        args: &[Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        match (args, needs) {
+            ([x], [true]) => crate::cuda::pointwise::activation_backward(self.0, x, grad),
+            _ => Ok(None),
+        }
+    }
+
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let x = &args[0];
         if !needs[0] {
@@ -148,6 +167,23 @@ impl DiffOp for Gated {
 
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
         (neutral::value(self.0, &wide(&args[0])?)? * wide(&args[1])?)?.to_dtype(args[0].dtype())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        crate::cuda::pointwise::gated(self.0, args)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        args: &[Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        let [gate, up] = args else { return Ok(None) };
+        crate::cuda::pointwise::gated_backward(self.0, [gate, up, grad], needs)
     }
 
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

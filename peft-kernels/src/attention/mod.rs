@@ -35,7 +35,7 @@ use crate::tape::{Keeps, is_recording};
 /// own keys, a window of 0, a soft cap that is not positive.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, plan: &Arc<AttentionPlan>) -> Result<Tensor> {
     plan.validate(q, k, v)?;
-    apply(Attention { plan: plan.clone(), bias: None, lse: OnceLock::new() }, &[q, k, v])
+    apply(Attention::new(plan, None), &[q, k, v])
 }
 
 /// [`attention`] whose logits get a bias for the distance of query and key: row `zero + (key − query)` of `bias`
@@ -58,7 +58,7 @@ pub fn biased_attention(
     if bias.dtype() != q.dtype() {
         candle_core::bail!("attention: q is {:?}, the bias {:?}", q.dtype(), bias.dtype());
     }
-    let op = |held| Attention { plan: plan.clone(), bias: Some(Bias { zero, held }), lse: OnceLock::new() };
+    let op = |held| Attention::new(plan, Some(Bias { zero, held }));
     match (bias.track_op(), is_recording()) {
         (false, _) => apply(op(Some(bias.contiguous()?)), &[q, k, v]),
         (true, true) => apply(op(None), &[q, k, v, bias]),
@@ -71,6 +71,9 @@ struct Attention {
     bias: Option<Bias>,
     /// What the fused forward saves for the fused backward.
     lse: OnceLock<Vec<f32>>,
+    /// The same of the CUDA kernel.
+    #[cfg(feature = "cuda")]
+    lse_on_card: OnceLock<Tensor>,
 }
 
 /// A relative bias.
@@ -81,6 +84,33 @@ struct Bias {
 }
 
 impl Attention {
+    fn new(plan: &Arc<AttentionPlan>, bias: Option<Bias>) -> Self {
+        Self {
+            plan: plan.clone(),
+            bias,
+            lse: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            lse_on_card: OnceLock::new(),
+        }
+    }
+
+    /// Runs `f` on the bias as CUDA kernels take it, for what follows q, k and v among the arguments.
+    #[cfg(feature = "cuda")]
+    fn with_bias_on_card<R>(
+        &self,
+        rest: &[crate::cuda::View<'_>],
+        f: impl FnOnce(crate::cuda::attention::Bias<'_>) -> Result<Option<R>>,
+    ) -> Result<Option<R>> {
+        match (&self.bias, rest) {
+            (None, _) => f(None),
+            (Some(Bias { zero, held: Some(held) }), _) => {
+                crate::cuda::with(&[held], |bias| f(bias.first().map(|bias| (bias, *zero))))
+            }
+            (Some(Bias { zero, held: None }), [bias, ..]) => f(Some((bias, *zero))),
+            (Some(_), []) => Ok(None),
+        }
+    }
+
     /// Runs `f` on the problem that fused kernels solve.
     fn with_problem<R>(
         &self,
@@ -127,6 +157,33 @@ impl DiffOp for Attention {
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
         let [q, k, v, rest @ ..] = args else { return Err(missing(args)) };
         neutral::forward(&self.plan, q, k, v, self.neutral_bias(rest))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        let [q, k, v, rest @ ..] = args else { return Ok(None) };
+        let made = self.with_bias_on_card(rest, |bias| crate::cuda::attention::forward(&self.plan, [q, k, v], bias))?;
+        Ok(made.map(|(out, lse)| {
+            let _ = self.lse_on_card.set(lse.tensor());
+            out
+        }))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        args: &[Tensor],
+        res: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        let Some(lse) = self.lse_on_card.get() else { return Ok(None) };
+        crate::cuda::with(&[res, grad, lse].into_iter().chain(args).collect::<Vec<_>>(), |views| {
+            let [out, grad, lse, q, k, v, rest @ ..] = views else { return Ok(None) };
+            self.with_bias_on_card(rest, |bias| {
+                crate::cuda::attention::backward(&self.plan, [q, k, v], bias, [out, grad, lse], needs)
+            })
+        })
     }
 
     fn backward(&self, args: &[Tensor], res: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

@@ -9,6 +9,8 @@ mod linear;
 mod rows;
 
 pub use linear::{HeadLoss, HeadWeight, LossSpec, linear_cross_entropy};
+#[cfg(feature = "cuda")]
+pub(crate) use rows::Scored;
 pub use rows::{CeRows, cross_entropy_rows};
 pub(crate) use rows::{Gradient, score};
 

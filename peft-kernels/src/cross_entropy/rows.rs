@@ -83,6 +83,10 @@ pub(crate) fn score(
         let grad = (want != Gradient::None).then_some(logits);
         return Ok(Scored { nll: Vec::new(), grad, hits: 0 });
     }
+    #[cfg(feature = "cuda")]
+    if let Some(scored) = crate::cuda::cross_entropy::score(&logits.contiguous()?, targets, scale, softcap, want)? {
+        return Ok(scored);
+    }
     if !is_cpu_f32(&logits) {
         return neutral(&logits, targets, scale, softcap, want != Gradient::None);
     }

@@ -133,6 +133,22 @@ impl DiffOp for RmsNorm {
         y.broadcast_mul(&w)?.to_dtype(x.dtype())?.reshape(whole.shape())
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        crate::cuda::norm::Kind { centred: false, eps: self.eps, offset: self.offset }.forward(args)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        args: &[Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        crate::cuda::norm::Kind { centred: false, eps: self.eps, offset: self.offset }.backward(args, grad, needs)
+    }
+
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
         let (x, w) = (&args[0], &args[1]);
         if is_cpu_f32(x) && is_cpu_f32(w) && is_cpu_f32(grad) {

@@ -122,6 +122,16 @@ impl Rotary {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl Rotary {
+    fn by_kernel(&self, x: &crate::cuda::View<'_>, back: bool) -> Result<Option<crate::cuda::Made>> {
+        let (plan, tokens, dim, half) = (&self.plan, self.plan.tokens(), self.plan.head_dim, self.plan.half());
+        let interleaved = plan.layout == RotaryLayout::Interleaved;
+        let heads = peft_cuda::rows::Heads { tokens, heads: x.len() / tokens.max(1) / dim, dim, half, interleaved };
+        crate::cuda::rotary::turn(heads, &plan.cos, &plan.sin, x, back)
+    }
+}
+
 impl DiffOp for Rotary {
     const NAME: &'static str = "rotary";
     const KEEPS: Keeps = Keeps::Nothing;
@@ -134,6 +144,30 @@ impl DiffOp for Rotary {
     fn neutral(&self, args: &[Tensor]) -> Result<Tensor> {
         let [x] = args else { candle_core::bail!("rotary: {} arguments", args.len()) };
         neutral::turn(x, &self.plan, self.turn)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
+        match args {
+            [x] => self.by_kernel(x, self.turn == Turn::Back),
+            _ => Ok(None),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_backward(
+        &self,
+        _: &[Tensor],
+        _: &Tensor,
+        grad: &Tensor,
+        needs: &[bool],
+    ) -> Result<Option<Vec<Option<Tensor>>>> {
+        if needs != [true] {
+            return Ok(None);
+        }
+        let back = self.turn == Turn::Forward;
+        let turned = crate::cuda::with(&[grad], |grad| self.by_kernel(&grad[0], back))?;
+        Ok(turned.map(|dx| vec![Some(dx.tensor())]))
     }
 
     fn backward(&self, _: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

@@ -23,7 +23,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp2, Layout, Result, Shape, 
 
 pub use self::again::{Unread, record_again};
 use crate::cpu::{self, View};
-use crate::diff_op::{DiffOp, Value, compute, is_cpu_f32, seed};
+use crate::diff_op::{DiffOp, Value, compute, gradients, is_cpu_f32, seed};
 use crate::narrow;
 
 thread_local! {
@@ -129,7 +129,7 @@ impl<T: DiffOp> Recorded for T {
         needs: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         match (results, grads) {
-            ([result], [Some(grad)]) => DiffOp::backward(self, args, result, grad, needs),
+            ([result], [Some(grad)]) => gradients(self, args, result, grad, needs),
             _ => candle_core::bail!("{}: {} results of an operation with one", T::NAME, results.len()),
         }
     }

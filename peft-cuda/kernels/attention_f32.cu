@@ -1,0 +1,4 @@
+// Attention of tensors stored as f32.
+#include "attention.cuh"
+
+ATTENTIONS(float, f32)
