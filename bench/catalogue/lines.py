@@ -14,6 +14,8 @@ class Line:
     rates: tuple[float, float]
     method: dict = dataclasses.field(default_factory=dict)
     peer: tuple[str, dict] | None = None
+    # Keys that an encoder needs beside them.
+    on_encoder: dict = dataclasses.field(default_factory=dict)
     # Names of models on which it has nothing to act on, and why.
     not_on: dict = dataclasses.field(default_factory=dict)
 
@@ -65,7 +67,7 @@ LINES = {
     "adaption_prompt": Line(
         (9e-3, 9e-3), dict(type="adaption_prompt", adapter_len=10, adapter_layers=28), not_on={"minilm": "is for llama, mistral and gpt2"}
     ),
-    "ln": Line((3e-3, 5e-3), dict(type="ln")),
+    "ln": Line((3e-3, 5e-3), dict(type="ln"), on_encoder=dict(target_modules=["LayerNorm"])),
     "bitfit": Line((3e-3, 5e-3), dict(type="bitfit"), not_on={"smollm2": "has no biases"}),
     "bitfit, added biases": Line((3e-3, 5e-3), dict(type="bitfit", add_biases=True), not_on={"minilm": "has biases"}),
     "last_layers": Line((1e-4, 5e-4), dict(type="last_layers", num_layers=2)),

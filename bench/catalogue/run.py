@@ -120,7 +120,7 @@ class Task:
     def here(self, name, start):
         line, output = LINES[name], self.tmp / "ours"
         shutil.rmtree(output, ignore_errors=True)
-        method = {"init_from": str(start)} if start else dict(line.method)
+        method = {"init_from": str(start)} if start else {**line.method, **(line.on_encoder if self.base.encoder else {})}
         if method.get("type") == "adalora":
             method |= {"total_step": self.steps, "tinit": self.steps // 6, "tfinal": self.steps // 3}
         settings = {
