@@ -14,11 +14,11 @@ cargo build --release --quiet -p peft-cli
 cli=${CARGO_TARGET_DIR:-target}/release/peft-cli
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-# The norms of the last blocks: few parameters, and all blocks below run once a step however many samples it takes.
+# Norms of the last block: few parameters, and all blocks below run once a step however many samples it takes.
 settings=(model.dtype=f32 train.optimizer=mezo train.objective=t_few train.unlikelihood=0 train.length_normalised=100
-    method.type=ln 'method.target_modules=["model.norm","layers.29.input_layernorm","layers.29.post_attention_layernorm","layers.28.post_attention_layernorm"]'
-    train.batch_size=16 train.max_steps=120 train.mezo_samples=4 train.mezo_eps=1e-2
-    train.learning_rate=3e-4 train.scheduler=linear train.warmup_ratio=0 "$@")
+    method.type=ln 'method.target_modules=["model.norm","layers.29.post_attention_layernorm"]'
+    train.batch_size=16 train.max_steps=80 train.mezo_samples=48 train.mezo_eps=1e-2
+    train.learning_rate=1e-3 train.scheduler=linear train.warmup_ratio=0 "$@")
 
 mapfile -t choices < <(python3 -c 'import json,sys; print(*sorted({json.loads(l)["completion"] for l in open(sys.argv[1])}), sep="\n")' "$test")
 list=$(printf '"%s",' "${choices[@]}")

@@ -16,6 +16,7 @@ import time
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from lines import LINES
@@ -73,11 +74,22 @@ def collate(rows, padding):
     return {key: torch.tensor(value) for key, value in dict(input_ids=ids, attention_mask=mask, labels=labels).items()}
 
 
+def opened(base, folder):
+    """The adapter in a folder, to be trained. PEFT opens no soft prompt that way: a new one takes its values."""
+    config = peft.PeftConfig.from_pretrained(folder)
+    if not config.is_prompt_learning:
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+    config.inference_mode = False
+    model = peft.get_peft_model(base, config)
+    peft.set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    return model
+
+
 def train(args):
     """As `peft-cli train` with the settings of bench/methods: AdamW, linear with a warm-up of a tenth, gradients clipped at 1."""
     rows = read(args.rows)
     padding = getattr(AutoConfig.from_pretrained(args.model), "pad_token_id", None) or 0
-    model = peft.PeftModel.from_pretrained(load(args.model), args.start, is_trainable=True).train()
+    model = opened(load(args.model), args.start).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0, fused=True)
     batches = [rows[at : at + args.batch] for at in range(0, len(rows), args.batch)]
