@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use crate::cpu::{PARALLEL_ELEMENTS, View, threads};
-use crate::diff_op::{DiffOp, apply, is_cpu_f32};
+use crate::diff_op::{DiffOp, apply};
 use crate::philox::Stream;
 use crate::simd;
 use crate::tape::Keeps;
@@ -173,29 +173,11 @@ impl DiffOp for Mask {
         crate::cuda::pointwise::dropout(self.of_kernel(), args)
     }
 
-    #[cfg(feature = "cuda")]
-    fn cuda_backward(
-        &self,
-        _: &[Tensor],
-        _: &Tensor,
-        grad: &Tensor,
-        needs: &[bool],
-    ) -> Result<Option<Vec<Option<Tensor>>>> {
-        if needs != [true] {
-            return Ok(None);
-        }
-        let dropped = crate::cuda::with(&[grad], |grad| crate::cuda::pointwise::dropout(self.of_kernel(), grad))?;
-        Ok(dropped.map(|dx| vec![Some(dx.tensor())]))
-    }
-
     fn backward(&self, _: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
         if !needs[0] {
             return Ok(vec![None]);
         }
-        if is_cpu_f32(grad) {
-            return Ok(vec![Some(apply(*self, &[grad])?)]);
-        }
-        Ok(vec![Some(self.neutral(std::slice::from_ref(grad))?)])
+        Ok(vec![Some(apply(*self, &[grad])?)])
     }
 }
 

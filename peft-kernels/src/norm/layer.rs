@@ -100,6 +100,13 @@ impl LayerNorm {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl LayerNorm {
+    fn on_card(&self) -> crate::cuda::norm::Kind {
+        crate::cuda::norm::Kind { centred: true, eps: self.eps, offset: 0.0 }
+    }
+}
+
 impl DiffOp for LayerNorm {
     const NAME: &'static str = "layer_norm";
     const KEEPS: Keeps = Keeps::Arguments;
@@ -141,7 +148,7 @@ impl DiffOp for LayerNorm {
 
     #[cfg(feature = "cuda")]
     fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
-        crate::cuda::norm::Kind { centred: true, eps: self.eps, offset: 0.0 }.forward(args)
+        self.on_card().forward(args)
     }
 
     #[cfg(feature = "cuda")]
@@ -152,7 +159,7 @@ impl DiffOp for LayerNorm {
         grad: &Tensor,
         needs: &[bool],
     ) -> Result<Option<Vec<Option<Tensor>>>> {
-        crate::cuda::norm::Kind { centred: true, eps: self.eps, offset: 0.0 }.backward(args, grad, needs)
+        self.on_card().backward(args, grad, needs)
     }
 
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

@@ -96,6 +96,13 @@ impl RmsNorm {
     }
 }
 
+#[cfg(feature = "cuda")]
+impl RmsNorm {
+    fn on_card(&self) -> crate::cuda::norm::Kind {
+        crate::cuda::norm::Kind { centred: false, eps: self.eps, offset: self.offset }
+    }
+}
+
 impl DiffOp for RmsNorm {
     const NAME: &'static str = "rms_norm";
     const KEEPS: Keeps = Keeps::Arguments;
@@ -135,7 +142,7 @@ impl DiffOp for RmsNorm {
 
     #[cfg(feature = "cuda")]
     fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
-        crate::cuda::norm::Kind { centred: false, eps: self.eps, offset: self.offset }.forward(args)
+        self.on_card().forward(args)
     }
 
     #[cfg(feature = "cuda")]
@@ -146,7 +153,7 @@ impl DiffOp for RmsNorm {
         grad: &Tensor,
         needs: &[bool],
     ) -> Result<Option<Vec<Option<Tensor>>>> {
-        crate::cuda::norm::Kind { centred: false, eps: self.eps, offset: self.offset }.backward(args, grad, needs)
+        self.on_card().backward(args, grad, needs)
     }
 
     fn backward(&self, args: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {

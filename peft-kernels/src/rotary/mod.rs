@@ -10,7 +10,7 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Shape, Tensor};
 
 use crate::cpu::View;
-use crate::diff_op::{DiffOp, apply, is_cpu_f32};
+use crate::diff_op::{DiffOp, apply};
 use crate::tape::Keeps;
 
 /// Which elements of a head turn together. `rot` is the number of elements that turn at all.
@@ -122,16 +122,6 @@ impl Rotary {
     }
 }
 
-#[cfg(feature = "cuda")]
-impl Rotary {
-    fn by_kernel(&self, x: &crate::cuda::View<'_>, back: bool) -> Result<Option<crate::cuda::Made>> {
-        let (plan, tokens, dim, half) = (&self.plan, self.plan.tokens(), self.plan.head_dim, self.plan.half());
-        let interleaved = plan.layout == RotaryLayout::Interleaved;
-        let heads = peft_cuda::rows::Heads { tokens, heads: x.len() / tokens.max(1) / dim, dim, half, interleaved };
-        crate::cuda::rotary::turn(heads, &plan.cos, &plan.sin, x, back)
-    }
-}
-
 impl DiffOp for Rotary {
     const NAME: &'static str = "rotary";
     const KEEPS: Keeps = Keeps::Nothing;
@@ -148,26 +138,11 @@ impl DiffOp for Rotary {
 
     #[cfg(feature = "cuda")]
     fn cuda(&self, args: &[crate::cuda::View<'_>]) -> Result<Option<crate::cuda::Made>> {
-        match args {
-            [x] => self.by_kernel(x, self.turn == Turn::Back),
-            _ => Ok(None),
-        }
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_backward(
-        &self,
-        _: &[Tensor],
-        _: &Tensor,
-        grad: &Tensor,
-        needs: &[bool],
-    ) -> Result<Option<Vec<Option<Tensor>>>> {
-        if needs != [true] {
-            return Ok(None);
-        }
-        let back = self.turn == Turn::Forward;
-        let turned = crate::cuda::with(&[grad], |grad| self.by_kernel(&grad[0], back))?;
-        Ok(turned.map(|dx| vec![Some(dx.tensor())]))
+        let ([x], plan) = (args, &self.plan) else { return Ok(None) };
+        let (tokens, dim, half) = (plan.tokens(), plan.head_dim, plan.half());
+        let interleaved = plan.layout == RotaryLayout::Interleaved;
+        let heads = peft_cuda::rows::Heads { tokens, heads: x.len() / tokens.max(1) / dim, dim, half, interleaved };
+        crate::cuda::rotary::turn(heads, &plan.cos, &plan.sin, x, self.turn == Turn::Back)
     }
 
     fn backward(&self, _: &[Tensor], _: &Tensor, grad: &Tensor, needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
@@ -175,12 +150,6 @@ impl DiffOp for Rotary {
             return Ok(vec![None]);
         }
         let back = Rotary { plan: self.plan.clone(), turn: Turn::Back };
-        let dx = if is_cpu_f32(grad) {
-            let (dx, shape) = crate::cpu::with(grad, |g| back.fused(g))?;
-            crate::cpu::tensor(dx, shape)?
-        } else {
-            back.neutral(std::slice::from_ref(grad))?
-        };
-        Ok(vec![Some(dx)])
+        Ok(vec![Some(apply(back, &[grad])?)])
     }
 }
