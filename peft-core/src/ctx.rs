@@ -58,6 +58,15 @@ impl Route {
         }
     }
 
+    /// Whether any tokens go through a slot of which `is` is true.
+    pub fn any_slot(&self, is: impl Fn(usize) -> bool) -> bool {
+        match self {
+            Route::Base => false,
+            Route::Uniform(slot) => is(*slot),
+            Route::Rows(runs) => runs.iter().any(|(_, slot)| slot.is_some_and(&is)),
+        }
+    }
+
     /// The slots that the tokens of a range go through, run by run.
     pub fn slots_of(&self, tokens: Range<usize>) -> impl Iterator<Item = Option<usize>> {
         let no_runs: &[(Range<usize>, Option<usize>)] = &[];

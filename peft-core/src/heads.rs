@@ -58,12 +58,7 @@ impl FrozenLinear {
     /// Whether an adapter of `ctx` has a module beside the heads of the attention that ends here.
     #[must_use]
     pub fn reads_heads(&self, ctx: &Ctx<'_>) -> bool {
-        let reads = |slot: usize| self.attention_module(slot, ctx).is_some();
-        match ctx.route {
-            Route::Base => false,
-            Route::Uniform(slot) => reads(*slot),
-            Route::Rows(runs) => runs.iter().any(|(_, slot)| slot.is_some_and(reads)),
-        }
+        ctx.route.any_slot(|slot| self.attention_module(slot, ctx).is_some())
     }
 
     /// `output`, which this layer made at the end of its attention, with what modules of `ctx` add beside its heads:

@@ -134,12 +134,7 @@ impl FrozenLinear {
     /// Whether no adapter of `ctx` touches this layer.
     #[must_use]
     pub fn is_plain(&self, ctx: &Ctx<'_>) -> bool {
-        let untouched = |slot: usize| ctx.adapters.at(slot, self.site).is_none();
-        match ctx.route {
-            Route::Base => true,
-            Route::Uniform(slot) => untouched(*slot),
-            Route::Rows(runs) => runs.iter().all(|(_, slot)| slot.is_none_or(untouched)),
-        }
+        !ctx.route.any_slot(|slot| ctx.adapters.at(slot, self.site).is_some())
     }
 
     fn through(&self, slot: usize, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
@@ -314,11 +309,7 @@ impl FrozenEmbedding {
             Some(SiteModule::Embedding(m)) => m.changes_tied_head(),
             _ => false,
         };
-        match ctx.route {
-            Route::Base => false,
-            Route::Uniform(slot) => changes(*slot),
-            Route::Rows(runs) => runs.iter().any(|(_, slot)| slot.is_some_and(changes)),
-        }
+        ctx.route.any_slot(changes)
     }
 }
 
@@ -415,7 +406,7 @@ impl FrozenNorm {
             Route::Base => through(x, None),
             Route::Uniform(slot) => through(x, Some(*slot)),
             Route::Rows(runs) => {
-                if runs.iter().all(|(_, slot)| slot.and_then(|s| ctx.adapters.at(s, self.site)).is_none()) {
+                if !ctx.route.any_slot(|slot| ctx.adapters.at(slot, self.site).is_some()) {
                     return through(x, None);
                 }
                 let parts = runs

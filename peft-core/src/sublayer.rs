@@ -116,7 +116,7 @@ impl FrozenLinear {
         match ctx.route {
             Route::Base => sublayer.plain(ctx),
             Route::Uniform(slot) => through(sublayer, Some(*slot), ctx),
-            Route::Rows(runs) if runs.iter().all(|(_, slot)| slot.and_then(module).is_none()) => sublayer.plain(ctx),
+            Route::Rows(_) if !ctx.route.any_slot(|slot| module(slot).is_some()) => sublayer.plain(ctx),
             Route::Rows(runs) => {
                 let parts = runs.iter().map(|(run, slot)| {
                     let (output, residual) = (
@@ -139,15 +139,12 @@ impl FrozenLinear {
             }
         }
     }
+
     /// Whether a module of `ctx` at this end of a sublayer reads whole sequences ([`SublayerModule::reads_sequences`]).
     #[must_use]
     pub fn joins_sequences(&self, ctx: &Ctx<'_>) -> bool {
         let reads = |slot: usize| self.sublayer_module(slot, ctx).is_some_and(|module| module.reads_sequences(ctx));
-        match ctx.route {
-            Route::Base => false,
-            Route::Uniform(slot) => reads(*slot),
-            Route::Rows(runs) => runs.iter().any(|(_, slot)| slot.is_some_and(reads)),
-        }
+        ctx.route.any_slot(reads)
     }
 
     fn sublayer_module<'a>(&self, slot: usize, ctx: &Ctx<'a>) -> Option<&'a Arc<dyn SublayerModule>> {

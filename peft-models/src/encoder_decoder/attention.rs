@@ -63,9 +63,8 @@ impl RelativeBias {
     /// The biases of `input`'s distances, `[distances, heads]`. They are of no token, so that they cannot differ between the
     /// adapters of a batch.
     fn of(&self, input: &SelfInput, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let Route::Rows(runs) = ctx.route else { return self.0.forward(&input.buckets, ctx) };
-        let adapted = |slot: usize| ctx.adapters.at(slot, self.0.site()).is_some();
-        if runs.iter().any(|(_, slot)| slot.is_some_and(adapted)) {
+        let Route::Rows(_) = ctx.route else { return self.0.forward(&input.buckets, ctx) };
+        if ctx.route.any_slot(|slot| ctx.adapters.at(slot, self.0.site()).is_some()) {
             return Err(Error::site(self.0.path(), "is changed by an adapter, which then serves whole batches only"));
         }
         self.0.base(&input.buckets)
