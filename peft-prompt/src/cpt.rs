@@ -247,10 +247,6 @@ struct Ball {
 }
 
 impl TrainingHook for Ball {
-    fn penalty(&self) -> Result<(f64, Vec<(String, Tensor)>)> {
-        Ok((0.0, Vec::new()))
-    }
-
     fn after_step(&self, _: u64, _: &HashMap<&str, &Tensor>) -> Result<()> {
         let center = self.center.value();
         let moved = (self.embeddings.value() - &center)?;
@@ -263,18 +259,6 @@ impl TrainingHook for Ball {
 
     fn prompt_targets(&self) -> &[PromptTarget] {
         &self.targets
-    }
-
-    fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&self, _: &HashMap<String, Tensor>) -> Result<()> {
-        Ok(())
-    }
-
-    fn export(&self, _: &mut Map<String, Value>, _: &mut [(String, Tensor)]) -> Result<()> {
-        Ok(())
     }
 }
 

@@ -1,11 +1,8 @@
 //! What holds the values of a fusion near the identity: `0.01 · ‖V − I‖²` a place (`get_fusion_regularization_loss` in
 //! `adapters/model_mixin.py`, 1.3).
 
-use std::collections::HashMap;
-
 use candle_core::{DType, Tensor};
 use peft_core::{Parameter, Result, TrainingHook};
-use serde_json::{Map, Value};
 
 const FACTOR: f64 = 0.01;
 
@@ -24,22 +21,6 @@ impl TrainingHook for Regularizer {
             gradients.push((value.name().to_owned(), (away * (2.0 * FACTOR))?));
         }
         Ok((sum, gradients))
-    }
-
-    fn after_step(&self, _: u64, _: &HashMap<&str, &Tensor>) -> Result<()> {
-        Ok(())
-    }
-
-    fn state(&self) -> Result<Vec<(String, Tensor)>> {
-        Ok(Vec::new())
-    }
-
-    fn load_state(&self, _: &HashMap<String, Tensor>) -> Result<()> {
-        Ok(())
-    }
-
-    fn export(&self, _: &mut Map<String, Value>, _: &mut [(String, Tensor)]) -> Result<()> {
-        Ok(())
     }
 }
 
