@@ -59,6 +59,16 @@ impl SiteModule {
         }
     }
 
+    /// What the module does that no change of a weight does, as a predicate; nothing where it changes one layer.
+    #[must_use]
+    pub fn beyond_weights(&self) -> Option<&'static str> {
+        match self {
+            Self::Sublayer(_) => Some("changes the residual stream"),
+            Self::Attention(_) => Some("adds what queries see beside their sequence"),
+            Self::Linear(_) | Self::Embedding(_) | Self::Norm(_) => None,
+        }
+    }
+
     fn frozen(&self) -> Vec<&Parameter> {
         match self {
             Self::Linear(m) => m.frozen(),

@@ -53,15 +53,11 @@ impl<'a> Merged<'a> {
             )));
         }
         for adapter in &adapters {
-            let beyond = |s: &SiteAdapter| match &s.module {
-                Some(SiteModule::Sublayer(_)) => Some("it changes the residual stream"),
-                Some(SiteModule::Attention(_)) => Some("it adds what queries see beside their sequence"),
-                _ => None,
-            };
+            let beyond = |s: &SiteAdapter| s.module.as_ref()?.beyond_weights();
             if let Some((id, does)) = adapter.touched().find_map(|(id, s)| Some((id, beyond(s)?))) {
                 let path = model.sites().get(id).map_or("", |s| s.path.as_str());
                 return Err(Error::msg(format!(
-                    "an adapter of type {} cannot be merged: behind `{path}` {does}, and no weight of the model holds that; \
+                    "an adapter of type {} cannot be merged: behind `{path}` it {does}, and no weight of the model holds that; \
                      serve it unmerged",
                     adapter.peft_type()
                 )));

@@ -154,12 +154,7 @@ impl<'a> Source<'a> {
             let path = &site.path;
             whole.extend(at.bias.iter().map(|b| (parameter_name(path, "bias"), b.value())));
             let Some(module) = &at.module else { continue };
-            let beyond = match module {
-                SiteModule::Sublayer(_) => Some("changes the residual stream"),
-                SiteModule::Attention(_) => Some("adds what queries see beside their sequence"),
-                _ => None,
-            };
-            if let Some(does) = beyond {
+            if let Some(does) = module.beyond_weights() {
                 return refuse(format!("at `{path}` {kind} {does}, which no change of a weight does"));
             }
             if module.parameters().iter().any(|p| is_whole(p, path)) {
