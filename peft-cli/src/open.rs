@@ -74,40 +74,28 @@ pub(crate) fn max_length(files: &ModelFiles, asked: usize, virtual_tokens: usize
     files.config().max_length().map_or(asked, |most| room(most).min(asked))
 }
 
-/// How many virtual tokens stand in front of each row in a run of this `[method]` table. What is wrong with the table is found
-/// when the adapter is made.
+/// How many virtual tokens stand in front of each row in a run of this `[method]` table.
 pub(crate) fn virtual_tokens(method: &toml::Table) -> Result<usize> {
-    let key = "num_virtual_tokens";
-    if let Some(ids) = method.get("cpt_token_ids").and_then(toml::Value::as_array) {
-        return Ok(ids.len());
-    }
-    let count = match method.get("init_from").and_then(toml::Value::as_str) {
-        Some(from) => start_keys(from)?.get(key).and_then(Value::as_u64),
-        None => {
-            let of = |table: &toml::Table| table.get(key).and_then(toml::Value::as_integer);
-            let parts = method.get("methods").and_then(toml::Value::as_array).into_iter().flatten();
-            let given = of(method).or_else(|| parts.filter_map(toml::Value::as_table).find_map(of));
-            // Mix-And-Match has as many where the recipe does not say it.
-            let preset = method.get("preset").and_then(toml::Value::as_str) == Some("mam");
-            given.or(preset.then_some(30)).and_then(|n| u64::try_from(n).ok())
-        }
-    };
-    Ok(count.and_then(|n| usize::try_from(n).ok()).unwrap_or(0))
+    Ok(methods::virtual_tokens(&keys_of(method)?).unwrap_or(0))
+}
+
+/// How many tasks the adapter of a run of this `[method]` table has, where it depends on them.
+pub(crate) fn tasks(method: &toml::Table) -> Result<Option<usize>> {
+    Ok(methods::tasks(&keys_of(method)?))
+}
+
+/// What a run's adapter is by its `[method]` table, or by the config of the adapter to start from.
+fn keys_of(method: &toml::Table) -> Result<Map<String, Value>> {
+    Ok(match method.get("init_from").and_then(toml::Value::as_str) {
+        Some(from) => start_keys(from)?,
+        None => serde_json::to_value(method)?.as_object().cloned().unwrap_or_default(),
+    })
 }
 
 /// The config of an adapter to start from; nothing, where it is of a program that writes none.
 fn start_keys(from: &str) -> Result<Map<String, Value>> {
     let folder = adapter(from)?;
     Ok(if folder.join("adapter_config.json").is_file() { read_keys(&folder)? } else { Map::new() })
-}
-
-/// How many tasks the adapter of a run of this `[method]` table has, where it depends on them.
-pub(crate) fn tasks(method: &toml::Table) -> Result<Option<usize>> {
-    let keys = match method.get("init_from").and_then(toml::Value::as_str) {
-        Some(from) => start_keys(from)?,
-        None => serde_json::to_value(method)?.as_object().cloned().unwrap_or_default(),
-    };
-    Ok(methods::tasks(&keys))
 }
 
 /// An adapter for the task that was asked for.

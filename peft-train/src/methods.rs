@@ -78,7 +78,7 @@ enum Config {
     LastLayers(Box<LastLayersConfig>),
     Tokens(Box<TokensConfig>),
     Reparam(Box<ReparamConfig>),
-    Union(Vec<union::Part>),
+    Union(Vec<Config>),
     Full(Map<String, Value>),
 }
 
@@ -186,6 +186,15 @@ impl Config {
         })
     }
 
+    /// What is wrong with a training run of so many steps.
+    fn check_training(&self, adapter: &Adapter, steps: u64) -> Result<()> {
+        match self {
+            Self::Reparam(config) => config.check_training(steps, &adapter.parameters()),
+            Self::Union(parts) => parts.iter().try_for_each(|part| part.check_training(adapter, steps)),
+            _ => Ok(()),
+        }
+    }
+
     /// An adapter for the values in `files`.
     fn open(&self, base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
         // The config says how many virtual tokens there are: the file has to agree before anything of that size is made.
@@ -272,6 +281,17 @@ pub fn create(table: &Map<String, Value>, base: &dyn BaseModel, seed: u64) -> Re
     Ok(Prepared { adapter, selection, method: info.name, notes: Vec::new() })
 }
 
+/// How many virtual tokens an adapter of this `[method]` table or `adapter_config.json` puts in front of each row, where that says it.
+/// What is wrong with it is found when the adapter is made.
+#[must_use]
+pub fn virtual_tokens(keys: &Map<String, Value>) -> Option<usize> {
+    if let Some(ids) = keys.get("cpt_token_ids").and_then(Value::as_array) {
+        return Some(ids.len());
+    }
+    let given = keys.get("num_virtual_tokens").and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
+    given.or_else(|| union::tables(keys).ok()?.iter().find_map(virtual_tokens))
+}
+
 /// How many tasks an adapter of this `[method]` table or `adapter_config.json` has, where its method does another thing for each:
 /// rows then name theirs.
 #[must_use]
@@ -297,11 +317,7 @@ pub fn check_training(adapter: &Adapter, steps: u64) -> Result<()> {
         let message = "holds adapters that stay as they are, and nothing to train: method.type composition puts a new one to such";
         return Err(Error::config("adapters", message));
     }
-    match Config::of_file(info, &adapter.config)? {
-        Config::Reparam(config) => config.check_training(steps, &adapter.parameters()),
-        Config::Union(parts) => union::check_training(&parts, steps, adapter),
-        _ => Ok(()),
-    }
+    Config::of_file(info, &adapter.config)?.check_training(adapter, steps)
 }
 
 /// Whether a `[method]` table starts from the training data, so that only [`create_on`] makes it.

@@ -5,17 +5,12 @@ use peft_core::config_keys::peft_defaults;
 use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
 use serde_json::{Map, Value, json};
 
-use super::{Config, METHODS, Made, MethodInfo, method};
+use super::{Config, METHODS, Made, MethodInfo};
 
 /// The parts: tables of methods in a recipe, configs in a file.
 const PARTS: &str = "methods";
 const PRESET: &str = "preset";
 const PEFT_TYPE: &str = "UNION";
-
-/// One of the methods.
-pub(super) struct Part {
-    config: Config,
-}
 
 /// The methods of a preset.
 fn preset(name: &Value) -> Result<Value> {
@@ -54,53 +49,53 @@ fn in_part(i: usize, e: &Error) -> Error {
     Error::config(PARTS, format!("of number {}: {e}", i + 1))
 }
 
-/// The parts of a recipe's `[method]` table.
-pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Part>> {
-    let known = Map::from_iter([PARTS, PRESET].map(|key| (key.to_owned(), Value::Null)));
-    ConfigKeys(keys).refuse_unknown("union", &known)?;
+/// The tables of the parts in a recipe's `[method]` table.
+pub(super) fn tables(keys: &Map<String, Value>) -> Result<Vec<Map<String, Value>>> {
     let given = match (keys.get(PRESET), keys.get(PARTS)) {
         (Some(name), None) => preset(name)?,
         (None, Some(parts)) => parts.clone(),
         (Some(_), Some(_)) => return Err(Error::config(PRESET, "is a list of `methods` itself: give one of the two")),
         (None, None) => Value::Null,
     };
-    let parts = list(Some(&given))?.into_iter().enumerate().map(|(i, table)| {
-        let named = match table.get("type").and_then(Value::as_str) {
-            Some(name) => method(name),
-            None => method("lora"),
-        };
-        named.and_then(refuse).map_err(|e| in_part(i, &e))?;
-        let (config, _) = Config::of_recipe(table).map_err(|e| in_part(i, &e))?;
-        Ok(Part { config })
-    });
-    parts.collect()
+    Ok(list(Some(&given))?.into_iter().cloned().collect())
+}
+
+/// The parts of a recipe's `[method]` table.
+pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Config>> {
+    let known = Map::from_iter([PARTS, PRESET].map(|key| (key.to_owned(), Value::Null)));
+    ConfigKeys(keys).refuse_unknown("union", &known)?;
+    let part = |table: &Map<String, Value>| {
+        let (config, info) = Config::of_recipe(table)?;
+        refuse(info).map(|()| config)
+    };
+    tables(keys)?.iter().enumerate().map(|(i, table)| part(table).map_err(|e| in_part(i, &e))).collect()
 }
 
 /// The parts of an `adapter_config.json`.
-pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Part>> {
+pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Config>> {
     let parts = list(keys.get(PARTS))?.into_iter().enumerate().map(|(i, config)| {
         let peft_type = config.get("peft_type").and_then(Value::as_str).unwrap_or("");
         let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
             return Err(Error::config(PARTS, format!("of number {}: peft_type `{peft_type}` is not known", i + 1)));
         };
         refuse(info)?;
-        Ok(Part { config: Config::of_file(info, config).map_err(|e| in_part(i, &e))? })
+        Config::of_file(info, config).map_err(|e| in_part(i, &e))
     });
     parts.collect()
 }
 
 /// A fresh adapter.
-pub(super) fn create(parts: &[Part], base: &dyn BaseModel, seed: u64) -> Result<Made> {
+pub(super) fn create(parts: &[Config], base: &dyn BaseModel, seed: u64) -> Result<Made> {
     // Methods that draw for the same site by the same seed would start alike.
-    let made = |(i, part): (usize, &Part)| {
-        part.config.create(base, seed.wrapping_add((i as u64) << 32)).map_err(|e| in_part(i, &e))
+    let made = |(i, part): (usize, &Config)| {
+        part.create(base, seed.wrapping_add((i as u64) << 32)).map_err(|e| in_part(i, &e))
     };
     whole(parts.iter().enumerate().map(made).collect::<Result<_>>()?, base)
 }
 
 /// An adapter for the values in `files`.
-pub(super) fn open(parts: &[Part], base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
-    whole(parts.iter().map(|part| part.config.open(base, files)).collect::<Result<_>>()?, base)
+pub(super) fn open(parts: &[Config], base: &dyn BaseModel, files: &AdapterFolder) -> Result<Made> {
+    whole(parts.iter().map(|part| part.open(base, files)).collect::<Result<_>>()?, base)
 }
 
 fn whole(made: Vec<Made>, base: &dyn BaseModel) -> Result<Made> {
@@ -112,12 +107,4 @@ fn whole(made: Vec<Made>, base: &dyn BaseModel) -> Result<Made> {
         config.insert("num_virtual_tokens".into(), tokens.count.into());
     }
     Ok((Adapter::union(parts, PARTS, config, base.sites())?, None))
-}
-
-/// What is wrong with a training run of so many steps.
-pub(super) fn check_training(parts: &[Part], steps: u64, adapter: &Adapter) -> Result<()> {
-    parts.iter().try_for_each(|part| match &part.config {
-        Config::Reparam(config) => config.check_training(steps, &adapter.parameters()),
-        _ => Ok(()),
-    })
 }
