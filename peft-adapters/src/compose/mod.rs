@@ -91,9 +91,7 @@ impl Composed {
     fn output(&self, node: &Node, hidden: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         match node {
             Node::One(i) => self.single(*i, &self.enter(Some(*i), hidden, join, ctx)?, join, ctx),
-            Node::Stack(parts) => {
-                parts.iter().try_fold(hidden.clone(), |hidden, part| self.output(part, &hidden, join, ctx))
-            }
+            Node::Stack(parts) => self.through(parts, hidden, join, ctx),
             Node::Average(parts) => {
                 let entered = self.enter(node.first(), hidden, join, ctx)?;
                 let outputs = parts.iter().map(|(weight, part)| {
@@ -116,6 +114,11 @@ impl Composed {
         }
     }
 
+    /// What `parts`, one behind the other, make of `hidden`.
+    fn through(&self, parts: &[Node], hidden: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+        parts.iter().try_fold(hidden.clone(), |hidden, part| self.output(part, &hidden, join, ctx))
+    }
+
     /// Member `i` with its residual connection.
     fn single(&self, i: usize, entered: &Entered, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let member = self.member(Some(i))?;
@@ -131,13 +134,10 @@ impl Composed {
         match part {
             Node::One(i) => scaled(*i, read),
             Node::Stack(parts) => {
-                let (Some(Node::One(last)), before) = (parts.last(), parts.len().saturating_sub(1)) else {
+                let Some((Node::One(last), before)) = parts.split_last() else {
                     return Err(Error::msg("a fusion of more than stacks"));
                 };
-                let before = parts.iter().take(before);
-                let hidden = before
-                    .map(Ok)
-                    .try_fold(read.clone(), |hidden, part: Result<&Node>| self.output(part?, &hidden, join, ctx))?;
+                let hidden = self.through(before, read, join, ctx)?;
                 let [read, _] = self.enter(Some(*last), &hidden, join, ctx)?;
                 scaled(*last, &read)
             }

@@ -3,9 +3,9 @@
 use anyhow::{Result, bail};
 use peft_core::{AdapterConfig, BaseModel};
 use peft_train::{adapter_files, class_labels, methods};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use crate::args::{ComposeArgs, Setup};
+use crate::args::{ComposeArgs, Setup, WeightedAdapter};
 use crate::open;
 
 pub(crate) fn run(args: &ComposeArgs) -> Result<()> {
@@ -16,12 +16,15 @@ pub(crate) fn run(args: &ComposeArgs) -> Result<()> {
         bail!("{}={}: weights go with --setup average", one.adapter, one.weight);
     }
     let base = open::base(&args.model, folders.iter().map(std::path::PathBuf::as_path))?;
-    let setup = match args.setup {
-        Setup::Stack => json!({"setup": "stack"}),
-        Setup::Average => json!({"setup": "average", "weights": weights}),
+    let parts: Vec<String> = folders.iter().map(|folder| folder.display().to_string()).collect();
+    let mut table = Map::from_iter([("adapters".to_owned(), parts.into())]);
+    match args.setup {
+        Setup::Stack => table.insert("setup".into(), "stack".into()),
+        Setup::Average => {
+            table.insert("weights".into(), weights.into());
+            table.insert("setup".into(), "average".into())
+        }
     };
-    let Value::Object(mut table) = setup else { bail!("a setup is a table") };
-    table.insert("adapters".into(), folders.iter().map(|f| f.display().to_string()).collect::<Vec<_>>().into());
     let mut adapter = methods::compose(&table, &base)?;
     adapter.config.insert("base_model_name_or_path".into(), args.model.clone().into());
     if let (Some(last), true) = (folders.last(), !adapter.parameters().is_empty()) {
@@ -33,7 +36,7 @@ pub(crate) fn run(args: &ComposeArgs) -> Result<()> {
     let (parameters, places) =
         (adapter.tensors().iter().map(|(_, t)| t.elem_count()).sum::<usize>(), adapter.touched().count());
     if args.json {
-        let of = |a: &crate::args::WeightedAdapter| json!({"adapter": a.adapter, "weight": a.weight});
+        let of = |a: &WeightedAdapter| json!({"adapter": a.adapter, "weight": a.weight});
         let adapters: Vec<Value> = args.adapter.iter().map(of).collect();
         out!("{}", json!({"output": args.output, "adapters": adapters, "places": places, "parameters": parameters}));
     }
