@@ -26,15 +26,15 @@ use crate::update_rule::UpdateRule;
 #[derive(Debug)]
 pub struct Plan {
     /// Training rows.
-    pub train: Dataset,
+    pub train: Arc<Dataset>,
     /// Evaluation rows.
-    pub eval: Option<Dataset>,
+    pub eval: Option<Arc<Dataset>>,
     /// What training lowers.
     pub objective: Objective,
     /// The training rows with all of their answers, where the objective compares these.
-    pub choices: Option<Choices>,
+    pub choices: Option<Arc<Choices>>,
     /// The evaluation rows with all of their answers, of which accuracy and F1 are then made.
-    pub eval_choices: Option<Choices>,
+    pub eval_choices: Option<Arc<Choices>>,
     /// Order of the rows.
     pub sampler: Sampler,
     /// Rows an evaluation batch.
@@ -253,7 +253,7 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
 /// What the evaluation rows give, where there are any.
 fn readings<M: Segmented>(model: &M, set: &AdapterSet, plan: &Plan) -> Result<Option<Readings>> {
     match &plan.eval {
-        Some(data) => evaluate_rows(model, set, data, plan.eval_choices.as_ref(), plan.eval_batch_size).map(Some),
+        Some(data) => evaluate_rows(model, set, data, plan.eval_choices.as_deref(), plan.eval_batch_size).map(Some),
         None => Ok(None),
     }
 }

@@ -86,10 +86,10 @@ struct Run {
     model: AnyModel,
     tokenizer: Option<Tokenizer>,
     prepared: Prepared,
-    train: Dataset,
-    eval: Option<Dataset>,
-    choices: Option<Choices>,
-    eval_choices: Option<Choices>,
+    train: Arc<Dataset>,
+    eval: Option<Arc<Dataset>>,
+    choices: Option<Arc<Choices>>,
+    eval_choices: Option<Arc<Choices>>,
     format: Format,
     options: EncodeOptions,
 }
@@ -124,7 +124,7 @@ impl Run {
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
         let (train, format) = Dataset::load(&train_spec, format, text, &options)?;
         let eval = match &recipe.data.eval {
-            Some(v) => Some(Dataset::load(&spec(v)?, Some(format), text, &options)?.0),
+            Some(v) => Some(Arc::new(Dataset::load(&spec(v)?, Some(format), text, &options)?.0)),
             None => None,
         };
         let task = files.config().task();
@@ -135,7 +135,7 @@ impl Run {
             );
         }
         let answers = answers(&recipe, &options);
-        let with_answers = |spec: &DataSpec| Choices::load(spec, format, text, &options, &answers);
+        let with_answers = |spec: &DataSpec| Choices::load(spec, format, text, &options, &answers).map(Arc::new);
         let choices = if compares { Some(with_answers(&train_spec)?) } else { None };
         let eval_choices = match &recipe.data.eval {
             Some(v) if compares || !recipe.data.choices.is_empty() => Some(with_answers(&spec(v)?)?),
@@ -170,6 +170,7 @@ impl Run {
             train.len(),
             started.elapsed().as_secs_f64()
         );
+        let train = Arc::new(train);
         Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, choices, eval_choices, format, options })
     }
 
@@ -179,7 +180,7 @@ impl Run {
         let steps = planned(&self.recipe, &sampler);
         methods::check_training(&self.prepared.adapter, steps)?;
         Ok(Plan {
-            train: self.train.clone(),
+            train: Arc::clone(&self.train),
             eval: self.eval.clone(),
             objective: self.recipe.objective()?,
             choices: self.choices.clone(),

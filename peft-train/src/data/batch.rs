@@ -65,7 +65,7 @@ impl Batch {
     fn push(&mut self, dataset: &Dataset, row: usize, tokens: Range<usize>) {
         self.position_ids.extend((0u32..).take(tokens.len()));
         self.input_ids.extend_from_slice(dataset.input_ids(row).get(tokens.clone()).unwrap_or_default());
-        self.labels.extend_from_slice(dataset.labels(row).get(tokens.clone()).unwrap_or_default());
+        self.labels.extend(dataset.labels(row).get(tokens.clone()).unwrap_or_default());
         self.types.extend_from_slice(dataset.types(row).get(tokens).unwrap_or_default());
         self.tasks.extend(dataset.task(row));
         self.bounds.push(self.input_ids.len());

@@ -5,15 +5,14 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
 use serde_json::Value;
 
 use super::batch::Batch;
-use super::dataset::Dataset;
-use super::encode::{EncodeOptions, Encoder, Example};
+use super::dataset::{Dataset, each_encoded};
+use super::encode::{EncodeOptions, Encoder};
 use super::error::{DataError, Location};
 use super::format::Format;
-use super::source::{DataSpec, Row, data_files, read_rows};
+use super::source::{DataSpec, Row, data_files};
 use super::tokenizer::TextTokenizer;
 
 /// The column of a row's own answers.
@@ -78,27 +77,26 @@ impl Choices {
         check_apart(given).map_err(|why| DataError::Config(format!("the list of choices {why}")))?;
         let options = EncodeOptions { format, ..options.clone() };
         let encoder = Encoder::new(tokenizer, &options)?;
-        let (mut examples, mut rows): (Vec<Example>, Vec<ChoiceRow>) = (Vec::new(), Vec::new());
+        let (mut examples, mut rows) = (Dataset::new(), Vec::new());
         let (mut classes, mut with_end) = (Some(given.len()), begins_another(given));
         for path in spec.parts()?.0 {
             for file in data_files(path)? {
-                let parsed = read_rows(&file)?.collect::<Result<Vec<Row>, _>>()?;
-                let encoded = parsed.par_iter().map(|row| of_row(row, column, given, |row| encoder.encode(row)));
-                for of_row in encoded.collect::<Result<Vec<_>, _>>()? {
+                let with_answers = |row: &Row| of_row(row, column, given, |row| encoder.encode(row));
+                each_encoded(&file, with_answers, |of_row| {
                     if of_row.own {
                         classes = None;
                     }
                     with_end = with_end || of_row.with_end;
                     let first = examples.len();
-                    examples.extend(of_row.examples);
+                    of_row.examples.iter().for_each(|example| examples.push(example));
                     rows.push(ChoiceRow { sequences: first..examples.len(), right: of_row.right });
-                }
+                })?;
             }
         }
         if rows.is_empty() {
             return Err(DataError::Config("the data has no rows".into()));
         }
-        Ok(Self { examples: Dataset::from_examples(&examples), rows, classes, with_end })
+        Ok(Self { examples, rows, classes, with_end })
     }
 
     /// Number of rows.

@@ -9,17 +9,18 @@ use rayon::prelude::*;
 use super::encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor};
 use super::error::{DataError, Location};
 use super::format::Format;
+use super::labels::Labels;
 use super::source::{DataSpec, Row, data_files, read_rows};
 use super::tokenizer::TextTokenizer;
 
 /// Rows encoded together by the thread pool; also the number of undigested rows in memory.
 const CHUNK: usize = 2048;
 
-/// All rows of a training or evaluation set: ids and labels one row after another, 8 bytes a token.
+/// All rows of a training or evaluation set, one after another: 4 bytes a token, and 4 more where labels are not its tokens.
 #[derive(Clone, Debug, Default)]
 pub struct Dataset {
     input_ids: Vec<u32>,
-    labels: Vec<i32>,
+    labels: Labels,
     /// Aligned with `input_ids`, or empty where all are 0.
     types: Vec<u32>,
     /// How many tokens of each row are the source of an encoder–decoder, or empty where rows are one sequence.
@@ -98,19 +99,7 @@ impl Dataset {
         for part in files {
             let start = dataset.len();
             for path in part {
-                let mut rows = read_rows(&path)?;
-                loop {
-                    let (chunk, failure) = next_chunk(&mut rows);
-                    let encoded: Vec<_> = chunk.par_iter().map(|row| encoder.encode(row)).collect();
-                    for example in encoded {
-                        dataset.push(&example?);
-                    }
-                    match failure {
-                        Some(e) => return Err(e),
-                        None if chunk.len() < CHUNK => break,
-                        None => {}
-                    }
-                }
+                each_encoded(&path, |row| encoder.encode(row), |example| dataset.push(&example))?;
             }
             dataset.parts.push(start..dataset.len());
         }
@@ -118,7 +107,7 @@ impl Dataset {
         Ok((dataset, format))
     }
 
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { bounds: vec![0], ..Self::default() }
     }
 
@@ -132,9 +121,10 @@ impl Dataset {
         dataset
     }
 
-    fn push(&mut self, example: &Example) {
+    /// Adds a row behind the others, to no part.
+    pub(super) fn push(&mut self, example: &Example) {
+        self.labels.extend(&example.labels, &example.input_ids, &self.input_ids);
         self.input_ids.extend_from_slice(&example.input_ids);
-        self.labels.extend_from_slice(&example.labels);
         if !(self.types.is_empty() && example.types.is_empty()) {
             self.types.resize(self.bounds.last().copied().unwrap_or_default(), 0);
             self.types.extend_from_slice(&example.types);
@@ -186,8 +176,8 @@ impl Dataset {
     }
 
     /// Labels of a row, aligned with its ids; empty for a row that does not exist.
-    pub fn labels(&self, row: usize) -> &[i32] {
-        self.labels.get(self.range(row)).unwrap_or_default()
+    pub fn labels(&self, row: usize) -> Vec<i32> {
+        self.labels.get(self.range(row), &self.input_ids)
     }
 
     /// Token types of a row, aligned with its ids; empty where all are 0.
@@ -258,6 +248,28 @@ pub(super) fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOp
     }
 }
 
+/// Encodes all rows of a file on all threads, and hands on what comes of them in the file's order.
+pub(super) fn each_encoded<T: Send>(
+    path: &Path,
+    encode: impl Fn(&Row) -> Result<T, DataError> + Sync,
+    mut take: impl FnMut(T),
+) -> Result<(), DataError> {
+    let mut rows = read_rows(path)?;
+    loop {
+        let (chunk, failure) = next_chunk(&mut rows);
+        let encoded: Vec<_> = chunk.par_iter().map(&encode).collect();
+        for one in encoded {
+            take(one?);
+        }
+        match failure {
+            Some(e) => return Err(e),
+            None if chunk.len() < CHUNK => return Ok(()),
+            None => {}
+        }
+    }
+}
+
+/// The next rows, and what stopped them before the chunk was full.
 fn next_chunk(rows: &mut impl Iterator<Item = Result<Row, DataError>>) -> (Vec<Row>, Option<DataError>) {
     let mut chunk = Vec::new();
     for row in rows.take(CHUNK) {

@@ -22,6 +22,7 @@ pub mod template;
 pub mod text_rows;
 pub mod tokenizer;
 
+mod labels;
 mod pyjson;
 mod rng;
 mod structured;

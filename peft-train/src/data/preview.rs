@@ -28,13 +28,13 @@ pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String
                 .iter()
                 .zip(dataset.labels(row))
                 .enumerate()
-                .map(|(t, (&id, &label))| {
+                .map(|(t, (&id, label))| {
                     // A decoder reads its target one place later; a person sees the target itself.
                     let id = u32::try_from(label).ok().filter(|_| dataset.is_paired()).unwrap_or(id);
                     (id, decode(&[id]), t >= distance && label != IGNORE_INDEX)
                 })
                 .collect(),
-            class: dataset.labels(row).iter().copied().find(|l| has_class && *l != IGNORE_INDEX),
+            class: dataset.labels(row).into_iter().find(|l| has_class && *l != IGNORE_INDEX),
         })
         .collect()
 }

@@ -56,7 +56,7 @@ pub fn parts(dataset: &Dataset, row: usize) -> (String, String) {
             .input_ids(row)
             .iter()
             .zip(dataset.labels(row))
-            .filter(|(_, l)| (**l != -100) == keep)
+            .filter(|(_, l)| (*l != -100) == keep)
             .map(|(i, _)| *i)
             .collect();
         tokenizer.inner().decode(&ids, false).unwrap()

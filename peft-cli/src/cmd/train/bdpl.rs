@@ -113,9 +113,9 @@ impl Run {
             labels: self.files.config().labels().unwrap_or_default().to_vec(),
             objective: plan.objective,
             train: &self.train,
-            choices: self.choices.as_ref(),
-            eval: self.eval.as_ref(),
-            eval_choices: self.eval_choices.as_ref(),
+            choices: self.choices.as_deref(),
+            eval: self.eval.as_deref(),
+            eval_choices: self.eval_choices.as_deref(),
             eval_batch_size: self.recipe.train.eval_batch_size.unwrap_or(self.recipe.train.batch_size),
         };
         let mut trainer = BdplTrainer::new(bdpl, judge, super::early_stop(&self.recipe), plan);
