@@ -28,7 +28,7 @@ mod model;
 mod seq2seq;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
-pub use family::{Bias, DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, WindowRule};
+pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, Switch, WindowRule};
 pub(crate) use gguf::GgufDescription;
 pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
@@ -285,6 +285,7 @@ impl DecoderConfig {
     fn check(self, origin: &Path) -> Result<Self, ConfigError> {
         let invalid = |key: &str, reason: String| ConfigError::Invalid { path: origin.into(), key: key.into(), reason };
         let keys = &self.family.keys;
+        let kv_heads = keys.num_key_value_heads.unwrap_or(keys.num_attention_heads);
         // Far above any real model, low enough that no product of two of them overflows.
         let ranges = [
             ("vocab_size", self.vocab_size, 1 << 24),
@@ -292,7 +293,7 @@ impl DecoderConfig {
             (keys.intermediate_size, self.intermediate_size, 1 << 24),
             (keys.num_hidden_layers, self.num_hidden_layers, MOST_LAYERS),
             (keys.num_attention_heads, self.num_attention_heads, 1 << 14),
-            ("num_key_value_heads", self.num_key_value_heads, 1 << 14),
+            (kv_heads, self.num_key_value_heads, 1 << 14),
             ("head_dim", self.head_dim, 1 << 14),
             (keys.max_position_embeddings, self.max_position_embeddings, 1 << 31),
         ];
@@ -303,7 +304,7 @@ impl DecoderConfig {
         }
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             return Err(invalid(
-                "num_key_value_heads",
+                kv_heads,
                 format!(
                     "{} does not divide {} = {}",
                     self.num_key_value_heads, keys.num_attention_heads, self.num_attention_heads
@@ -311,7 +312,10 @@ impl DecoderConfig {
             ));
         }
         if !(self.norm_eps.is_finite() && self.norm_eps >= 0.0) {
-            return Err(invalid(keys.norm_eps, format!("{} is not a small positive number", self.norm_eps)));
+            return Err(invalid(
+                keys.norm_eps.unwrap_or_default(),
+                format!("{} is not a small positive number", self.norm_eps),
+            ));
         }
         if self.query_pre_attn_scalar.is_some_and(|scalar| !(scalar.is_finite() && scalar > 0.0)) {
             return Err(invalid("query_pre_attn_scalar", "must be a positive number".into()));

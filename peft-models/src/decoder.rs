@@ -97,7 +97,8 @@ impl Decoder {
     pub fn load(config: DecoderConfig, source: &dyn WeightSource, placement: &Placement) -> Result<Self> {
         let c = &config;
         let layout = &c.family.layout;
-        let source = BodySource::new(source, layout.body);
+        // What transformers calls the base model: all of the body's path but for OPT, whose body is in it.
+        let source = BodySource::new(source, layout.body.split('.').next().unwrap_or_default());
         let mut l = Loader::new(&source, placement);
 
         let (vocab, dim, body) = (c.vocab_size, c.hidden_size, layout.body);
@@ -106,8 +107,9 @@ impl Decoder {
             true => Some(Tensor::full((dim as f64).sqrt() as f32, dim, &placement.device)?),
             false => None,
         };
-        let positions =
-            layout.positions.map(|name| l.embedding(&format!("{body}.{name}"), c.max_position_embeddings, dim));
+        let positions = layout.positions.map(|name| {
+            l.embedding(&format!("{body}.{name}"), c.max_position_embeddings + layout.position_offset, dim)
+        });
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
         for i in 0..c.num_hidden_layers {
@@ -253,10 +255,10 @@ impl Decoder {
     /// # Errors
     /// When a position is outside the model's table or a tensor operation fails.
     pub fn add_positions(&self, rows: Tensor, positions: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        match &self.positions {
-            Some(table) => Ok(kernels::add(&rows, &table.forward(positions, ctx)?)?),
-            None => Ok(rows),
-        }
+        let Some(table) = &self.positions else { return Ok(rows) };
+        let offset = self.config.family.layout.position_offset as u32;
+        let in_table: Vec<u32> = positions.iter().map(|p| p + offset).collect();
+        Ok(kernels::add(&rows, &table.forward(&in_table, ctx)?)?)
     }
 
     /// Runs block `i` with its keys and values appended to `cache`.

@@ -202,7 +202,7 @@ impl EncoderConfig {
     /// file and the key.
     pub fn from_hf_map(raw: Map<String, Value>, path: &Path) -> Result<Self, ConfigError> {
         let keys = Keys { map: &raw, path, prefix: "" };
-        let family = family(&keys, ENCODER_FAMILIES, |family| family.model_type)?;
+        let family = family(&keys, ENCODER_FAMILIES, |family| family.model_type, |_| true)?;
         refuse_quantized(&keys)?;
         if keys.flag("is_decoder")? == Some(true) {
             return Err(keys.invalid("is_decoder", "an encoder that is run as a decoder is not supported".into()));

@@ -1,5 +1,7 @@
 //! The decoder families: what their files leave unsaid, and which keys of `config.json` they understand.
 
+use serde_json::{Map, Value};
+
 use super::Activation;
 use super::layout::{self, DecoderLayout};
 
@@ -23,17 +25,19 @@ pub struct DecoderKeys {
     pub num_hidden_layers: &'static str,
     /// Query heads.
     pub num_attention_heads: &'static str,
+    /// Heads of keys and values; `None` where the family's code fixes them.
+    pub num_key_value_heads: Option<&'static str>,
     /// Activation of the MLP.
     pub hidden_act: &'static str,
-    /// Epsilon of the norms.
-    pub norm_eps: &'static str,
+    /// Epsilon of the norms; `None` where the family's code fixes it.
+    pub norm_eps: Option<&'static str>,
     /// Positions that the model was made for.
     pub max_position_embeddings: &'static str,
 }
 
-/// Whether a kind of layer has a bias.
+/// Whether a family's models have something, biases for one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bias {
+pub enum Switch {
     /// None has, whatever the file says.
     Never,
     /// Every one has.
@@ -90,6 +94,8 @@ pub struct RopeRule {
 pub struct Family {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
+    /// Where models of this type are made in several ways: which `config.json`s have this one. The first that takes a file reads it.
+    pub variant: Option<fn(&Map<String, Value>) -> bool>,
     /// The causal language model class in transformers, for the `architectures` of a written `config.json`.
     pub architecture: &'static str,
     /// Its GGUF files, where they are read and written.
@@ -99,11 +105,11 @@ pub struct Family {
     /// What its `config.json` calls the sizes.
     pub keys: DecoderKeys,
     /// Biases of the layers that make queries, keys and values.
-    pub qkv_bias: Bias,
+    pub qkv_bias: Switch,
     /// Bias of the layer behind attention.
-    pub output_bias: Bias,
+    pub output_bias: Switch,
     /// Biases of the MLP.
-    pub mlp_bias: Bias,
+    pub mlp_bias: Switch,
     /// Sliding windows.
     pub window: WindowRule,
     /// Rotary embeddings, where the family has them.
@@ -112,18 +118,18 @@ pub struct Family {
     pub softcaps: Option<[Option<f64>; 2]>,
     /// `query_pre_attn_scalar` where it is absent; `None` where scores are always divided by the root of `head_dim`.
     pub query_pre_attn_scalar: Option<f64>,
-    /// The key that says whether attention and MLP read the same input, and the default.
-    pub parallel_residual: Option<(&'static str, bool)>,
+    /// Whether attention and MLP read the same input.
+    pub parallel_residual: Switch,
     /// Keys of which one value only is implemented here, which is also transformers' default.
     pub fixed: &'static [(&'static str, bool)],
+    /// Keys of widths that are implemented only where they are the hidden size, which is also transformers' default.
+    pub as_wide: &'static [&'static str],
     /// `head_dim` where the key is absent; `None` divides the hidden size among the heads.
     pub head_dim: Option<usize>,
     /// Whether `head_dim` is a key of the family at all.
     pub has_head_dim: bool,
-    /// `num_key_value_heads` where the key is absent; `None` is as many as query heads.
+    /// Heads of keys and values where the key is absent; `None` is as many as query heads.
     pub num_key_value_heads: Option<usize>,
-    /// Whether key and value heads may be fewer than query heads.
-    pub grouped_heads: bool,
     /// The MLP's width in hidden sizes, where its key may be absent.
     pub intermediate_factor: Option<usize>,
     /// Epsilon of the norms where the key is absent.
@@ -155,8 +161,9 @@ const KEYS: DecoderKeys = DecoderKeys {
     intermediate_size: "intermediate_size",
     num_hidden_layers: "num_hidden_layers",
     num_attention_heads: "num_attention_heads",
+    num_key_value_heads: Some("num_key_value_heads"),
     hidden_act: "hidden_act",
-    norm_eps: "rms_norm_eps",
+    norm_eps: Some("rms_norm_eps"),
     max_position_embeddings: "max_position_embeddings",
 };
 
@@ -170,27 +177,28 @@ const ROPE: RopeRule = RopeRule {
     skipped: None,
 };
 
-const ATTENTION_BIAS: Bias = Bias::Key("attention_bias", false);
+const ATTENTION_BIAS: Switch = Switch::Key("attention_bias", false);
 
 const LLAMA: Family = Family {
     model_type: "llama",
+    variant: None,
     architecture: "LlamaForCausalLM",
     gguf: Some(GgufFamily { architecture: "llama", permutes_qk: true }),
     layout: layout::LLAMA,
     keys: KEYS,
     qkv_bias: ATTENTION_BIAS,
     output_bias: ATTENTION_BIAS,
-    mlp_bias: Bias::Key("mlp_bias", false),
+    mlp_bias: Switch::Key("mlp_bias", false),
     window: WindowRule::Never,
     rope: Some(ROPE),
     softcaps: None,
     query_pre_attn_scalar: None,
-    parallel_residual: None,
+    parallel_residual: Switch::Never,
     fixed: &[],
+    as_wide: &[],
     head_dim: None,
     has_head_dim: true,
     num_key_value_heads: None,
-    grouped_heads: true,
     intermediate_factor: None,
     norm_eps: 1e-6,
     max_position_embeddings: 2048,
@@ -204,9 +212,9 @@ const LLAMA: Family = Family {
 const MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
-    qkv_bias: Bias::Never,
-    output_bias: Bias::Never,
-    mlp_bias: Bias::Never,
+    qkv_bias: Switch::Never,
+    output_bias: Switch::Never,
+    mlp_bias: Switch::Never,
     window: WindowRule::Everywhere { default: Some(4096) },
     num_key_value_heads: Some(8),
     max_position_embeddings: 4096 * 32,
@@ -217,9 +225,9 @@ const QWEN2: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     gguf: Some(GgufFamily { architecture: "qwen2", permutes_qk: false }),
-    qkv_bias: Bias::Always,
-    output_bias: Bias::Never,
-    mlp_bias: Bias::Never,
+    qkv_bias: Switch::Always,
+    output_bias: Switch::Never,
+    mlp_bias: Switch::Never,
     window: WindowRule::Upper,
     num_key_value_heads: Some(32),
     max_position_embeddings: 32768,
@@ -244,9 +252,9 @@ const PHI3: Family = Family {
     architecture: "Phi3ForCausalLM",
     gguf: None,
     layout: layout::PHI3,
-    qkv_bias: Bias::Never,
-    output_bias: Bias::Never,
-    mlp_bias: Bias::Never,
+    qkv_bias: Switch::Never,
+    output_bias: Switch::Never,
+    mlp_bias: Switch::Never,
     window: WindowRule::Everywhere { default: None },
     rope: Some(RopeRule {
         partial: Some(("partial_rotary_factor", 1.0)),
@@ -265,7 +273,7 @@ const GEMMA: Family = Family {
     architecture: "GemmaForCausalLM",
     gguf: None,
     layout: layout::GEMMA,
-    mlp_bias: Bias::Never,
+    mlp_bias: Switch::Never,
     fixed: &[("use_bidirectional_attention", false)],
     head_dim: Some(256),
     num_key_value_heads: Some(16),
@@ -312,17 +320,17 @@ const GPT2: Family = Family {
         intermediate_size: "n_inner",
         num_hidden_layers: "n_layer",
         num_attention_heads: "n_head",
+        num_key_value_heads: None,
         hidden_act: "activation_function",
-        norm_eps: "layer_norm_epsilon",
+        norm_eps: Some("layer_norm_epsilon"),
         max_position_embeddings: "n_positions",
     },
-    qkv_bias: Bias::Always,
-    output_bias: Bias::Always,
-    mlp_bias: Bias::Always,
+    qkv_bias: Switch::Always,
+    output_bias: Switch::Always,
+    mlp_bias: Switch::Always,
     rope: None,
     fixed: &[("scale_attn_weights", true), ("scale_attn_by_inverse_layer_idx", false), ("add_cross_attention", false)],
     has_head_dim: false,
-    grouped_heads: false,
     intermediate_factor: Some(4),
     norm_eps: 1e-5,
     max_position_embeddings: 1024,
@@ -338,14 +346,13 @@ const GPT_NEOX: Family = Family {
     architecture: "GPTNeoXForCausalLM",
     gguf: None,
     layout: layout::GPT_NEOX,
-    keys: DecoderKeys { norm_eps: "layer_norm_eps", ..KEYS },
-    qkv_bias: Bias::Key("attention_bias", true),
-    output_bias: Bias::Key("attention_bias", true),
-    mlp_bias: Bias::Always,
+    keys: DecoderKeys { norm_eps: Some("layer_norm_eps"), ..KEYS },
+    qkv_bias: Switch::Key("attention_bias", true),
+    output_bias: Switch::Key("attention_bias", true),
+    mlp_bias: Switch::Always,
     rope: Some(RopeRule { theta_key: "rotary_emb_base", partial: Some(("rotary_pct", 0.25)), ..ROPE }),
-    parallel_residual: Some(("use_parallel_residual", true)),
+    parallel_residual: Switch::Key("use_parallel_residual", true),
     has_head_dim: false,
-    grouped_heads: false,
     norm_eps: 1e-5,
     hidden_act: Activation::Gelu,
     bos_token_id: Some(0),
@@ -357,7 +364,7 @@ const OLMO2: Family = Family {
     architecture: "Olmo2ForCausalLM",
     gguf: None,
     layout: layout::OLMO2,
-    mlp_bias: Bias::Never,
+    mlp_bias: Switch::Never,
     norm_eps: 1e-5,
     bos_token_id: None,
     eos_token_id: Some(50_279),
@@ -369,10 +376,10 @@ const STABLELM: Family = Family {
     architecture: "StableLmForCausalLM",
     gguf: None,
     layout: layout::STABLELM,
-    keys: DecoderKeys { norm_eps: "layer_norm_eps", ..KEYS },
-    qkv_bias: Bias::Key("use_qkv_bias", false),
-    output_bias: Bias::Never,
-    mlp_bias: Bias::Never,
+    keys: DecoderKeys { norm_eps: Some("layer_norm_eps"), ..KEYS },
+    qkv_bias: Switch::Key("use_qkv_bias", false),
+    output_bias: Switch::Never,
+    mlp_bias: Switch::Never,
     rope: Some(RopeRule { partial: Some(("partial_rotary_factor", 0.25)), ..ROPE }),
     fixed: &[("qk_layernorm", false), ("use_parallel_residual", false)],
     has_head_dim: false,
@@ -398,6 +405,107 @@ const SMOLLM3: Family = Family {
     ..LLAMA
 };
 
+const OPT: Family = Family {
+    model_type: "opt",
+    architecture: "OPTForCausalLM",
+    gguf: None,
+    layout: layout::OPT,
+    keys: DecoderKeys {
+        intermediate_size: "ffn_dim",
+        hidden_act: "activation_function",
+        norm_eps: None,
+        num_key_value_heads: None,
+        ..KEYS
+    },
+    qkv_bias: Switch::Key("enable_bias", true),
+    output_bias: Switch::Key("enable_bias", true),
+    mlp_bias: Switch::Key("enable_bias", true),
+    rope: None,
+    fixed: &[
+        ("do_layer_norm_before", true),
+        ("_remove_final_layer_norm", false),
+        ("layer_norm_elementwise_affine", true),
+    ],
+    as_wide: &["word_embed_proj_dim"],
+    has_head_dim: false,
+    norm_eps: 1e-5,
+    hidden_act: Activation::Relu,
+    tie_word_embeddings: true,
+    bos_token_id: Some(2),
+    ..LLAMA
+};
+
+/// With one key and value head for all queries, and one norm for attention and MLP (7B).
+const FALCON: Family = Family {
+    model_type: "falcon",
+    architecture: "FalconForCausalLM",
+    gguf: None,
+    layout: layout::FALCON,
+    keys: DecoderKeys {
+        intermediate_size: "ffn_hidden_size",
+        hidden_act: "activation",
+        norm_eps: Some("layer_norm_epsilon"),
+        num_key_value_heads: None,
+        ..KEYS
+    },
+    qkv_bias: Switch::Key("bias", false),
+    output_bias: Switch::Key("bias", false),
+    mlp_bias: Switch::Key("bias", false),
+    parallel_residual: Switch::Always,
+    fixed: &[("multi_query", true), ("parallel_attn", true), ("alibi", false)],
+    has_head_dim: false,
+    num_key_value_heads: Some(1),
+    intermediate_factor: Some(4),
+    norm_eps: 1e-5,
+    hidden_act: Activation::Gelu,
+    tie_word_embeddings: true,
+    bos_token_id: Some(11),
+    eos_token_id: Some(11),
+    ..LLAMA
+};
+
+/// With groups of heads, and one norm for attention and MLP (11B).
+const FALCON_GROUPED: Family = Family {
+    variant: Some(|file| is_set(file, "new_decoder_architecture") && count(file, "num_ln_in_parallel_attn") == Some(1)),
+    layout: layout::FALCON_GROUPED,
+    keys: DecoderKeys { num_key_value_heads: Some("num_kv_heads"), ..FALCON.keys },
+    fixed: &[("parallel_attn", true), ("alibi", false)],
+    num_key_value_heads: None,
+    ..FALCON
+};
+
+/// With groups of heads, and a norm each for attention and MLP (40B, 180B).
+const FALCON_TWO_NORMS: Family = Family {
+    variant: Some(|file| is_set(file, "new_decoder_architecture")),
+    layout: layout::FALCON_TWO_NORMS,
+    ..FALCON_GROUPED
+};
+
+fn is_set(file: &Map<String, Value>, key: &str) -> bool {
+    file.get(key).and_then(Value::as_bool) == Some(true)
+}
+
+fn count(file: &Map<String, Value>, key: &str) -> Option<u64> {
+    file.get(key).and_then(Value::as_u64)
+}
+
 /// Every family that the decoder skeleton builds. The next one goes here.
-pub const FAMILIES: &[Family] =
-    &[LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA, GEMMA2, GEMMA3, GPT2, GPT_NEOX, OLMO2, STABLELM, SMOLLM3];
+pub const FAMILIES: &[Family] = &[
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    PHI3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT2,
+    GPT_NEOX,
+    OLMO2,
+    STABLELM,
+    SMOLLM3,
+    OPT,
+    FALCON_GROUPED,
+    FALCON_TWO_NORMS,
+    FALCON,
+];

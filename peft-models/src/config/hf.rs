@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::keys::{Keys, activation, dtype, dtype_name, family, read_json, refuse_quantized};
 use super::labels::{class_labels, insert_labels, reads_classes};
 use super::layer_kinds::layer_kinds;
-use super::{Activation, Bias, ConfigError, DecoderConfig, FAMILIES, Family, WindowRule};
+use super::{Activation, ConfigError, DecoderConfig, FAMILIES, Family, Switch, WindowRule};
 
 impl DecoderConfig {
     /// Reads a `config.json`, or the one in a model folder.
@@ -28,11 +28,21 @@ impl DecoderConfig {
     /// As [`DecoderConfig::from_hf_json`].
     pub fn from_hf_map(raw: Map<String, Value>, path: &Path) -> Result<Self, ConfigError> {
         let keys = Keys { map: &raw, path, prefix: "" };
-        let family = family(&keys, FAMILIES, |family| family.model_type)?;
+        let family = family(
+            &keys,
+            FAMILIES,
+            |family| family.model_type,
+            |family| family.variant.is_none_or(|is_in| is_in(&raw)),
+        )?;
         refuse_quantized(&keys)?;
         refuse_fixed(&keys, family)?;
         let names = &family.keys;
         let hidden_size = keys.required_count(names.hidden_size)?;
+        for key in family.as_wide {
+            if let Some(width) = keys.count(key)?.filter(|width| *width != hidden_size) {
+                return Err(keys.invalid(key, format!("{width} is not supported, only {hidden_size}, the hidden size")));
+            }
+        }
         let num_attention_heads = keys.required_count(names.num_attention_heads)?;
         if num_attention_heads == 0 {
             return Err(keys.invalid(names.num_attention_heads, "0 heads".into()));
@@ -47,8 +57,9 @@ impl DecoderConfig {
                 ));
             }
         };
-        let num_key_value_heads =
-            count_or(&keys, "num_key_value_heads", family.num_key_value_heads)?.filter(|_| family.grouped_heads);
+        let num_key_value_heads = names
+            .num_key_value_heads
+            .map_or(Ok(family.num_key_value_heads), |key| count_or(&keys, key, family.num_key_value_heads))?;
         let intermediate_size = match (keys.count(names.intermediate_size)?, family.intermediate_factor) {
             (None, Some(factor)) => hidden_size.saturating_mul(factor),
             (Some(size), _) => size,
@@ -83,19 +94,16 @@ impl DecoderConfig {
             num_key_value_heads: num_key_value_heads.unwrap_or(num_attention_heads),
             head_dim,
             hidden_act,
-            norm_eps: keys.number(names.norm_eps)?.unwrap_or(family.norm_eps),
+            norm_eps: names.norm_eps.map_or(Ok(None), |key| keys.number(key))?.unwrap_or(family.norm_eps),
             layer_kinds,
             kind_of_layer,
             query_pre_attn_scalar,
             max_position_embeddings,
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(family.tie_word_embeddings),
-            qkv_bias: bias(&keys, family.qkv_bias)?,
-            output_bias: bias(&keys, family.output_bias)?,
-            mlp_bias: bias(&keys, family.mlp_bias)?,
-            parallel_residual: match family.parallel_residual {
-                Some((key, default)) => keys.flag(key)?.unwrap_or(default),
-                None => false,
-            },
+            qkv_bias: is_on(&keys, family.qkv_bias)?,
+            output_bias: is_on(&keys, family.output_bias)?,
+            mlp_bias: is_on(&keys, family.mlp_bias)?,
+            parallel_residual: is_on(&keys, family.parallel_residual)?,
             attn_logit_softcapping,
             final_logit_softcapping,
             bos_token_id: if raw.contains_key("bos_token_id") {
@@ -164,7 +172,7 @@ impl DecoderConfig {
         }
         set("tie_word_embeddings", json!(self.tie_word_embeddings));
         for (bias, value) in [(self.family.qkv_bias, self.qkv_bias), (self.family.mlp_bias, self.mlp_bias)] {
-            if let Bias::Key(key, _) = bias {
+            if let Switch::Key(key, _) = bias {
                 set(key, json!(value));
             }
         }
@@ -191,11 +199,11 @@ fn number_or(keys: &Keys<'_>, key: &str, default: Option<f64>) -> Result<Option<
     if keys.map.contains_key(key) { keys.number(key) } else { Ok(default) }
 }
 
-fn bias(keys: &Keys<'_>, bias: Bias) -> Result<bool, ConfigError> {
-    match bias {
-        Bias::Never => Ok(false),
-        Bias::Always => Ok(true),
-        Bias::Key(key, default) => Ok(keys.flag(key)?.unwrap_or(default)),
+fn is_on(keys: &Keys<'_>, switch: Switch) -> Result<bool, ConfigError> {
+    match switch {
+        Switch::Never => Ok(false),
+        Switch::Always => Ok(true),
+        Switch::Key(key, default) => Ok(keys.flag(key)?.unwrap_or(default)),
     }
 }
 

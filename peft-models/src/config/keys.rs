@@ -120,18 +120,20 @@ impl Keys<'_> {
     }
 }
 
-/// The family of `families` that `model_type` names.
+/// The family of `families` that `model_type` names, the first of these that `takes` the file.
 pub(super) fn family<F>(
     keys: &Keys<'_>,
     families: &'static [F],
     model_type_of: impl Fn(&F) -> &'static str,
+    takes: impl Fn(&F) -> bool,
 ) -> Result<&'static F, ConfigError> {
     let model_type = keys.model_type()?;
-    families.iter().find(|family| model_type_of(family) == model_type).ok_or_else(|| {
+    families.iter().find(|family| model_type_of(family) == model_type && takes(family)).ok_or_else(|| {
         let decoders = FAMILIES.iter().map(|family| family.model_type);
         let encoders = ENCODER_FAMILIES.iter().map(|family| family.model_type);
         let both = SEQ2SEQ_FAMILIES.iter().map(|family| family.model_type);
-        let known: Vec<&str> = decoders.chain(encoders).chain(both).collect();
+        let mut known: Vec<&str> = decoders.chain(encoders).chain(both).collect();
+        known.dedup();
         keys.invalid(
             "model_type",
             format!(

@@ -42,8 +42,9 @@ pub enum Projections {
     Split([&'static str; 3]),
     /// By one layer whose outputs are all queries, then all keys, then all values.
     Fused(&'static str),
-    /// By one layer whose outputs are the query, key and value of the first head, then of the second, and so on.
-    FusedByHead(&'static str),
+    /// By one layer whose outputs are the queries, the key and the value of the first group of heads (those that share a key), then of
+    /// the second, and so on.
+    FusedByGroup(&'static str),
 }
 
 /// What the norms on queries and keys (`q_norm`, `k_norm`) range over.
@@ -83,6 +84,8 @@ pub struct DecoderLayout {
     pub embedding: &'static str,
     /// The table of learned positions, in the body, where the family has one.
     pub positions: Option<&'static str>,
+    /// Rows of that table in front of the first position's.
+    pub position_offset: usize,
     /// Whether embeddings are multiplied by the square root of the hidden size.
     pub scaled_embeddings: bool,
     /// The list of blocks, in the body.
@@ -93,7 +96,7 @@ pub struct DecoderLayout {
     pub norm: Norm,
     /// The norms around attention.
     pub attention_norms: SublayerNorms,
-    /// The norms around the MLP.
+    /// The norms around the MLP. Where attention and MLP read the same input and there is none here, they share attention's.
     pub mlp_norms: SublayerNorms,
     /// Queries, keys and values.
     pub projections: Projections,
@@ -114,6 +117,7 @@ pub(super) const LLAMA: DecoderLayout = DecoderLayout {
     body: "model",
     embedding: "embed_tokens",
     positions: None,
+    position_offset: 0,
     scaled_embeddings: false,
     blocks: "layers",
     final_norm: "norm",
@@ -176,7 +180,7 @@ pub(super) const GPT_NEOX: DecoderLayout = DecoderLayout {
     embedding: "embed_in",
     final_norm: "final_layer_norm",
     norm: Norm::Layer,
-    projections: Projections::FusedByHead("attention.query_key_value"),
+    projections: Projections::FusedByGroup("attention.query_key_value"),
     output: "attention.dense",
     mlp: MlpLayout::Plain(["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
     // Its name before transformers 5.
@@ -186,3 +190,38 @@ pub(super) const GPT_NEOX: DecoderLayout = DecoderLayout {
 
 /// Llama's blocks with layer norms.
 pub(super) const STABLELM: DecoderLayout = DecoderLayout { norm: Norm::Layer, ..LLAMA };
+
+pub(super) const OPT: DecoderLayout = DecoderLayout {
+    body: "model.decoder",
+    positions: Some("embed_positions"),
+    position_offset: 2,
+    final_norm: "final_layer_norm",
+    norm: Norm::Layer,
+    attention_norms: SublayerNorms::before("self_attn_layer_norm"),
+    mlp_norms: SublayerNorms::before("final_layer_norm"),
+    output: "self_attn.out_proj",
+    mlp: MlpLayout::Plain(["fc1", "fc2"]),
+    ..LLAMA
+};
+
+pub(super) const FALCON: DecoderLayout = DecoderLayout {
+    body: "transformer",
+    embedding: "word_embeddings",
+    blocks: "h",
+    final_norm: "ln_f",
+    norm: Norm::Layer,
+    mlp_norms: SublayerNorms { before: None, after: None },
+    projections: Projections::Fused("self_attention.query_key_value"),
+    output: "self_attention.dense",
+    mlp: MlpLayout::Plain(["mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
+    ..LLAMA
+};
+
+pub(super) const FALCON_GROUPED: DecoderLayout =
+    DecoderLayout { projections: Projections::FusedByGroup("self_attention.query_key_value"), ..FALCON };
+
+pub(super) const FALCON_TWO_NORMS: DecoderLayout = DecoderLayout {
+    attention_norms: SublayerNorms::before("ln_attn"),
+    mlp_norms: SublayerNorms::before("ln_mlp"),
+    ..FALCON_GROUPED
+};

@@ -121,7 +121,7 @@ impl Seq2SeqConfig {
     /// file and the key.
     pub fn from_hf_map(raw: Map<String, Value>, path: &Path) -> Result<Self, ConfigError> {
         let keys = Keys { map: &raw, path, prefix: "" };
-        let family = family(&keys, SEQ2SEQ_FAMILIES, |family| family.model_type)?;
+        let family = family(&keys, SEQ2SEQ_FAMILIES, |family| family.model_type, |_| true)?;
         refuse_quantized(&keys)?;
         refuse_other_heads(&keys, family)?;
         let encoder_layers = keys.required_count("num_layers")?;

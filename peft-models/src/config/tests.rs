@@ -116,6 +116,51 @@ fn what_cannot_be_honoured_is_an_error_with_its_key() {
     }
 }
 
+fn merged(mut one: Value, other: Value) -> Value {
+    one.as_object_mut().unwrap().extend(other.as_object().unwrap().clone());
+    one
+}
+
+#[test]
+fn models_of_one_type_that_are_made_in_several_ways() {
+    let falcon = |changes: Value| {
+        let own = json!({"model_type": "falcon", "ffn_hidden_size": null, "activation": "gelu", "num_kv_heads": 2});
+        with(merged(own, changes))
+    };
+    let made = |changes: Value| {
+        let config = falcon(changes).unwrap();
+        let layout = config.family.layout;
+        (config.num_key_value_heads, layout.attention_norms.before, layout.mlp_norms.before, config.parallel_residual)
+    };
+    // `num_kv_heads` is for the newer architecture.
+    assert_eq!(made(json!({})), (1, Some("input_layernorm"), None, true));
+    let newer = json!({"new_decoder_architecture": true});
+    assert_eq!(made(newer.clone()), (2, Some("ln_attn"), Some("ln_mlp"), true));
+    let one_norm = merged(newer, json!({"num_ln_in_parallel_attn": 1}));
+    assert_eq!(made(one_norm), (2, Some("input_layernorm"), None, true));
+    assert_eq!(falcon(json!({})).unwrap().intermediate_size, 4 * 64);
+    for key in ["alibi", "multi_query", "parallel_attn"] {
+        let other = key == "alibi";
+        let error = falcon(json!({key: other})).unwrap_err().to_string();
+        assert!(error.contains(key) && error.contains("not supported for falcon"), "{error}");
+    }
+}
+
+#[test]
+fn what_opt_models_may_not_be() {
+    let opt = |changes: Value| {
+        with(merged(json!({"model_type": "opt", "ffn_dim": 32, "activation_function": "relu"}), changes))
+    };
+    assert_eq!(opt(json!({"word_embed_proj_dim": 64})).unwrap().learned_positions(), Some(256));
+    for (changes, wanted) in [
+        (json!({"word_embed_proj_dim": 32}), ["word_embed_proj_dim", "only 64, the hidden size"]),
+        (json!({"do_layer_norm_before": false}), ["do_layer_norm_before", "not supported for opt"]),
+    ] {
+        let error = opt(changes).unwrap_err().to_string();
+        assert!(wanted.iter().all(|w| error.contains(w)), "{error}");
+    }
+}
+
 #[test]
 fn files_that_are_no_configuration() {
     let folder = tempfile::tempdir().unwrap();

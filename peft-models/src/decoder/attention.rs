@@ -143,9 +143,10 @@ impl Projections {
                 let parts = [part(0, query), part(query, key_value), part(query + key_value, key_value)];
                 Self::Fused(fused(l, name)?, parts)
             }
-            config::Projections::FusedByHead(name) => {
-                let width = c.head_dim;
-                let parts = [0, 1, 2].map(|i| Columns { stride: 3 * width, start: i * width, width });
+            config::Projections::FusedByGroup(name) => {
+                let (dim, heads) = (c.head_dim, c.num_attention_heads / c.num_key_value_heads.max(1));
+                let part = |start: usize, width: usize| Columns { stride: (heads + 2) * dim, start, width };
+                let parts = [part(0, heads * dim), part(heads * dim, dim), part((heads + 1) * dim, dim)];
                 Self::Fused(fused(l, name)?, parts)
             }
         })

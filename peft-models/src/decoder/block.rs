@@ -118,7 +118,11 @@ impl Block {
         let join = Join { output: &attended, residual: hidden, norm: None, sequences };
         let sum = self.attention.end().join(&join, ctx)?;
         let x = if self.parallel { hidden } else { &sum };
-        let x = apply(self.mlp_norms.before.as_ref(), x.clone(), ctx)?;
+        let norm = match &self.mlp_norms.before {
+            None if self.parallel => &self.attention_norms.before,
+            own => own,
+        };
+        let x = apply(norm.as_ref(), x.clone(), ctx)?;
         let made = apply(self.mlp_norms.after.as_ref(), self.mlp.forward(&x, ctx)?, ctx)?;
         self.mlp.end().join(&Join { output: &made, residual: &sum, norm: None, sequences }, ctx)
     }
