@@ -12,6 +12,7 @@ method and no model.
 
 mod build;
 mod ctx;
+mod gate;
 mod heads;
 mod layers;
 mod module;
@@ -19,6 +20,7 @@ mod param;
 mod read_rows;
 mod saved;
 mod segmented;
+pub mod sequences;
 mod set;
 mod site;
 mod sublayer;
@@ -28,6 +30,7 @@ mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use gate::Gate;
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};

@@ -53,7 +53,7 @@ fn both(model: &impl Segmented, adapters: &[Arc<Adapter>], route: &Route) {
     let named = adapters.iter().enumerate();
     let set = named.fold(AdapterSet::empty(), |set, (i, adapter)| set.with(i.to_string(), adapter.clone()));
     let mode = Mode::Train { track: true };
-    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default() };
+    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default(), sequences: &[] };
     let ids: Vec<u32> = (0..9).map(|i| (i * 5 + 3) % 37).collect();
     let batch = TokenBatch { ids: &ids, positions: &[0, 1, 2, 3, 4, 0, 0, 1, 2], bounds: &BOUNDS, types: &[] };
     let input = model.prepare(batch, &ctx).unwrap();

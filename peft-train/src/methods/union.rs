@@ -1,5 +1,5 @@
-//! Several methods as one adapter: Mix-And-Match (He et al. 2021, arXiv:2110.04366), the parts of UniPELT (Mao et al. 2021,
-//! arXiv:2110.07577) without their gates, and any others that do not change the same site.
+//! Several methods as one adapter: Mix-And-Match (He et al. 2021, arXiv:2110.04366), UniPELT (Mao et al. 2022, arXiv:2110.07577),
+//! and any others that do not change the same site.
 
 use peft_core::config_keys::peft_defaults;
 use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
@@ -15,18 +15,19 @@ const PEFT_TYPE: &str = "UNION";
 /// The methods of a preset.
 fn preset(name: &Value) -> Result<Value> {
     match name.as_str() {
-        // AdapterHub's `MAMConfig`, whose defaults are the paper's.
+        // AdapterHub's `MAMConfig` and `UniPELTConfig`, whose defaults are the papers'.
         Some("mam") => Ok(json!([
-            {"type": "prefix", "num_virtual_tokens": 30, "prefix_projection": true, "encoder_hidden_size": 800},
+            {"type": "prefix", "num_virtual_tokens": 30, "prefix_projection": true, "encoder_hidden_size": 800,
+                "moves_positions": false},
             {"type": "bottleneck", "preset": "par_bn"}
         ])),
-        Some("unipelt") => Err(Error::config(
-            PRESET,
-            "UniPELT has a gate on each of its methods, and only that of a bottleneck is here: methods = [{type = \"prefix\", \
-             num_virtual_tokens = 10}, {type = \"bottleneck\", use_gating = true}, {type = \"lora\", r = 8, lora_alpha = 2}] has the \
-             others open",
-        )),
-        _ => Err(Error::config(PRESET, format!("{name} is not one of mam"))),
+        Some("unipelt") => Ok(json!([
+            {"type": "prefix", "num_virtual_tokens": 10, "prefix_projection": true, "encoder_hidden_size": 512,
+                "moves_positions": false, "use_gating": true},
+            {"type": "bottleneck", "preset": "seq_bn", "use_gating": true},
+            {"type": "lora", "r": 8, "lora_alpha": 2, "use_gating": true}
+        ])),
+        _ => Err(Error::config(PRESET, format!("{name} is not one of mam, unipelt"))),
     }
 }
 
@@ -65,7 +66,7 @@ pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Config>> {
     let known = Map::from_iter([PARTS, PRESET].map(|key| (key.to_owned(), Value::Null)));
     ConfigKeys(keys).refuse_unknown("union", &known)?;
     let part = |table: &Map<String, Value>| {
-        let (config, info) = Config::of_recipe(table)?;
+        let (config, info) = Config::of_recipe_part(table)?;
         refuse(info).map(|()| config)
     };
     tables(keys)?.iter().enumerate().map(|(i, table)| part(table).map_err(|e| in_part(i, &e))).collect()
@@ -79,7 +80,7 @@ pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Config>> {
             return Err(Error::config(PARTS, format!("of number {}: peft_type `{peft_type}` is not known", i + 1)));
         };
         refuse(info)?;
-        Config::of_file(info, config).map_err(|e| in_part(i, &e))
+        Config::of_file_part(info, config).map_err(|e| in_part(i, &e))
     });
     parts.collect()
 }
