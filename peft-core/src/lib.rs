@@ -38,7 +38,7 @@ pub use param::{Parameter, Role};
 pub use read_rows::ReadRows;
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
 pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
-pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
+pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule, UNION, UNION_PARTS};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
 pub use sublayer::{Join, SublayerKind, SublayerModule, SublayerSite, sublayer_sites};
 pub use tokens::{TrainedHeadRows, TrainedTokens, token_ids};

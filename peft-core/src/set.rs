@@ -2,6 +2,8 @@
 
 mod union;
 
+pub use union::{UNION, UNION_PARTS};
+
 use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;

@@ -93,7 +93,8 @@ impl SoftPrompt {
             let message = format!("a model of type `{}` takes no virtual tokens here", base.model_type());
             return Err(Error::config("num_virtual_tokens", message));
         };
-        if by_key_heads && !dims.prefixes {
+        // What PEFT cannot do, AdapterHub's package may.
+        if by_key_heads && !dims.prefixes && self.moves_positions {
             let message = format!(
                 "prefix tuning is not for `{}`, whose layers take no keys and values in front of their own in transformers; use \
                  prompt or p_tuning",

@@ -89,6 +89,11 @@ fn check(model: &impl Segmented, methods: &[Value]) {
     both(model, &adapters, &Route::rows(&BOUNDS, &[Some(0), Some(1), Some(1)]));
 }
 
+/// A prefix that is another one for each sequence.
+fn gated() -> Value {
+    json!({"type": "union", "methods": [{"type": "prefix", "num_virtual_tokens": 2, "use_gating": true}]})
+}
+
 #[test]
 fn of_decoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});
@@ -96,6 +101,7 @@ fn of_decoders() {
     let window = json!({"model_type": "gemma2", "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 2});
     for changes in [json!({}), window] {
         check(&decoder(&changes), &[lora.clone(), bottleneck.clone()]);
+        check(&decoder(&changes), &[gated(), lora.clone()]);
     }
     check(
         &decoder(&json!({"model_type": "gpt_neox", "rotary_pct": 1.0})),
@@ -107,4 +113,6 @@ fn of_decoders() {
 fn of_encoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});
     check(&encoder(), &[lora, json!({"type": "ia3"})]);
+    let whole = json!({"type": "union", "methods": [{"r": 2, "target_modules": ["query"], "use_gating": true}]});
+    check(&encoder(), &[gated(), whole]);
 }

@@ -123,6 +123,17 @@ fn methods_are_trained_as_one() {
     train(&dir, "gated", "type = \"union\"\npreset = \"unipelt\"", &[]).ok();
     falls(&dir, "gated");
     dir.run(&["merge", "--model", &model, "--adapter", "gated", "--output", "merged"]).fails(&["cannot be merged"]);
+    // Both on the same rows, in one pass.
+    let both = ["eval", "--model", &model, "--data", "rows.jsonl", "--adapter", "out", "--adapter", "gated", "--json"];
+    let both = dir.run(&both).json();
+    for (i, name) in ["out", "gated"].into_iter().enumerate() {
+        let result = &both["results"][i];
+        assert_eq!((&result["adapter"], &result["examples"]), (&json!(name), &json!(24)), "{both}");
+        assert!((result["loss"].as_f64().unwrap() - eval_loss(&dir, &model, Some(name))).abs() < 1e-4, "{both}");
+    }
+    let choice =
+        ["eval", "--model", &model, "--data", "rows.jsonl", "--adapter", "out", "--adapter", "gated", "--choice", "a"];
+    dir.run(&choice).fails(&["--choice goes with one --adapter"]);
     for (method, expect) in [
         ("type = \"union\"", "methods"),
         (

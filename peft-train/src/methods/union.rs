@@ -2,15 +2,12 @@
 //! and any others that do not change the same site.
 
 use peft_core::config_keys::peft_defaults;
-use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
+use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result, UNION, UNION_PARTS as PARTS};
 use serde_json::{Map, Value, json};
 
 use super::{Config, METHODS, Made, MethodInfo};
 
-/// The parts: tables of methods in a recipe, configs in a file.
-const PARTS: &str = "methods";
 const PRESET: &str = "preset";
-const PEFT_TYPE: &str = "UNION";
 
 /// The methods of a preset.
 fn preset(name: &Value) -> Result<Value> {
@@ -101,11 +98,11 @@ pub(super) fn open(parts: &[Config], base: &dyn BaseModel, files: &AdapterFolder
 
 fn whole(made: Vec<Made>, base: &dyn BaseModel) -> Result<Made> {
     let parts: Vec<Adapter> = made.into_iter().map(|(adapter, _)| adapter).collect();
-    let mut config = peft_defaults(PEFT_TYPE, json!({}));
+    let mut config = peft_defaults(UNION, json!({}));
     config.insert("task_type".into(), base.task().peft_name().into());
     // Where rows are cut, and by other programs, it is looked for here.
     if let Some(tokens) = parts.iter().find_map(Adapter::virtual_tokens) {
         config.insert("num_virtual_tokens".into(), tokens.count.into());
     }
-    Ok((Adapter::union(parts, PARTS, config, base.sites())?, None))
+    Ok((Adapter::union(parts, config, base.sites())?, None))
 }
