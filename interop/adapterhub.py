@@ -8,12 +8,13 @@ For each model and variant, with an adapter that `adapters` made and saved:
            probabilities of single labels
   train    from there, peft-cli and torch's AdamW on the same rows have the same losses, step by step
   head     a class head of AdapterHub's own kind, beside the adapter, is read as the layers that it stands for
+  weights  of LoRA, (IA)³, prefixes and unions, that training moves the parameters as torch's AdamW does (within 2 % in the L2 norm)
   convert  what peft-cli trained, converted to AdapterHub's files, loads with no tensor missing or left over and gives the
            loss that peft-cli reports for it
+  preset   a union of one of peft-cli's presets has the config of `adapters`
 And of adapters that are put together, whose folders `adapters` made:
   eval, train, convert   as above, of a fusion or a stack; what is trained is the fusion
   beside   a fusion's own folder is read with those of its adapters beside it
-  union    a union of methods has the losses of `adapters` from the same values on, evaluated and trained
   compose  a stack or a mean that peft-cli makes of single adapters is the one of `adapters`
 Prints a line a case, then `N passed, N failed`; exit 1 if any failed.
 """
@@ -36,14 +37,17 @@ from adapters import (
     DiReftConfig,
     DoubleSeqBnConfig,
     DynamicAdapterFusionConfig,
+    IA3Config,
     LoRAConfig,
     LoReftConfig,
+    MAMConfig,
     NoReftConfig,
     ParBnConfig,
     PrefixTuningConfig,
     ReftConfig,
     SeqBnConfig,
     StaticAdapterFusionConfig,
+    UniPELTConfig,
 )
 from adapters.composition import Average, Fuse, Stack
 from adapters.methods import modeling
@@ -96,17 +100,31 @@ SETUPS = {
     # The package divides by the number of adapters once more.
     "average": (Average("a", "b", weights=[2 * w / sum(MEAN) for w in MEAN], normalize_weights=False), None),
 }
-# Unions of methods: `adapters`' config, and our `[method]` table without the targets of LoRA.
-PREFIX_LENGTH = 4
-PREFIX, OUR_PREFIX = PrefixTuningConfig(flat=True, prefix_length=PREFIX_LENGTH), f'{{type = "prefix", num_virtual_tokens = {PREFIX_LENGTH}}}'
-UNIONS = {
-    "mam": (ConfigUnion(PREFIX, ParBnConfig(reduction_factor=6)), f'[{OUR_PREFIX}, {{type = "bottleneck", preset = "par_bn", reduction_factor = 6}}]'),
-    "union": (
-        ConfigUnion(PREFIX, SeqBnConfig(reduction_factor=8, use_gating=True), LoRAConfig(r=4, alpha=8)),
-        f'[{OUR_PREFIX}, {{type = "bottleneck", reduction_factor = 8, use_gating = true}}, {{r = 4, lora_alpha = 8, target_modules = TARGETS}}]',
-    ),
+# Methods that PEFT has too, and unions. A prefix that a network makes is read as what the network makes, and not trained as it.
+FLAT = PrefixTuningConfig(flat=True, prefix_length=4)
+METHODS = {
+    "lora": LoRAConfig(r=4, alpha=6, attn_matrices=["q", "k", "v"], intermediate_lora=True, leave_out=[1]),
+    "lora_gated": LoRAConfig(r=3, alpha=6, output_lora=True, use_gating=True),
+    "lora_others": LoRAConfig(r=3, alpha=6, selfattn_lora=False, attn_matrices=[], intermediate_lora=True, output_lora=True),
+    "ia3": IA3Config(output_lora=True),
+    "prefix": PrefixTuningConfig(prefix_length=5, bottleneck_size=12, non_linearity="gelu"),
+    "prefix_gated": FLAT.replace(use_gating=True, shared_gating=False),
+    "mam": ConfigUnion(FLAT, ParBnConfig(reduction_factor=6)),
+    "mam_network": MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=20)),
+    "unipelt": UniPELTConfig(FLAT, SeqBnConfig(reduction_factor=8), LoRAConfig(r=4, alpha=2)),
+    "unipelt_ia3": ConfigUnion(FLAT, SeqBnConfig(reduction_factor=8, mh_adapter=True, ln_before=True), IA3Config()),
 }
-TARGETS = {"llama": ["q_proj", "v_proj"], "bert": ["query", "value"]}
+PRESETS = {"preset mam": MAMConfig(), "preset unipelt": UniPELTConfig()}
+# Where not all of them are.
+SOME_METHODS = {
+    "mistral": ["unipelt", "ia3"],
+    "gpt2": ["mam", "prefix_gated", "lora_others"],
+    "gpt2_classes": ["mam"],
+    "roberta": ["unipelt"],
+    "distilbert": ["unipelt", "ia3", "lora"],
+    "t5": ["lora", "lora_gated", "ia3"],
+    "llama_classes": ["unipelt", "lora", "prefix_gated"],
+}
 # All variants on one model of each kind, the first two on the others.
 EVERYTHING = ["llama", "bert"]
 # Only where a decoder attends to an encoder.
@@ -136,9 +154,15 @@ def without_torchvision():
     sys.modules |= {"torchvision": types.ModuleType("torchvision"), "torchvision.ops": types.ModuleType("torchvision.ops"), depth.__name__: depth}
 
 
-def of_theirs(base, load=None, **more):
-    """AdapterHub's model: the base with a new adapter moved away from its start, or with the one in a folder."""
-    model = cases.load_base(base, **more)
+def parts(config):
+    return config.configs if isinstance(config, ConfigUnion) else [config]
+
+
+def of_theirs(base, load=None, config=None):
+    """AdapterHub's model: the base with a new adapter moved away from its start, or with the one in a folder, of such a config."""
+    # Of torch's own attention the package asks a causal mask from the first key on, which may be a prefix's.
+    has_prefix = any(isinstance(part, PrefixTuningConfig) for part in parts(config or load))
+    model = cases.load_base(base, **(dict(attn_implementation="eager") if has_prefix else {}))
     adapters.init(model)
     if isinstance(load, pathlib.Path):
         info = {}
@@ -190,10 +214,20 @@ def near_logits(cli, base, adapter, model, row, out):
         near(f"log probability of label {number}", cli.eval(base, rows_file, adapter)["loss"], cases.mean_loss(model, [single]), 1e-5)
 
 
+def save(model, folder):
+    """Saves the adapter. The package cannot write as .safetensors what several layers share; this is what peft-cli says of a pickle."""
+    model.save_adapter(str(folder), "a")
+    for pickle, wanted in [("pytorch_adapter.bin", "adapter.safetensors"), ("pytorch_model_head.bin", "model_head.safetensors")]:
+        if (folder / pickle).exists():
+            tensors = {key: value.clone() for key, value in torch.load(folder / pickle, weights_only=True).items()}
+            save_file(tensors, folder / wanted, metadata={"format": "pt"})
+            (folder / pickle).unlink()
+
+
 def check(cli, base, rows, rows_file, config, out):
     model = of_theirs(base, config)
     saved = out / "theirs"
-    model.save_adapter(str(saved), "a", use_safetensors=True)
+    save(model, saved)
     is_reft = isinstance(config, ReftConfig)
     if is_reft and not config.subtract_projection:
         # The package does not write this key: what it saves of a DiReFT is a NoReFT to itself. We read it.
@@ -206,14 +240,19 @@ def check(cli, base, rows, rows_file, config, out):
     trained = out / "trained"
     method = f"init_from = {json.dumps(str(saved))}"
     ours = train(cli, trained, method, STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
-    alone = is_reft or config.use_gating
-    if is_reft or not config.stochastic_depth:
+    alone = is_reft or any(part.use_gating or isinstance(part, PrefixTuningConfig) for part in parts(config))
+    changes = any(getattr(part, "stochastic_depth", 0) or not getattr(part, "flat", True) for part in parts(config))
+    if not changes:
         for step, (got, want) in enumerate(zip(ours, steps(model, rows, alone), strict=True)):
             near(f"loss of step {step}", got, want, 1e-4)
 
+    if model.config.model_type == "t5" and isinstance(config, LoRAConfig):
+        return  # read and not written
     converted = out / "converted"
-    cli.run("convert", "--adapter", trained, "--to", "adapterhub", "--output", converted, "--model", base)
-    loaded = of_theirs(base, converted)
+    cli.run("convert", "--adapter", trained, "--to", "adapterhub", "--output", converted, "--model", base, "--name", "a")
+    if not changes and any(config is method for method in METHODS.values()):
+        same_weights(load_file(saved / "adapter.safetensors"), load_file(converted / "adapter.safetensors"), model.state_dict())
+    loaded = of_theirs(base, converted, config)
     near("loss in adapters", cases.mean_loss(loaded, rows), cli.eval(base, rows_file, trained)["loss"], 1e-5)
     near_logits(cli, base, trained, loaded, rows[0], out)
     # and back, under another name
@@ -290,45 +329,29 @@ def check_setup(cli, base, rows, rows_file, setup, fusion, out):
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, ours)["loss"], 1e-6)
 
 
-def behind_prefix(model):
-    """The package does not count a prefix among the positions; PEFT and transformers do, and so does peft-cli."""
-    forward = model.forward
-
-    def shifted(input_ids, **more):
-        positions = torch.arange(input_ids.shape[1]) + PREFIX_LENGTH
-        return forward(input_ids=input_ids, position_ids=positions.expand_as(input_ids), **more)
-
-    model.forward = shifted
-    return model
+def same_weights(start, ours, theirs):
+    norm = lambda tensors: sum(value.pow(2).sum().item() for value in tensors) ** 0.5
+    if start.keys() != ours.keys():
+        raise Short(f"tensors {sorted(start.keys() ^ ours.keys())} are not in both files")
+    moved = norm(theirs[key] - value for key, value in start.items())
+    apart = norm(theirs[key] - value for key, value in ours.items())
+    if not apart <= 0.02 * moved:
+        raise Short(f"training moved the parameters by {moved:.4f} there, and ours are {apart:.4f} apart from them")
 
 
-def our_tensor(key, state, family):
-    """The values of the package's model for a key of our file."""
-    if key == "prompt_embeddings":
-        # Every layer has it, and it is one.
-        flat = next(value for name, value in state.items() if name.endswith("control_trans"))
-        return flat.reshape(PREFIX_LENGTH, -1)
-    name = key.removeprefix("base_model.").removeprefix("model.") if family == "bert" else key.removeprefix("base_model.model.")
-    layer, place = (".mlp.down_proj.", ".output_adapters.adapters.a.") if family == "llama" else (".output.dense.", ".output.adapters.a.")
-    name = name.replace(".lora_A.weight", ".loras.a.lora_A").replace(".lora_B.weight", ".loras.a.lora_B")
-    return state[name if name in state else name.replace(layer, place)]
-
-
-def check_union(cli, base, rows, rows_file, config, methods, out):
-    # Of torch's own attention the package asks a causal mask from the first key on, which is the prefix's.
-    model = behind_prefix(of_theirs(base, config, attn_implementation="eager"))
-    family = model.config.model_type
-    method = 'type = "union"\nmethods = ' + methods.replace("TARGETS", json.dumps(TARGETS[family]))
-    start = out / "start"
-    train(cli, start, method, 1, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
-    weights = start / "adapter_model.safetensors"
-    tensors = {key: our_tensor(key, model.state_dict(), family) for key in load_file(weights)}
-    save_file({key: value.detach().clone().contiguous() for key, value in tensors.items()}, weights, metadata={"format": "pt"})
-    near("loss", cli.eval(base, rows_file, start)["loss"], cases.mean_loss(model, rows), 1e-5)
-    near_logits(cli, base, start, model, rows[0], out)
-    ours = train(cli, out / "trained", f"init_from = {json.dumps(str(start))}", STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
-    for step, (got, want) in enumerate(zip(ours, steps(model, rows, True), strict=True)):
-        near(f"loss of step {step}", got, want, 1e-4)
+def check_preset(cli, base, rows, rows_file, name, config, out):
+    start, converted = out / "start", out / "converted"
+    train(cli, start, f'type = "union"\npreset = "{name}"', 1, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
+    cli.run("convert", "--adapter", start, "--to", "adapterhub", "--output", converted, "--model", base)
+    model = of_theirs(base, converted, config)
+    near("loss in adapters", cases.mean_loss(model, rows), cli.eval(base, rows_file, start)["loss"], 1e-5)
+    got = ConfigUnion.from_dict(json.loads((converted / "adapter_config.json").read_text())["config"])
+    # What made the prefix is not stored.
+    of_network = ("flat", "bottleneck_size")
+    for ours, theirs in zip(parts(got), parts(config), strict=True):
+        for key, value in theirs.to_dict().items():
+            if key not in of_network and ours.to_dict().get(key) != value:
+                raise Short(f"{key} of {type(theirs).__name__} is {ours.to_dict().get(key)}, should be {value}")
 
 
 def check_head(cli, base, rows, rows_file, settings, out):
@@ -358,7 +381,7 @@ def main():
             # The package gives a T5's decoder the encoder's positions.
             variants += ["gated"] * (name == "t5") + ["gated", "loreft"] * (name in ("gpt2", "distilbert", "llama_classes"))
             variants += SETUPS if name in EVERYTHING else ["fusion", "stack"]
-            variants += UNIONS if name in EVERYTHING else []
+            variants += [*METHODS, *PRESETS] if name in EVERYTHING else SOME_METHODS.get(name, [])
             variants += [f"head {number}" for number in range(len(HEADS.get(name, [])))]
             variants = [v for v in variants if cases.wanted(given.only, name, v)]
             if not variants:
@@ -376,8 +399,10 @@ def main():
                 with tally.case(f"{name}/{variant}"):
                     if variant in VARIANTS:
                         check(given.cli, base, rows, rows_file, VARIANTS[variant], out)
-                    elif variant in UNIONS:
-                        check_union(given.cli, base, rows, rows_file, *UNIONS[variant], out)
+                    elif variant in METHODS:
+                        check(given.cli, base, rows, rows_file, METHODS[variant], out)
+                    elif variant in PRESETS:
+                        check_preset(given.cli, base, rows, rows_file, variant.split()[-1], PRESETS[variant], out)
                     elif variant in SETUPS:
                         check_setup(given.cli, base, rows, rows_file, *SETUPS[variant], out)
                     else:

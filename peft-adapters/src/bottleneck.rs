@@ -1,11 +1,10 @@
 //! One bottleneck adapter at the end of a sublayer.
 
 use candle_core::{DType, Tensor};
-use peft_core::kernels::{self, Activation, SequenceSpan, Stream};
-use peft_core::{Ctx, Join, Mode, Parameter, Result, SiteId, SublayerModule};
+use peft_core::kernels::{self, Activation, Stream};
+use peft_core::{Ctx, Gate, Join, Mode, Parameter, Result, SiteId, SublayerModule, sequences};
 
 use crate::phm::Phm;
-use crate::sequences;
 
 /// Epsilon of the adapter's own layer norms, PyTorch's default.
 const LAYER_NORM_EPS: f64 = 1e-5;
@@ -127,29 +126,6 @@ impl Scaling {
     }
 }
 
-/// How far an adapter is open to a sequence: the mean over the tokens of the pass of `sigmoid(w·x + b)` (`use_gating`). It is the
-/// package's, padding apart, which there is a part of the mean. A token that is written with a cache has a gate of its own.
-#[derive(Debug)]
-pub(crate) struct Gate {
-    /// `[1, hidden]`.
-    pub(crate) weight: Parameter,
-    /// `[1]`.
-    pub(crate) bias: Parameter,
-}
-
-impl Gate {
-    /// `out`, each sequence multiplied by the gate for its rows of `x`.
-    fn apply(&self, out: &Tensor, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let scores = kernels::add_bias(&kernels::trainable_linear(x, &self.weight.get(ctx))?, &self.bias.get(ctx))?;
-        let open = ((scores / 2.0)?.tanh()? / 2.0)?.affine(1.0, 0.5)?;
-        let means = sequences::each(&open, sequences, |_, rows| {
-            let tokens = rows.dim(0)?;
-            Ok(rows.mean_keepdim(0)?.broadcast_as((tokens, 1))?)
-        })?;
-        Ok(out.broadcast_mul(&means)?)
-    }
-}
-
 /// `s · up(act(down(norm(x))))` at its [`Placement`]. `down` is `[bottleneck, hidden]`, `up` is `[hidden, bottleneck]`. It
 /// calculates in the parameters' type, `f32`.
 #[derive(Debug)]
@@ -175,34 +151,29 @@ pub struct Bottleneck {
 
 impl Bottleneck {
     /// The network alone: `[tokens, hidden]` to `[tokens, hidden]`, without the norm at its end.
-    fn network(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let out = self.scaled(x, sequences, ctx)?;
+    fn network(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let out = self.scaled(x, ctx)?;
         let out = match ctx.dropout(self.site, self.dropout) {
             Some(dropout) => kernels::dropout(&out, dropout.p, dropout.stream)?,
             None => out,
         };
         match &self.gate {
-            Some(gate) => gate.apply(&out, x, sequences, ctx),
+            Some(gate) => gate.apply(&out, x, ctx),
             None => Ok(out),
         }
     }
 
     /// The network without dropout and gate, which is what a fusion attends to.
-    pub(crate) fn scaled(&self, x: &Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+    pub(crate) fn scaled(&self, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let normed = self.norm_before.as_ref().map(|norm| norm.forward(x, ctx)).transpose()?;
         let inner = kernels::activation(&self.down.forward(normed.as_ref().unwrap_or(x), ctx)?, self.activation)?;
-        let out = self.some_sequences(self.up.forward(&inner, ctx)?, sequences, ctx)?;
+        let out = self.some_sequences(self.up.forward(&inner, ctx)?, ctx)?;
         self.scaling.of(out, ctx)
     }
 
     /// The network of `read`, with the norm at its end and its residual connection.
-    pub(crate) fn with_residual(
-        &self,
-        [read, residual]: &[Tensor; 2],
-        sequences: &[SequenceSpan],
-        ctx: &Ctx<'_>,
-    ) -> Result<Tensor> {
-        let made = self.network(read, sequences, ctx)?;
+    pub(crate) fn with_residual(&self, [read, residual]: &[Tensor; 2], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let made = self.network(read, ctx)?;
         if self.residual_before_norm && self.placement != Placement::Parallel {
             return self.norm_after(kernels::add(&made, residual)?, ctx);
         }
@@ -210,11 +181,11 @@ impl Bottleneck {
     }
 
     /// What is left of `out` by [`Bottleneck::stochastic_depth`].
-    fn some_sequences(&self, out: Tensor, sequences: &[SequenceSpan], ctx: &Ctx<'_>) -> Result<Tensor> {
+    fn some_sequences(&self, out: Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let Some(drop) = ctx.dropout(self.site, self.stochastic_depth) else { return Ok(out) };
         // Other numbers than those of the dropout here.
         let stream = Stream { site: !drop.stream.site, ..drop.stream };
-        sequences::each(&out, sequences, |i, rows| {
+        sequences::each(&out, ctx.sequences, |i, rows| {
             let factor = if stream.uniform(i as u64) < drop.p { 0.0 } else { 1.0 / (1.0 - f64::from(drop.p)) };
             Ok((rows * factor)?)
         })
@@ -260,7 +231,7 @@ impl Bottleneck {
 
 impl SublayerModule for Bottleneck {
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let output = self.with_residual(&self.reads(sublayer, ctx)?, sublayer.sequences, ctx)?;
+        let output = self.with_residual(&self.reads(sublayer, ctx)?, ctx)?;
         self.behind(&output, sublayer, ctx)
     }
 
@@ -274,7 +245,7 @@ impl SublayerModule for Bottleneck {
         all.extend(self.down.parameters().into_iter().chain(self.up.parameters()));
         all.extend(self.scaling.parameter());
         all.extend(self.norm_after.iter().flat_map(Norm::parameters));
-        all.extend(self.gate.iter().flat_map(|gate| [&gate.weight, &gate.bias]));
+        all.extend(self.gate.iter().flat_map(Gate::parameters));
         all
     }
 }
@@ -329,6 +300,7 @@ pub(crate) mod testing {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use peft_core::kernels::SequenceSpan;
     use peft_core::kernels::testing::{close, randn};
     use peft_core::{AdapterSet, FrozenNorm, NormKind, Route, StepRng};
 
@@ -407,7 +379,7 @@ mod tests {
                             bottleneck(0, placement, scaling(), norms, before && placement != Placement::Parallel);
                         b.joins_stream = i == 0 || post_norm;
                         let norm = post_norm.then_some(&model_norm);
-                        let join = Join { output: &h, residual: &stream, norm, sequences: &[] };
+                        let join = Join { output: &h, residual: &stream, norm };
                         let want = reference(&b, &h, &stream, post_norm.then_some((&weight, &bias)));
                         let name = format!("{placement:?}, norms {norms:?}, {before}, post-norm {post_norm}");
                         close(&name, &b.join(&join, &ctx).unwrap(), &want, 1e-5).unwrap();
@@ -429,8 +401,8 @@ mod tests {
         for placement in [Placement::Parallel, Placement::Sequential { on_stream: false, residual: Residual::Output }] {
             let mut b = bottleneck(0, placement, Scaling::Fixed(1.5), [true, false], false);
             let sequences = [span(0..3), span(3..5)];
-            let join = |sequences| Join { output: &h, residual: &stream, norm: None, sequences };
-            let open = b.join(&join(&[]), &ctx).unwrap();
+            let join = Join { output: &h, residual: &stream, norm: None };
+            let open = b.join(&join, &ctx).unwrap();
             let base = (&h + &stream).unwrap();
             let (weight, bias) = (parameter(50, &[1, HIDDEN]), parameter(51, &[1]));
             let read = if placement == Placement::Parallel { &stream } else { &h };
@@ -440,16 +412,17 @@ mod tests {
             let [first, second] = [mean(&scores[..3]), mean(&scores[3..])];
             let gates = Tensor::new(vec![first, first, first, second, second], h.device()).unwrap();
             let made = (&open - &base).unwrap().broadcast_mul(&gates.reshape((5, 1)).unwrap()).unwrap();
-            b.gate = Some(Gate { weight, bias });
+            b.gate = Some(Gate::new(weight, bias));
             assert!(b.reads_sequences(&ctx));
-            let got = b.join(&join(&sequences), &ctx).unwrap();
+            let got = b.join(&join, &Ctx { sequences: &sequences, ..ctx }).unwrap();
             close("gated", &got, &(made + base).unwrap(), 1e-5).unwrap();
             // The rows of one sequence alone.
             let (h, stream) = (h.narrow(0, 3, 2).unwrap(), stream.narrow(0, 3, 2).unwrap());
-            let alone = Join { output: &h, residual: &stream, norm: None, sequences: &[span(0..2)] };
-            close("alone", &b.join(&alone, &ctx).unwrap(), &got.narrow(0, 3, 2).unwrap(), 1e-6).unwrap();
+            let alone = Join { output: &h, residual: &stream, norm: None };
+            let made = b.join(&alone, &Ctx { sequences: &[span(0..2)], ..ctx }).unwrap();
+            close("alone", &made, &got.narrow(0, 3, 2).unwrap(), 1e-6).unwrap();
             for wrong in [vec![], vec![span(0..1)], vec![span(1..2)]] {
-                assert!(b.join(&Join { sequences: &wrong, ..alone }, &ctx).is_err());
+                assert!(b.join(&alone, &Ctx { sequences: &wrong, ..ctx }).is_err());
             }
         }
     }
@@ -462,8 +435,8 @@ mod tests {
         let sequences: Vec<_> = (0..rows / 2).map(|i| span(2 * i..2 * i + 2)).collect();
         let placement = Placement::Sequential { on_stream: false, residual: Residual::Output };
         let mut b = bottleneck(0, placement, Scaling::Fixed(1.0), [false, false], false);
-        let eval = Ctx::eval(&set, &Route::Base);
-        let join = Join { output: &h, residual: &stream, norm: None, sequences: &sequences };
+        let eval = Ctx { sequences: &sequences, ..Ctx::eval(&set, &Route::Base) };
+        let join = Join { output: &h, residual: &stream, norm: None };
         let base = (&h + &stream).unwrap();
         let whole = (b.join(&join, &eval).unwrap() - &base).unwrap();
         b.stochastic_depth = p;

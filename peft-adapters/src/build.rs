@@ -5,11 +5,11 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use peft_core::kernels::Stream;
 use peft_core::{
-    Adapter, BaseModel, Built, Error, Parameter, Result, Role, SiteAdapter, SiteModule, SublayerKind, SublayerSite,
-    Unmatched, candidates, insert_saved, parameter_name, select_saved,
+    Adapter, BaseModel, Built, Error, Gate, Parameter, Result, Role, SiteAdapter, SiteModule, SublayerKind,
+    SublayerSite, Unmatched, candidates, insert_saved, parameter_name, select_saved,
 };
 
-use crate::bottleneck::{Bottleneck, Gate, Norm, Projection, Scaling, Weight};
+use crate::bottleneck::{Bottleneck, Norm, Projection, Scaling, Weight};
 use crate::config::{BottleneckConfig, ScalingKind, Start};
 use crate::phm::{Shared, Way};
 
@@ -152,10 +152,8 @@ impl BottleneckConfig {
             }
         };
         let role = |role: Role| if self.start == Start::MamAdapter { Role::ZeroAtStart } else { role };
-        Ok(Gate {
-            weight: parameter("gate.weight", Tensor::from_vec(weight, (1, hidden), &Device::Cpu)?, role(Role::Plain))?,
-            bias: parameter("gate.bias", Tensor::new(&[bias], &Device::Cpu)?, role(Role::NoDecay))?,
-        })
+        let weight = parameter("gate.weight", Tensor::from_vec(weight, (1, hidden), &Device::Cpu)?, role(Role::Plain))?;
+        Ok(Gate::new(weight, parameter("gate.bias", Tensor::new(&[bias], &Device::Cpu)?, role(Role::NoDecay))?))
     }
 }
 

@@ -25,7 +25,6 @@ mod config;
 pub mod linear;
 mod phm;
 pub mod reft;
-mod sequences;
 
 pub use bottleneck::{Bottleneck, Placement, Residual};
 pub use config::BottleneckConfig;

@@ -122,9 +122,9 @@ pub(crate) struct ReplayArgs {
 pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub(crate) model: ModelArgs,
-    /// Adapter folder or hub id
+    /// Adapter folder or hub id; with several, each is measured, all in one pass
     #[arg(long)]
-    pub(crate) adapter: Option<String>,
+    pub(crate) adapter: Vec<String>,
     /// The task of all rows, for an adapter with several; left out, each row's own, in its column `task_id`
     #[arg(long)]
     pub(crate) task_id: Option<usize>,
@@ -343,7 +343,8 @@ pub(crate) enum ConvertTo {
     Gguf,
     /// The files of mlx-lm, from a LoRA
     Mlx,
-    /// The files of AdapterHub's `adapters` package, for bottleneck adapters, what is made of them, and ReFT
+    /// The files of AdapterHub's `adapters` package, for bottleneck adapters, what is made of them, ReFT, LoRA, (IA)³, prefixes
+    /// and unions of these
     Adapterhub,
     /// adapter_config.json and adapter_model.safetensors, as training writes them
     Peft,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use peft_kernels::{Dropout, Stream};
+use peft_kernels::{Dropout, SequenceSpan, Stream};
 
 use crate::set::AdapterSet;
 use crate::site::SiteId;
@@ -125,13 +125,16 @@ pub struct Ctx<'a> {
     pub mode: Mode,
     /// Random numbers of this step.
     pub rng: StepRng,
+    /// Which rows each sequence has (`queries`) of how many of its tokens so far (`keys`): fewer where earlier ones are in a cache.
+    /// Blocks set it. For modules that ask for it (`reads_sequences`) they cover the rows in order; others may be given none.
+    pub sequences: &'a [SequenceSpan],
 }
 
 impl<'a> Ctx<'a> {
     /// A context for inference.
     #[must_use]
     pub fn eval(adapters: &'a AdapterSet, route: &'a Route) -> Self {
-        Self { adapters, route, mode: Mode::Eval, rng: StepRng::default() }
+        Self { adapters, route, mode: Mode::Eval, rng: StepRng::default(), sequences: &[] }
     }
 
     /// The same context without a graph: parameters untracked, dropout as before.

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
-use peft_kernels::{Branch, FrozenWeight, RoutedSpan, ServingForm};
+use peft_kernels::{Branch, FrozenWeight, RoutedSpan, SequenceSpan, ServingForm};
 
 use crate::ctx::{Ctx, Mode, Route, StepRng};
 use crate::error::{Context, Error, Result};
+use crate::sequences;
 use crate::set::SiteModule;
 use crate::site::SiteId;
 
@@ -137,6 +138,32 @@ impl FrozenLinear {
         !ctx.route.any_slot(|slot| ctx.adapters.at(slot, self.site).is_some())
     }
 
+    /// Whether a module of `ctx` at this layer or behind it reads whole sequences, so that all their rows have to be made.
+    #[must_use]
+    pub fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        ctx.route.any_slot(|slot| self.slot_reads_sequences(slot, ctx))
+    }
+
+    fn slot_reads_sequences(&self, slot: usize, ctx: &Ctx<'_>) -> bool {
+        let module = ctx.adapters.at(slot, self.site).and_then(|adapter| adapter.module.as_ref());
+        module.is_some_and(|module| module.reads_sequences(ctx))
+    }
+
+    /// The sequences of the rows of `run`, counted from its start, where the module of `slot` reads them.
+    pub(crate) fn sequences_of(
+        &self,
+        run: &Range<usize>,
+        slot: Option<usize>,
+        ctx: &Ctx<'_>,
+    ) -> Result<Vec<SequenceSpan>> {
+        match slot {
+            Some(slot) if self.slot_reads_sequences(slot, ctx) => {
+                sequences::within(ctx.sequences, run).with_context(|| self.path.to_string())
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
+
     fn through(&self, slot: usize, x: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let Some(adapter) = ctx.adapters.at(slot, self.site) else { return self.base(x) };
         let y = match &adapter.module {
@@ -187,7 +214,8 @@ impl FrozenLinear {
             .enumerate()
             .map(|(i, (run, slot))| {
                 let x = x.narrow(0, run.start, run.len())?;
-                let ctx = &Ctx { rng: StepRng { run: i as u32, ..ctx.rng }, ..*ctx };
+                let sequences = self.sequences_of(run, *slot, ctx)?;
+                let ctx = &Ctx { rng: StepRng { run: i as u32, ..ctx.rng }, sequences: &sequences, ..*ctx };
                 match slot {
                     Some(slot) => self.through(*slot, &x, ctx),
                     None => self.base(&x),

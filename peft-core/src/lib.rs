@@ -12,6 +12,7 @@ method and no model.
 
 mod build;
 mod ctx;
+mod gate;
 mod heads;
 mod layers;
 mod module;
@@ -19,6 +20,7 @@ mod param;
 mod read_rows;
 mod saved;
 mod segmented;
+pub mod sequences;
 mod set;
 mod site;
 mod sublayer;
@@ -28,6 +30,7 @@ mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use gate::Gate;
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
@@ -35,7 +38,7 @@ pub use param::{Parameter, Role};
 pub use read_rows::ReadRows;
 pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
 pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
-pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule};
+pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule, UNION, UNION_PARTS};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
 pub use sublayer::{Join, SublayerKind, SublayerModule, SublayerSite, sublayer_sites};
 pub use tokens::{TrainedHeadRows, TrainedTokens, token_ids};

@@ -26,6 +26,12 @@ pub trait PeftModule: Send + Sync + Debug {
         None
     }
 
+    /// Whether the module has to know which rows are a sequence ([`Ctx::sequences`]), so that it is given all rows of a sequence
+    /// together.
+    fn reads_sequences(&self) -> bool {
+        false
+    }
+
     /// The trainable parameters, in the order in which they are stored.
     fn parameters(&self) -> Vec<&Parameter>;
 

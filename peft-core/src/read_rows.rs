@@ -35,10 +35,10 @@ impl ReadRows {
         Self { rows: self.rows.iter().map(|&row| place(row)).collect(), route: self.route.clone() }
     }
 
-    /// The context of these rows, for that of all.
+    /// The context of these rows, for that of all. They are no whole sequences.
     #[must_use]
     pub fn ctx<'b>(&'b self, ctx: &Ctx<'b>) -> Ctx<'b> {
-        Ctx { route: &self.route, ..*ctx }
+        Ctx { route: &self.route, sequences: &[], ..*ctx }
     }
 
     /// Which of these rows lie in `tokens`, as places among these rows.

@@ -2,12 +2,15 @@
 
 mod union;
 
+pub use union::{UNION, UNION_PARTS};
+
 use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 use peft_kernels::ServingForm;
 use serde_json::{Map, Value};
 
+use crate::ctx::Ctx;
 use crate::error::{Error, Result};
 use crate::heads::AttentionModule;
 use crate::layers::FrozenLinear;
@@ -66,6 +69,15 @@ impl SiteModule {
             Self::Sublayer(_) => Some("changes the residual stream"),
             Self::Attention(_) => Some("adds what queries see beside their sequence"),
             Self::Linear(_) | Self::Embedding(_) | Self::Norm(_) => None,
+        }
+    }
+
+    /// Whether it is given all rows of a sequence together ([`Ctx::sequences`]).
+    pub(crate) fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        match self {
+            Self::Linear(m) => m.reads_sequences(),
+            Self::Sublayer(m) => m.reads_sequences(ctx),
+            Self::Embedding(_) | Self::Norm(_) | Self::Attention(_) => false,
         }
     }
 

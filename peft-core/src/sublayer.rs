@@ -1,11 +1,9 @@
 //! Where a sublayer (attention, feed-forward network) joins the residual stream: the place of bottleneck adapters.
 
 use std::fmt::Debug;
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use peft_kernels::SequenceSpan;
 
 use crate::ctx::{Ctx, Route};
 use crate::error::{Context, Error, Result};
@@ -57,9 +55,6 @@ pub struct Join<'a> {
     pub residual: &'a Tensor,
     /// In a post-norm model, the norm of their sum.
     pub norm: Option<&'a FrozenNorm>,
-    /// Which rows each sequence has (`queries`) of how many of its tokens so far (`keys`): fewer where earlier ones are in a cache.
-    /// For modules that ask for it ([`SublayerModule::reads_sequences`]) they cover the rows in order; others may be given none.
-    pub sequences: &'a [SequenceSpan],
 }
 
 impl Join<'_> {
@@ -92,8 +87,8 @@ pub trait SublayerModule: Send + Sync + Debug {
     /// When a tensor operation fails.
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor>;
 
-    /// Whether the module has to know which rows are a sequence and what place they have in it, so that it is given all rows
-    /// of a sequence together.
+    /// Whether the module has to know which rows are a sequence and what place they have in it ([`Ctx::sequences`]), so that it is
+    /// given all rows of a sequence together.
     fn reads_sequences(&self, _ctx: &Ctx<'_>) -> bool {
         false
     }
@@ -124,14 +119,9 @@ impl FrozenLinear {
                         sublayer.residual.narrow(0, run.start, run.len())?,
                     );
                     let route = slot.map_or(Route::Base, Route::Uniform);
-                    let ctx = Ctx { route: &route, ..*ctx };
-                    let sequences = match slot.and_then(module) {
-                        Some(module) if module.reads_sequences(&ctx) => {
-                            within(sublayer.sequences, run).with_context(|| self.path().to_string())?
-                        }
-                        _ => Vec::new(),
-                    };
-                    let part = Join { output: &output, residual: &residual, sequences: &sequences, ..*sublayer };
+                    let sequences = self.sequences_of(run, *slot, ctx)?;
+                    let ctx = Ctx { route: &route, sequences: &sequences, ..*ctx };
+                    let part = Join { output: &output, residual: &residual, ..*sublayer };
                     through(&part, *slot, &ctx)
                 });
                 let parts = parts.collect::<Result<Vec<_>>>()?;
@@ -140,30 +130,10 @@ impl FrozenLinear {
         }
     }
 
-    /// Whether a module of `ctx` at this end of a sublayer reads whole sequences ([`SublayerModule::reads_sequences`]).
-    #[must_use]
-    pub fn joins_sequences(&self, ctx: &Ctx<'_>) -> bool {
-        let reads = |slot: usize| self.sublayer_module(slot, ctx).is_some_and(|module| module.reads_sequences(ctx));
-        ctx.route.any_slot(reads)
-    }
-
     fn sublayer_module<'a>(&self, slot: usize, ctx: &Ctx<'a>) -> Option<&'a Arc<dyn SublayerModule>> {
         match ctx.adapters.at(slot, self.site()).and_then(|a| a.module.as_ref()) {
             Some(SiteModule::Sublayer(module)) => Some(module),
             _ => None,
         }
     }
-}
-
-/// The sequences of the rows of `run`, counted from its start.
-fn within(sequences: &[SequenceSpan], run: &Range<usize>) -> Result<Vec<SequenceSpan>> {
-    let mut found = Vec::new();
-    for span in sequences.iter().filter(|s| s.queries.start < run.end && run.start < s.queries.end) {
-        if span.queries.start < run.start || run.end < span.queries.end {
-            return Err(Error::msg("a sequence goes through several adapters, one of which acts on whole sequences"));
-        }
-        let queries = span.queries.start - run.start..span.queries.end - run.start;
-        found.push(SequenceSpan { queries, ..span.clone() });
-    }
-    Ok(found)
 }

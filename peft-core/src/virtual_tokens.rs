@@ -4,8 +4,10 @@
 //! (prefix tuning). A *prompt* is embeddings that run through the model like tokens (prompt tuning, P-tuning). Nothing
 //! comes before them, so in a causal model what they become does not depend on the sequence behind them: a pass computes them
 //! once for each adapter, however many sequences use it, and the sequences share their keys and values. An encoder looks both
-//! ways, and each of its sequences has rows of its own for a prompt.
+//! ways, and each of its sequences has rows of its own for a prompt; so has each sequence for a prefix with a gate, which
+//! multiplies the prefix by what it makes of the sequence.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use candle_core::Tensor;
 
 use crate::ctx::{Ctx, Route};
 use crate::error::{Error, Result};
+use crate::gate::Gate;
 use crate::param::Parameter;
 
 /// Keys and values in front of each layer's own.
@@ -24,6 +27,12 @@ pub trait PrefixModule: Send + Sync + Debug {
     /// # Errors
     /// When a tensor operation fails.
     fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)>;
+
+    /// What multiplies keys (by its first output) and values (by its last) of layer `layer` for each sequence, computed of what the
+    /// attention there reads. Either all layers have one or none.
+    fn gate(&self, _layer: usize) -> Option<&Gate> {
+        None
+    }
 
     /// The trainable parameters, in the order in which they are stored.
     fn parameters(&self) -> Vec<&Parameter>;
@@ -84,8 +93,10 @@ pub enum VirtualModule {
 /// The virtual tokens of one adapter.
 #[derive(Debug, Clone)]
 pub struct VirtualTokens {
-    /// How many: PEFT's `num_virtual_tokens`. The sequence's own positions begin after them.
+    /// How many: PEFT's `num_virtual_tokens`.
     pub count: usize,
+    /// Whether the sequence's own positions begin after them, as in PEFT, or at 0 all the same.
+    pub moves_positions: bool,
     /// Where they come from.
     pub module: VirtualModule,
 }
@@ -100,13 +111,24 @@ impl VirtualTokens {
         }
     }
 
+    /// How many positions the sequence's own begin after.
+    #[must_use]
+    pub fn positions(&self) -> usize {
+        if self.moves_positions { self.count } else { 0 }
+    }
+
+    /// Whether they are another thing for each sequence.
+    fn is_gated(&self) -> bool {
+        matches!(&self.module, VirtualModule::Prefix(m) if m.gate(0).is_some())
+    }
+
     /// These as they are for one task.
     pub(crate) fn for_task(&self, task: usize) -> Self {
         let module = match &self.module {
             VirtualModule::Prompt(m) => m.for_task(task).map(VirtualModule::Prompt),
             VirtualModule::Prefix(_) => None,
         };
-        Self { count: self.count, module: module.unwrap_or_else(|| self.module.clone()) }
+        Self { module: module.unwrap_or_else(|| self.module.clone()), ..self.clone() }
     }
 
     /// Their tensors that are not trained and that a checkpoint restores.
@@ -175,7 +197,21 @@ pub struct VirtualSpan {
     pub tokens: VirtualTokens,
 }
 
-/// The virtual tokens of one pass: those of each slot once, and which sequence has which.
+impl VirtualSpan {
+    /// Its module, where it is a prefix.
+    fn prefix(&self) -> Option<&dyn PrefixModule> {
+        match &self.tokens.module {
+            VirtualModule::Prefix(module) => Some(module.as_ref()),
+            VirtualModule::Prompt(_) => None,
+        }
+    }
+}
+
+/// Keys and values of a layer, by slot.
+type OfSlots = BTreeMap<usize, (Tensor, Tensor)>;
+
+/// The virtual tokens of one pass: those of each slot once, or once for each sequence where a gate makes them another thing for each;
+/// and which sequence has which.
 #[derive(Debug, Clone, Default)]
 pub struct VirtualSpans {
     spans: Vec<VirtualSpan>,
@@ -204,7 +240,8 @@ impl VirtualSpans {
                 ));
             }
             found.of_sequence.push(first.map(|span| {
-                found.spans.iter().position(|s| s.slot == span.slot).unwrap_or_else(|| {
+                let shares = !span.tokens.is_gated();
+                found.spans.iter().position(|s| shares && s.slot == span.slot).unwrap_or_else(|| {
                     found.spans.push(span);
                     found.spans.len() - 1
                 })
@@ -213,7 +250,7 @@ impl VirtualSpans {
         Ok(found)
     }
 
-    /// Each slot's virtual tokens, in the order in which the batch meets them.
+    /// The virtual tokens that are apart, in the order in which the batch meets them.
     pub fn iter(&self) -> impl Iterator<Item = &VirtualSpan> {
         self.spans.iter()
     }
@@ -237,18 +274,71 @@ impl VirtualSpans {
         self.of_sequence(sequence).and_then(|at| rows.get(at)).cloned().unwrap_or(0..0)
     }
 
-    /// Keys and values of layer `layer` of all prefixes of this pass, in the order of their rows.
+    /// How many positions those of a sequence begin after.
+    #[must_use]
+    pub fn positions_of_sequence(&self, sequence: usize) -> usize {
+        let span = self.of_sequence(sequence).and_then(|at| self.spans.get(at));
+        span.map_or(0, |span| span.tokens.positions())
+    }
+
+    /// Keys and values of layer `layer` of all prefixes of this pass, in the order of their rows; the attention there reads `x`
+    /// `[tokens, hidden]`.
     ///
     /// # Errors
     /// When a tensor operation fails.
-    pub fn prefixes(&self, layer: usize, ctx: &Ctx<'_>) -> Result<Vec<(Tensor, Tensor)>> {
-        self.spans
-            .iter()
-            .filter_map(|span| match &span.tokens.module {
-                VirtualModule::Prefix(module) => Some(module.keys_values(layer, ctx)),
-                VirtualModule::Prompt(_) => None,
-            })
-            .collect()
+    pub fn prefixes(&self, layer: usize, x: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<(Tensor, Tensor)>> {
+        let mut of_slots = OfSlots::new();
+        let modules = self.spans.iter().enumerate().filter_map(|(at, span)| Some((at, span.slot, span.prefix()?)));
+        modules.map(|(at, slot, module)| self.prefix((at, slot, module), layer, x, ctx, &mut of_slots)).collect()
+    }
+
+    /// Of the prefixes of [`VirtualSpans::prefixes`], those that are another thing for each sequence, with the sequence.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    pub fn gated_prefixes(&self, layer: usize, x: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<(usize, Tensor, Tensor)>> {
+        let mut of_slots = OfSlots::new();
+        let mut found = Vec::new();
+        for (sequence, at) in self.of_sequence.iter().enumerate().filter_map(|(i, at)| Some((i, (*at)?))) {
+            let Some(span) = self.spans.get(at).filter(|span| span.tokens.is_gated()) else { continue };
+            let Some(module) = span.prefix() else { continue };
+            let (keys, values) = self.prefix((at, span.slot, module), layer, x, ctx, &mut of_slots)?;
+            found.push((sequence, keys, values));
+        }
+        Ok(found)
+    }
+
+    /// Keys and values of one of the prefixes. Those of a slot are made once.
+    fn prefix(
+        &self,
+        (at, slot, module): (usize, usize, &dyn PrefixModule),
+        layer: usize,
+        x: &Tensor,
+        ctx: &Ctx<'_>,
+        of_slots: &mut OfSlots,
+    ) -> Result<(Tensor, Tensor)> {
+        let (keys, values) = match of_slots.get(&slot) {
+            Some(made) => made.clone(),
+            None => {
+                let made = module.keys_values(layer, ctx)?;
+                of_slots.insert(slot, made.clone());
+                made
+            }
+        };
+        let Some(gate) = module.gate(layer) else { return Ok((keys, values)) };
+        let sequence = self.of_sequence.iter().position(|of| *of == Some(at));
+        let Some(rows) = sequence.and_then(|i| ctx.sequences.get(i)).map(|span| span.queries.clone()) else {
+            return Err(Error::msg("the sequence of a prefix with a gate is not known"));
+        };
+        let open = gate.of_sequence(&x.narrow(0, rows.start, rows.len())?, ctx)?;
+        let last = open.dim(1)?.saturating_sub(1);
+        Ok((keys.broadcast_mul(&open.narrow(1, 0, 1)?)?, values.broadcast_mul(&open.narrow(1, last, 1)?)?))
+    }
+
+    /// Whether a prefix is another thing for each sequence.
+    #[must_use]
+    pub fn any_gated(&self) -> bool {
+        self.spans.iter().any(|span| span.tokens.is_gated())
     }
 
     /// The embeddings of all prompts of this pass, in the order of their rows.
@@ -265,7 +355,7 @@ impl VirtualSpans {
             .collect()
     }
 
-    /// Where the rows of each slot's prefix lie among keys and values, in the order of [`VirtualSpans::iter`], when they
+    /// Where the rows of each prefix lie among keys and values, in the order of [`VirtualSpans::iter`], when they
     /// follow `tokens` others; none where a slot has a prompt.
     #[must_use]
     pub fn prefix_rows(&self, tokens: usize) -> Vec<Range<usize>> {
@@ -278,7 +368,7 @@ impl VirtualSpans {
         rows.collect()
     }
 
-    /// Where each slot's rows lie, in the order of [`VirtualSpans::iter`]: those of prompts follow the `tokens` of the
+    /// Where their rows lie, in the order of [`VirtualSpans::iter`]: those of prompts follow the `tokens` of the
     /// batch in the hidden states; those of prefixes follow all of these among the keys and values.
     #[must_use]
     pub fn rows(&self, tokens: usize) -> Vec<Range<usize>> {

@@ -10,14 +10,15 @@ use peft_core::select::{SelectRules, Unmatched, saved_target_modules, select};
 use peft_core::select_spec::TargetModules;
 use peft_core::suggest::did_you_mean;
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, Built, Context, Error, FrozenEmbedding, FrozenLinear, Parameter, Result, Role, Site,
-    SiteAdapter, SiteKind, SiteModule, SiteTable, TrainedTokens, candidates, insert_saved, parameter_name,
+    Adapter, BaseLayer, BaseModel, Built, Context, Error, FrozenEmbedding, FrozenLinear, Gate, Parameter, Result, Role,
+    Site, SiteAdapter, SiteKind, SiteModule, SiteTable, TrainedTokens, candidates, insert_saved, parameter_name,
     selected_site,
 };
 
 use crate::config::{BiasTraining, LoraConfig};
 use crate::dora;
 use crate::embedding::LoraEmbedding;
+use crate::gated::GatedLora;
 use crate::linear::LoraLinear;
 
 impl LoraConfig {
@@ -103,6 +104,13 @@ fn saves_embeddings(targets: &Option<TargetModules>, trains_tokens: bool) -> boo
     named && !trains_tokens
 }
 
+fn outside_blocks() -> Error {
+    Error::config("use_gating", "goes with linear layers in the model's blocks: leave this one out of target_modules")
+}
+
+/// The stream's step of a gate's start, behind those of the factors.
+const GATE: u32 = u32::MAX;
+
 struct Builder<'a> {
     config: &'a LoraConfig,
     base: &'a dyn BaseModel,
@@ -117,7 +125,11 @@ impl Builder<'_> {
     fn module(&self, site: &Site, r: usize, alpha: f64) -> Result<SiteModule> {
         let scale = self.config.scale(r, alpha) as f32;
         match self.base.layer(site.id)? {
+            BaseLayer::Linear(layer) if self.config.use_gating => {
+                Ok(SiteModule::Linear(Arc::new(self.gated(site, layer, r)?)))
+            }
             BaseLayer::Linear(layer) => Ok(SiteModule::Linear(Arc::new(self.linear(site, layer, r, scale)?))),
+            BaseLayer::Embedding(_) if self.config.use_gating => Err(outside_blocks()),
             BaseLayer::Embedding(e) => Ok(SiteModule::Embedding(Arc::new(self.embedding(site, e, r, scale)?))),
             BaseLayer::Norm(_) => Err(Error::site(&site.path, "LoRA adapts linear layers and embeddings, not norms")),
         }
@@ -157,6 +169,20 @@ impl Builder<'_> {
             scale,
             dropout: config.lora_dropout,
         })
+    }
+
+    /// LoRA with a gate, whose place is in a block: there it is known which rows are a sequence.
+    fn gated(&self, site: &Site, layer: &FrozenLinear, r: usize) -> Result<GatedLora> {
+        let head = self.base.sites().iter().map(|s| s.segment).max();
+        if site.segment == 0 || Some(site.segment) == head {
+            return Err(outside_blocks());
+        }
+        let LoraLinear { a, b, dropout, .. } = self.linear(site, layer, r, 1.0)?;
+        let stream = Stream { seed: self.seed, step: GATE, site: site.id.0 };
+        let name = parameter_name(&site.path, "gate");
+        let silent = self.config.init.starts_at_zero();
+        let gate = Gate::start(&name, [1, layer.weight().in_features()], silent, stream, self.base.device())?;
+        Ok(GatedLora { a, b, gate, dropout })
     }
 
     /// On an embedding PEFT starts A at zero and B from a standard normal.

@@ -46,6 +46,8 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// A bias on B.
     pub lora_bias: bool,
+    /// A gate for each sequence in the place of the scale (UniPELT). PEFT has none, so it is for a part of a union.
+    pub use_gating: bool,
     /// How A and B start.
     pub init: Init,
     /// How EVA finds A and the ranks, where `init` says so.
@@ -87,6 +89,9 @@ const UNSUPPORTED: &[&str] = &[
 /// Keys that PEFT knows and that need nothing from a reader.
 const OTHER_KEYS: &[&str] = &["kasa_config", "monteclora_config", "velora_config", "runtime_config"];
 
+/// The key of a gate, in a config of our own.
+const GATE: &str = "use_gating";
+
 impl LoraConfig {
     /// Reads the config of an existing adapter. Keys that PEFT may add later are ignored, as PEFT does; keys that change
     /// the maths in ways that are not built here are refused.
@@ -104,8 +109,8 @@ impl LoraConfig {
     pub fn from_recipe(config: &Map<String, Value>) -> Result<Self> {
         let known = defaults();
         for key in config.keys() {
-            if !known.contains_key(key) && !OTHER_KEYS.contains(&key.as_str()) {
-                let near = did_you_mean(key, known.keys().map(String::as_str));
+            if !known.contains_key(key) && !OTHER_KEYS.contains(&key.as_str()) && key != GATE {
+                let near = did_you_mean(key, known.keys().map(String::as_str).chain([GATE]));
                 return Err(Error::config(key, format!("is not a key of method lora{near}")));
             }
         }
@@ -132,7 +137,7 @@ impl LoraConfig {
             Some(Value::String(s)) if s == "lora_only" => BiasTraining::LoraOnly,
             Some(v) => return Err(Error::config("bias", format!("{v} is none of \"none\", \"all\", \"lora_only\""))),
         };
-        let parsed = Self {
+        let mut parsed = Self {
             r,
             lora_alpha: keys.number("lora_alpha", 8.0)?,
             lora_dropout: lora_dropout as f32,
@@ -141,11 +146,18 @@ impl LoraConfig {
             use_rslora: keys.flag("use_rslora", false)?,
             use_dora: keys.flag("use_dora", false)?,
             lora_bias: keys.flag("lora_bias", false)?,
+            use_gating: keys.flag(GATE, false)?,
             init: init(get("init_lora_weights"))?,
             eva: EvaConfig::parse(get("eva_config"))?,
             trainable_tokens: get("trainable_token_indices").map(parse_tokens).transpose()?,
             raw: config.clone(),
         };
+        if !parsed.use_gating {
+            parsed.raw.remove(GATE);
+        } else if parsed.use_dora || parsed.lora_bias || parsed.init.subtracts() {
+            let message = "goes with a plain LoRA: not with use_dora, lora_bias, or a start at a part of the weight";
+            return Err(Error::config(GATE, message));
+        }
         if parsed.use_dora && parsed.lora_bias {
             return Err(Error::config("lora_bias", "cannot be combined with use_dora"));
         }
@@ -283,6 +295,9 @@ mod tests {
             (r#"{"lora_dropout": 1.0}"#, "lora_dropout"),
             (r#"{"bias": "some"}"#, "lora_only"),
             (r#"{"use_dora": 1}"#, "use_dora"),
+            (r#"{"use_gatin": true}"#, "use_gating"),
+            (r#"{"use_gating": true, "use_dora": true}"#, "use_gating"),
+            (r#"{"use_gating": true, "init_lora_weights": "pissa"}"#, "use_gating"),
             (r#"{"use_qalora": true}"#, "use_qalora"),
             (r#"{"trainable_token_indices": [1, 1]}"#, "twice"),
             (r#"{"init_lora_weights": "psisa"}"#, "pissa"),

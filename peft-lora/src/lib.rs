@@ -2,7 +2,7 @@
 LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
-modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`LoraEmbedding`], [`peft_core::TrainedTokens`].
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`GatedLora`], [`LoraEmbedding`], [`peft_core::TrainedTokens`].
 [`foreign`] reads the files of mlx-lm, torchtune and kohya, and [`mlx`] writes mlx-lm's.
 */
 
@@ -13,6 +13,7 @@ mod dora;
 mod embedding;
 pub mod eva;
 pub mod foreign;
+mod gated;
 mod init;
 mod linalg;
 mod linear;
@@ -21,5 +22,6 @@ pub mod mlx;
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;
 pub use embedding::LoraEmbedding;
+pub use gated::GatedLora;
 pub use init::Init;
 pub use linear::LoraLinear;

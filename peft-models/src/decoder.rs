@@ -195,12 +195,18 @@ impl Decoder {
     }
 
     /// Prepares a step of cached decoding: the new tokens are the `queries` of the sequences, at the end of their `keys`,
-    /// which are, like their `prefix`, ranges of the cache's rows. Positions count virtual tokens.
+    /// which are, like their `prefix`, ranges of the cache's rows. Positions count virtual tokens. Prefixes that are another thing
+    /// for each sequence are written by the blocks; the others are there.
     ///
     /// # Errors
     /// When a position is beyond what the rope table can hold.
-    pub fn prepare_cached(&self, positions: &[u32], sequences: Vec<SequenceSpan>) -> Result<DecoderInput> {
-        self.input(positions, sequences, VirtualRows::default())
+    pub fn prepare_cached(
+        &self,
+        positions: &[u32],
+        sequences: Vec<SequenceSpan>,
+        virtual_tokens: VirtualSpans,
+    ) -> Result<DecoderInput> {
+        self.input(positions, sequences, VirtualRows::new(virtual_tokens, None))
     }
 
     fn input(
@@ -389,7 +395,7 @@ impl Segmented for Decoder {
     fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &DecoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let (last, ctx) = (self.blocks.len().saturating_sub(1), input.virtual_rows.ctx(ctx));
         let block = self.block_at(last)?;
-        let made = if block.joins_sequences(&ctx) {
+        let made = if block.reads_sequences(&ctx) {
             block.forward(hidden, input, &ctx, None).and_then(|made| rows.of(&made))
         } else {
             block.forward_rows(hidden, rows, input, &ctx)
@@ -422,7 +428,7 @@ impl Segmented for Decoder {
         let rows = hidden.dim(0)?;
         let positions: Vec<u32> = (0..rows as u32).collect();
         let sequence = SequenceSpan { queries: 0..rows, keys: 0..rows, prefix: 0..0 };
-        let input = self.prepare_cached(&positions, vec![sequence])?;
+        let input = self.prepare_cached(&positions, vec![sequence], VirtualSpans::default())?;
         let mut cache = LayerCache::new(rows, self.config.key_value_size(), self.dtype, &self.device)?;
         let set = AdapterSet::empty();
         let ctx = Ctx::eval(&set, &Route::Base);

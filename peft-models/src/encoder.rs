@@ -218,7 +218,7 @@ impl Encoder {
                 positions.extend((first..).take(prompt + own.len()));
                 continue;
             }
-            let mut next = first + sequences.prefix_length(i) as u32;
+            let mut next = first + sequences.prefix_positions(i) as u32;
             for &id in batch.ids.get(own.clone()).unwrap_or_default() {
                 let is_padding = self.config.family.positions_after_padding && id == padding;
                 positions.push(if is_padding { padding } else { next });
@@ -275,10 +275,11 @@ impl Block {
     }
 
     fn forward(&self, hidden: &Tensor, input: &EncoderInput, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
+        let ctx = &Ctx { sequences: &input.attention.sequences, ..*ctx };
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], hidden, ctx)?;
-        let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
+        let (k, v) = input.virtual_rows.extend(self.layer, hidden, (k, v), ctx)?;
         let attended = attention(&q, &k, &v, &input.attention)?;
-        self.behind_attention(&attended, hidden, &input.attention.sequences, c, ctx)
+        self.behind_attention(&attended, hidden, c, ctx)
     }
 
     /// `rows` of what [`Block::forward`] makes.
@@ -292,30 +293,24 @@ impl Block {
     ) -> Result<Tensor> {
         let (own, of_own) = (rows.of(hidden)?, rows.ctx(ctx));
         let q = self.q.forward(&own, &of_own)?;
+        let ctx = &Ctx { sequences: &input.attention.sequences, ..*ctx };
         let [k, v] = FrozenLinear::forward_siblings([&self.k, &self.v], hidden, ctx)?;
-        let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
+        let (k, v) = input.virtual_rows.extend(self.layer, hidden, (k, v), ctx)?;
         // Every query sees all keys of its sequence, wherever it stands.
         let queries = |s: &SequenceSpan| SequenceSpan { queries: rows.within(&s.queries), ..s.clone() };
         let sequences = input.attention.sequences.iter().map(queries).collect();
         let plan = Arc::new(AttentionPlan { sequences, ..(*input.attention).clone() });
-        self.behind_attention(&attention(&q, &k, &v, &plan)?, &own, &[], c, &of_own)
+        self.behind_attention(&attention(&q, &k, &v, &plan)?, &own, c, &of_own)
     }
 
     /// From what the heads of attention gave, `[tokens, hidden]`, and the block's input to its result.
-    fn behind_attention(
-        &self,
-        attended: &Tensor,
-        hidden: &Tensor,
-        sequences: &[SequenceSpan],
-        c: &EncoderConfig,
-        ctx: &Ctx<'_>,
-    ) -> Result<Tensor> {
+    fn behind_attention(&self, attended: &Tensor, hidden: &Tensor, c: &EncoderConfig, ctx: &Ctx<'_>) -> Result<Tensor> {
         let attended = self.o.forward(attended, ctx)?;
         let norm = Some(&self.attention_norm);
-        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm, sequences }, ctx)?;
+        let hidden = self.o.join(&Join { output: &attended, residual: hidden, norm }, ctx)?;
         let inner = activation(&self.up.forward(&hidden, ctx)?, c.hidden_act.into())?;
         let output = self.down.forward(&inner, ctx)?;
-        self.down.join(&Join { output: &output, residual: &hidden, norm: Some(&self.mlp_norm), sequences }, ctx)
+        self.down.join(&Join { output: &output, residual: &hidden, norm: Some(&self.mlp_norm) }, ctx)
     }
 }
 
@@ -389,7 +384,7 @@ impl Segmented for Encoder {
         let mut moved = Vec::with_capacity(rows.len());
         for (i, (tokens, rows)) in prompted.tokens.iter().zip(&rows).enumerate() {
             let prefix = virtual_tokens.rows_of_sequence(i, &prefixes);
-            let (length, most) = (prefix.len() + rows.len(), c.max_length());
+            let (length, most) = (prompted.prefix_positions(i) + rows.len(), c.max_length());
             if length > most {
                 let (of_them, room) = match length - tokens.len() {
                     0 => (String::new(), most),
@@ -449,7 +444,7 @@ impl Segmented for Encoder {
     fn last_block(&self, hidden: &Tensor, rows: &ReadRows, input: &EncoderInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let block = self.blocks.last().ok_or_else(|| Error::msg("a model without blocks"))?;
         let (rows, ctx, c) = (input.with_prompts(rows), input.virtual_rows.ctx(ctx), &self.config);
-        let made = if block.o.joins_sequences(&ctx) || block.down.joins_sequences(&ctx) {
+        let made = if block.linears().iter().any(|layer| layer.reads_sequences(&ctx)) {
             block.forward(hidden, input, c, &ctx).and_then(|made| rows.of(&made))
         } else {
             block.forward_rows(hidden, &rows, input, c, &ctx)

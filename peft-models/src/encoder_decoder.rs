@@ -241,7 +241,7 @@ impl EncoderDecoder {
         let own = self.source_attention(&rows);
         let mut hidden = of_batch.with_prompts(self.embed.forward(sources.ids, ctx)?, ctx)?;
         let route = of_batch.route(ctx.route, 0);
-        let ctx = Ctx { route: route.as_ref().unwrap_or(ctx.route), ..*ctx };
+        let ctx = Ctx { route: route.as_ref().unwrap_or(ctx.route), sequences: own.sequences(), ..*ctx };
         for i in 0..self.encoder.blocks.len() {
             hidden = self.encoder_block(i, &hidden, &own, &ctx)?;
         }
@@ -263,11 +263,15 @@ impl EncoderDecoder {
         caches: &mut [LayerCache],
         ctx: &Ctx<'_>,
     ) -> Result<Tensor> {
+        let bounds: Vec<usize> = std::iter::once(0).chain(own.iter().map(|span| span.queries.end)).collect();
+        let rows = VirtualRows::new(VirtualSpans::of(&bounds, ctx)?, None);
         let (own, cross) = (self.own_attention(true, own), self.cross_attention(cross));
         let mut hidden = self.embed.forward(ids, ctx)?;
-        for ((block, keys_values), cache) in self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches) {
+        let blocks = self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches).enumerate();
+        for (layer, ((block, keys_values), cache)) in blocks {
             let encoder = Some((Encoded::KeysValues(keys_values), &cross));
-            hidden = block.forward(&hidden, (&own, &self.decoder.bias), encoder, ctx, Earlier::Cache(cache))?;
+            let earlier = Earlier::Cache(cache, &rows, layer);
+            hidden = block.forward(&hidden, (&own, &self.decoder.bias), encoder, ctx, earlier)?;
         }
         Ok(hidden)
     }
@@ -395,6 +399,7 @@ impl Segmented for EncoderDecoder {
             Some(routes) => routes.each_ref().map(|route| Ctx { route, ..*ctx }),
             None => [*ctx; 2],
         };
+        let of_source = Ctx { sequences: input.of_sources.sequences(), ..of_source };
         let [target, source] = match i.checked_sub(self.encoder.blocks.len()) {
             None => [target, self.encoder_block(i, &source, &input.of_sources, &of_source)?],
             Some(i) => {

@@ -47,6 +47,8 @@ struct Open {
     keys: std::ops::Range<usize>,
     /// Rows of its adapter's virtual tokens, which it may share with others.
     prefix: std::ops::Range<usize>,
+    /// How many positions its own begin after.
+    first_position: usize,
     last: u32,
 }
 
@@ -80,7 +82,8 @@ pub fn generate(
     for (row, r) in requests.iter().enumerate() {
         let prefix = virtual_tokens.rows_of_sequence(row, &virtual_rows);
         let region = place(r.prompt.len() + options.max_new_tokens);
-        open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, last: 0 });
+        let first_position = virtual_tokens.positions_of_sequence(row);
+        open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, first_position, last: 0 });
     }
     let width = model.config().key_value_size();
     let mut caches = (0..model.num_blocks())
@@ -143,7 +146,7 @@ pub fn generate_targets(
         let prefix = virtual_tokens.rows_of_sequence(row, &prefixes);
         // The start token's key is the first.
         let start = first_key + row * region;
-        Open { row, keys: start..start + 1, prefix, last: 0 }
+        Open { row, keys: start..start + 1, prefix, first_position: 0, last: 0 }
     });
     let start = model.config().decoder_start_token_id;
     let first = Step { ids: vec![start; requests.len()], lengths: vec![1; requests.len()], prompts: Vec::new() };
@@ -160,8 +163,11 @@ pub fn generate_targets(
     })
 }
 
-/// Puts the keys and values of a prefix into the rows from `start` on.
+/// Puts the keys and values of a prefix into the rows from `start` on; where they depend on the sequence, each step does.
 fn write_prefix(module: &dyn PrefixModule, start: usize, caches: &mut [LayerCache], ctx: &Ctx<'_>) -> Result<()> {
+    if module.gate(0).is_some() {
+        return Ok(());
+    }
     for (layer, cache) in caches.iter_mut().enumerate() {
         let (keys, values) = module.keys_values(layer, ctx)?;
         cache.write(start, &keys, &values)?;
@@ -259,7 +265,7 @@ impl Step {
         for (o, n) in open.iter().zip(&self.lengths) {
             let queries = positions.len()..positions.len() + n;
             bounds.push(queries.end);
-            let first = o.prefix.len() + o.keys.len() - n;
+            let first = o.first_position + o.keys.len() - n;
             positions.extend((first as u32..).take(*n));
             sequences.push(SequenceSpan { queries, keys: o.keys.clone(), prefix: o.prefix.clone() });
         }
@@ -274,7 +280,7 @@ impl Step {
         }
         let with_prompts =
             route.followed_by(self.ids.len(), self.prompts.iter().map(|(slot, rows, _)| (rows.len(), *slot)));
-        let input = model.prepare_cached(&positions, sequences)?;
+        let input = model.prepare_cached(&positions, sequences, VirtualSpans::of(&bounds, &ctx)?)?;
         let hidden = match rows.as_slice() {
             [own] => own.clone(),
             rows => Tensor::cat(rows, 0)?,

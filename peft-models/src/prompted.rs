@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use candle_core::Tensor;
-use peft_core::{Ctx, Result, Route, VirtualModule, VirtualSpan, VirtualSpans, VirtualTokens};
+use peft_core::{Ctx, Result, Route, VirtualModule, VirtualSpan, VirtualSpans};
 
 /// Where each sequence lies.
 pub(crate) type Rows = Vec<Range<usize>>;
@@ -18,17 +18,13 @@ pub(crate) struct Prompted<'a> {
 impl Prompted<'_> {
     /// Rows of the prompt in front of sequence `i`.
     pub(crate) fn prompt_length(&self, i: usize) -> usize {
-        self.length(i, VirtualTokens::is_prompt)
-    }
-
-    /// Keys of the prefix in front of those of sequence `i`.
-    pub(crate) fn prefix_length(&self, i: usize) -> usize {
-        self.length(i, |tokens| !tokens.is_prompt())
-    }
-
-    fn length(&self, i: usize, counts: impl Fn(&VirtualTokens) -> bool) -> usize {
         let span = self.virtual_tokens.of_sequence(i).and_then(|at| self.virtual_tokens.iter().nth(at));
-        span.filter(|span| counts(&span.tokens)).map_or(0, |span| span.tokens.count)
+        span.filter(|span| span.tokens.is_prompt()).map_or(0, |span| span.tokens.count)
+    }
+
+    /// Positions that the prefix in front of the keys of sequence `i` takes.
+    pub(crate) fn prefix_positions(&self, i: usize) -> usize {
+        self.virtual_tokens.positions_of_sequence(i) - self.prompt_length(i)
     }
 
     /// Each sequence's rows with its prompt.

@@ -5,6 +5,8 @@ use candle_core::Tensor;
 use peft_core::kernels::SequenceSpan;
 use peft_core::{Ctx, Result, Route, TokenBatch, VirtualSpans};
 
+use crate::kv_cache::LayerCache;
+
 /// What virtual tokens make of a batch without a cache.
 #[derive(Debug)]
 pub(crate) struct Layout {
@@ -30,7 +32,7 @@ impl Layout {
         let mut sequences = Vec::with_capacity(batch.bounds.len());
         for (i, own) in owns.enumerate() {
             let prefix = spans.rows_of_sequence(i, &rows);
-            let shift = prefix.len() as u32;
+            let shift = spans.positions_of_sequence(i) as u32;
             positions.iter_mut().take(own.end).skip(own.start).for_each(|p| *p = p.saturating_add(shift));
             sequences.push(SequenceSpan { queries: own.clone(), keys: own, prefix });
         }
@@ -64,9 +66,15 @@ impl VirtualRows {
         Ctx { route: self.route.as_ref().unwrap_or(ctx.route), ..*ctx }
     }
 
-    /// `keys` and `values` of layer `layer`, those of the prefixes behind them.
-    pub(crate) fn extend(&self, layer: usize, keys: Tensor, values: Tensor, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
-        let prefixes = self.spans.prefixes(layer, ctx)?;
+    /// `keys` and `values` of layer `layer`, whose attention reads `x`, those of the prefixes behind them.
+    pub(crate) fn extend(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        (keys, values): (Tensor, Tensor),
+        ctx: &Ctx<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let prefixes = self.spans.prefixes(layer, x, ctx)?;
         if prefixes.is_empty() {
             return Ok((keys, values));
         }
@@ -77,5 +85,15 @@ impl VirtualRows {
             all_values.push(values.to_dtype(dtype)?);
         }
         Ok((Tensor::cat(&all_keys, 0)?, Tensor::cat(&all_values, 0)?))
+    }
+
+    /// Writes the prefixes that are another thing for each sequence where the cache of layer `layer` has room for them.
+    pub(crate) fn write_gated(&self, layer: usize, x: &Tensor, cache: &mut LayerCache, ctx: &Ctx<'_>) -> Result<()> {
+        for (sequence, keys, values) in self.spans.gated_prefixes(layer, x, ctx)? {
+            if let Some(span) = ctx.sequences.get(sequence) {
+                cache.write(span.prefix.start, &keys, &values)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -10,10 +10,15 @@ use serde_json::{Map, Value, json};
 /// Width of an encoder's hidden layer, at most.
 pub(crate) const MAX_ENCODER_WIDTH: usize = 1 << 16;
 
+/// A key of our own for a prefix: false where its sequence's positions begin at 0 all the same, as in AdapterHub's package.
+pub(crate) const MOVES_POSITIONS: &str = "moves_positions";
+
 /// The config of a soft prompt as read.
 #[derive(Debug, Clone)]
 pub(crate) struct SoftPrompt {
     count: usize,
+    /// Whether the sequence's positions begin after a prefix, as PEFT has it.
+    moves_positions: bool,
     /// `modules_to_save` and `task_type`.
     saved: TargetSpec,
     raw: Map<String, Value>,
@@ -66,7 +71,13 @@ impl SoftPrompt {
         };
         let saved = ["modules_to_save", "task_type"].into_iter();
         let saved = saved.filter_map(|key| Some((key.to_owned(), config.get(key)?.clone()))).collect();
-        Ok(Self { count, saved: TargetSpec::from_config(&saved)?, raw: config.clone() })
+        let moves_positions = ConfigKeys(config).flag(MOVES_POSITIONS, true)?;
+        Ok(Self { count, moves_positions, saved: TargetSpec::from_config(&saved)?, raw: config.clone() })
+    }
+
+    /// Whether the config has this key.
+    pub(crate) fn says(&self, key: &str) -> bool {
+        self.raw.contains_key(key)
     }
 
     /// As PEFT completes it for the task of `base` ([`task_keys`]).
@@ -82,7 +93,8 @@ impl SoftPrompt {
             let message = format!("a model of type `{}` takes no virtual tokens here", base.model_type());
             return Err(Error::config("num_virtual_tokens", message));
         };
-        if by_key_heads && !dims.prefixes {
+        // What PEFT cannot do, AdapterHub's package may.
+        if by_key_heads && !dims.prefixes && self.moves_positions {
             let message = format!(
                 "prefix tuning is not for `{}`, whose layers take no keys and values in front of their own in transformers; use \
                  prompt or p_tuning",
@@ -143,8 +155,9 @@ impl SoftPrompt {
     ) -> Result<Built> {
         let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
         let mut adapter = Adapter::new(config, base.sites());
-        let tokens = VirtualTokens { count: self.count, module };
+        let mut tokens = VirtualTokens { count: self.count, moves_positions: self.moves_positions, module };
         if tokens.is_prompt() {
+            tokens.moves_positions = true;
             refuse_table(&selection, word_embedding(base)?)?;
         }
         adapter.set_virtual_tokens(tokens);

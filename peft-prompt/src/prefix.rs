@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::{
-    AdapterSet, BaseModel, Built, ConfigKeys, Ctx, Error, ExpectedTensor, Parameter, PrefixModule, Result, Role, Route,
-    Unmatched, VirtualModule,
+    AdapterSet, BaseModel, Built, ConfigKeys, Ctx, Error, ExpectedTensor, Gate, Parameter, PrefixModule, Result, Role,
+    Route, Unmatched, VirtualModule,
 };
 use serde_json::{Map, Value, json};
 
-use crate::keys::{MAX_ENCODER_WIDTH, Shape, SoftPrompt, defaults};
+use crate::keys::{MAX_ENCODER_WIDTH, MOVES_POSITIONS, Shape, SoftPrompt, defaults};
 use crate::network::{Linear, Starts, torch_bound};
 use crate::{PROMPT_EMBEDDINGS, Stored};
 
@@ -25,7 +25,14 @@ pub struct PrefixConfig {
     encoder_hidden_size: Option<usize>,
     /// Start from zeros.
     zero: bool,
+    /// Outputs of the gate of each layer (UniPELT, arXiv:2110.07577), where it has one: one for keys and values, or one each.
+    gate_outputs: Option<usize>,
 }
+
+/// Keys of our own, which say what PEFT has not: they stand in a config only where they differ from these.
+const OWN_KEYS: [(&str, bool); 3] = [(USE_GATING, false), (SHARED_GATING, true), (MOVES_POSITIONS, true)];
+const USE_GATING: &str = "use_gating";
+const SHARED_GATING: &str = "shared_gating";
 
 fn known() -> Map<String, Value> {
     defaults(PEFT_TYPE, &json!({"encoder_hidden_size": null, "init_weights": null, "prefix_projection": false}))
@@ -37,7 +44,13 @@ impl PrefixConfig {
     /// # Errors
     /// A value of the wrong type or out of range; the message names the key.
     pub fn from_adapter_config(config: &Map<String, Value>) -> Result<Self> {
-        let keys = ConfigKeys(config);
+        let mut config = config.clone();
+        for (key, usual) in OWN_KEYS {
+            if ConfigKeys(&config).flag(key, usual)? == usual {
+                config.remove(key);
+            }
+        }
+        let keys = ConfigKeys(&config);
         let zero = match keys.text("init_weights")? {
             None => false,
             Some("zero") => true,
@@ -46,11 +59,21 @@ impl PrefixConfig {
             }
         };
         Ok(Self {
-            shared: SoftPrompt::read(config)?,
+            shared: SoftPrompt::read(&config)?,
             projection: keys.flag("prefix_projection", false)?,
             encoder_hidden_size: keys.count("encoder_hidden_size", MAX_ENCODER_WIDTH)?,
             zero,
+            gate_outputs: match keys.flag(USE_GATING, false)? {
+                true => Some(if keys.flag(SHARED_GATING, true)? { 1 } else { 2 }),
+                false => None,
+            },
         })
+    }
+
+    /// Whether it says what PEFT has no place for, so that it is for a part of a union: a key of its own.
+    #[must_use]
+    pub fn beyond_peft(&self) -> Option<&'static str> {
+        OWN_KEYS.into_iter().map(|(key, _)| key).find(|key| self.shared.says(key))
     }
 
     /// Reads the `[method]` table of a recipe: PEFT's keys, where an unknown one is an error with the nearest known.
@@ -58,7 +81,9 @@ impl PrefixConfig {
     /// # Errors
     /// An unknown key, or a value of the wrong type or out of range; the message names the key.
     pub fn from_recipe(config: &Map<String, Value>) -> Result<Self> {
-        ConfigKeys(config).refuse_unknown("prefix", &known())?;
+        let mut keys = known();
+        keys.extend(OWN_KEYS.map(|(key, usual)| (key.to_owned(), usual.into())));
+        ConfigKeys(config).refuse_unknown("prefix", &keys)?;
         Self::from_adapter_config(config)
     }
 
@@ -99,6 +124,17 @@ impl PrefixConfig {
                 Arc::new(FlatPrefix { embeddings, shape })
             }
         };
+        let module = match self.gate_outputs {
+            None => module,
+            Some(outputs) => {
+                let gate = |layer: usize| {
+                    let width = [outputs, shape.dims.hidden_size];
+                    Gate::start(&format!("prefix_gates.{layer}"), width, self.zero, starts.stream(), base.device())
+                };
+                let gates = (0..shape.dims.layers).map(gate).collect::<Result<_>>()?;
+                Arc::new(GatedPrefix { prefix: module, gates })
+            }
+        };
         self.shared.adapter(config, VirtualModule::Prefix(module), base, unmatched)
     }
 }
@@ -106,6 +142,32 @@ impl PrefixConfig {
 /// Cuts `[tokens, 2 · width]` into keys and values.
 fn keys_and_values(both: &Tensor, width: usize) -> Result<(Tensor, Tensor)> {
     Ok((both.narrow(1, 0, width)?.contiguous()?, both.narrow(1, width, width)?.contiguous()?))
+}
+
+/// A prefix with a gate in each layer.
+#[derive(Debug)]
+struct GatedPrefix {
+    prefix: Arc<dyn PrefixModule>,
+    gates: Vec<Gate>,
+}
+
+impl PrefixModule for GatedPrefix {
+    fn keys_values(&self, layer: usize, ctx: &Ctx<'_>) -> Result<(Tensor, Tensor)> {
+        self.prefix.keys_values(layer, ctx)
+    }
+
+    fn gate(&self, layer: usize) -> Option<&Gate> {
+        self.gates.get(layer)
+    }
+
+    fn parameters(&self) -> Vec<&Parameter> {
+        self.prefix.parameters().into_iter().chain(self.gates.iter().flat_map(Gate::parameters)).collect()
+    }
+
+    fn exported(&self) -> Result<Vec<(String, Tensor)>> {
+        let of_gates = self.gates.iter().flat_map(Gate::parameters).map(|p| (p.name().to_string(), p.value()));
+        Ok(self.prefix.exported()?.into_iter().chain(of_gates).collect())
+    }
 }
 
 /// A prefix that is trained as it is.

@@ -354,8 +354,8 @@ pub const METHODS: &[MethodInfo] = &[
         trainable: true,
         mergeable: false,
         servable: true,
-        variants: "methods (a table each), or preset = \"mam\"",
-        paper: "Mix-And-Match: He et al. 2021, arXiv:2110.04366; UniPELT: Mao et al. 2021, arXiv:2110.07577",
+        variants: "methods (a table each), or preset: mam, unipelt",
+        paper: "Mix-And-Match: He et al. 2021, arXiv:2110.04366; UniPELT: Mao et al. 2022, arXiv:2110.07577",
     },
     MethodInfo {
         name: "full",

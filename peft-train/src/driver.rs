@@ -183,6 +183,19 @@ pub(crate) fn token_losses_above<M: Segmented>(
     with_head(model, batch, below, ctx, |head, ctx| head.losses(model, &head.normed(model, ctx)?, ctx))
 }
 
+/// The negative log-likelihood of each counted token and the likeliest one in its place, in the order of [`Batch::targets`].
+pub(crate) fn token_scores<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<(Vec<f32>, Vec<u32>)> {
+    with_head(model, batch, None, ctx, |head, ctx| {
+        let (mut losses, mut likeliest) = (Vec::new(), Vec::new());
+        head.each_chunk(model, &head.normed(model, ctx)?, ctx, |logits, ids| {
+            losses.extend(kernels::cross_entropy_rows(logits, ids, 1.0, None, false)?.nll);
+            likeliest.extend(logits.argmax(1)?.to_vec1::<u32>()?);
+            Ok(())
+        })?;
+        Ok((losses, likeliest))
+    })
+}
+
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     hidden_before(model, batch, model.num_blocks(), ctx)
@@ -475,14 +488,28 @@ impl Head<'_> {
 
     /// The negative log-likelihood of each row's target, over chunks of rows.
     fn losses<M: Segmented>(&self, model: &M, normed: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
-        let of_head = self.read.ctx(ctx);
         let mut losses = Vec::with_capacity(self.targets.len());
+        self.each_chunk(model, normed, ctx, |logits, ids| {
+            losses.extend(kernels::cross_entropy_rows(logits, ids, 1.0, None, false)?.nll);
+            Ok(())
+        })?;
+        Ok(losses)
+    }
+
+    /// Hands `f` the logits and the targets of one chunk of rows after another.
+    fn each_chunk<M: Segmented>(
+        &self,
+        model: &M,
+        normed: &Tensor,
+        ctx: &Ctx<'_>,
+        mut f: impl FnMut(&Tensor, &[u32]) -> Result<()>,
+    ) -> Result<()> {
+        let of_head = self.read.ctx(ctx);
         for (start, ids) in chunks(self.targets) {
             let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
-            let logits = model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?;
-            losses.extend(kernels::cross_entropy_rows(&logits, ids, 1.0, None, false)?.nll);
+            f(&model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?, ids)?;
         }
-        Ok(losses)
+        Ok(())
     }
 
     /// The loss over chunks of rows, so that full logits are never held; with `backward`, each chunk's gradients are

@@ -92,6 +92,26 @@ fn selected(built: Built) -> Made {
 impl Config {
     /// A recipe's `[method]` table.
     fn of_recipe(table: &Map<String, Value>) -> Result<(Self, &'static MethodInfo)> {
+        let (config, info) = Self::of_recipe_part(table)?;
+        config.fits_peft()?;
+        Ok((config, info))
+    }
+
+    /// Refuses what PEFT's files of this method have no place for. A union's file is our own, and its parts may be that.
+    fn fits_peft(&self) -> Result<()> {
+        let beyond = match self {
+            Self::Lora(config) if config.use_gating => Some("use_gating"),
+            Self::Prefix(config) => config.beyond_peft(),
+            _ => None,
+        };
+        let Some(key) = beyond else { return Ok(()) };
+        let message = "is for a part of a union, whose file is our own, since PEFT would read the file of this method without it: \
+                       type = \"union\", methods = [{…}] with this one alone does the same";
+        Err(Error::config(key, message))
+    }
+
+    /// The table of a recipe for one of several methods.
+    fn of_recipe_part(table: &Map<String, Value>) -> Result<(Self, &'static MethodInfo)> {
         let mut keys = table.clone();
         let name = match keys.remove("type") {
             None => "lora".to_string(),
@@ -126,6 +146,12 @@ impl Config {
 
     /// An `adapter_config.json` of the method `info`.
     fn of_file(info: &MethodInfo, keys: &Map<String, Value>) -> Result<Self> {
+        let config = Self::of_file_part(info, keys)?;
+        config.fits_peft().map(|()| config)
+    }
+
+    /// The config of one of several methods in such a file.
+    fn of_file_part(info: &MethodInfo, keys: &Map<String, Value>) -> Result<Self> {
         Ok(match info.name {
             "full" => Self::Full(keys.clone()),
             "union" => Self::Union(union::of_file(keys)?),

@@ -161,7 +161,16 @@ fn what_the_format_has_no_place_for_is_refused() {
     let model = bert();
     let base = HubModel { model_type: "bert".to_owned(), name: String::new() };
     for (method, expect) in [
-        (json!({"r": 2, "target_modules": ["query"]}), "LORA"),
+        (json!({"type": "vera", "target_modules": ["query"]}), "VERA"),
+        (json!({"r": 2, "target_modules": ["query"], "use_dora": true}), "use_dora"),
+        (json!({"r": 2, "target_modules": ["query"], "rank_pattern": {"layer.1": 1}}), "rank_pattern"),
+        (json!({"r": 2, "target_modules": ["attention.output.dense"]}), "attention.output.dense"),
+        (json!({"r": 2, "target_modules": ["query", "layer.1.attention.self.key"]}), "block 0"),
+        (
+            json!({"type": "ia3", "target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}),
+            "what a layer makes",
+        ),
+        (json!({"type": "prefix", "num_virtual_tokens": 2}), "moves_positions"),
         (json!({"type": "bottleneck", "modules_to_save": ["LayerNorm"]}), "LayerNorm"),
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -171,6 +180,87 @@ fn what_the_format_has_no_place_for_is_refused() {
         let text = adapterhub::write(&out, &files, "a", &[], &base).unwrap_err().to_string();
         assert!(text.contains(expect) && !out.exists(), "{text}");
     }
+}
+
+/// UniPELT with a class head, whose tensors are under other names beside a prefix, and a LoRA and (IA)³ by themselves.
+#[test]
+fn other_methods_and_unions_are_written_and_read_back() {
+    let prefix = json!({"type": "prefix", "num_virtual_tokens": 2, "prefix_projection": true, "encoder_hidden_size": 4,
+        "use_gating": true, "shared_gating": false, "moves_positions": false});
+    let lora = json!({"r": 2, "lora_alpha": 3, "target_modules": ["query", "layer.1.output.dense", "layer.0.output.dense"],
+        "exclude_modules": ["attention.output.dense"]});
+    let gated = json!({"r": 2, "target_modules": ["query"], "use_gating": true});
+    let bottleneck = json!({"type": "bottleneck", "use_gating": true, "reduction_factor": 3, "ln_before": true});
+    let ia3 = json!({"type": "ia3", "target_modules": ["key", "intermediate.dense"], "feedforward_modules": []});
+    for (method, peft_type) in [
+        (json!({"type": "union", "methods": [prefix.clone(), bottleneck, gated.clone()]}), "UNION"),
+        (json!({"type": "union", "methods": [prefix]}), "UNION"),
+        (json!({"type": "union", "methods": [gated]}), "UNION"),
+        (lora, "LORA"),
+        (ia3, "IA3"),
+    ] {
+        let (dir, adapter) = folder(&method);
+        let opened = methods::open(&dir.path().join("hub"), &bert()).unwrap().adapter;
+        assert_eq!(opened.config["peft_type"], peft_type);
+        let sorted = |(_, mut tensors): peft_core::Exported| {
+            // With a prefix alone a head has another name.
+            tensors.iter_mut().for_each(|(name, _)| *name = name.replace("base_model.model.", "base_model."));
+            tensors.sort_by(|a, b| a.0.cmp(&b.0));
+            tensors
+        };
+        let (ours, theirs) = (sorted(adapter.exported().unwrap()), sorted(opened.exported().unwrap()));
+        assert_eq!(ours.len(), theirs.len(), "{method}");
+        for ((name, a), (other, b)) in ours.iter().zip(&theirs) {
+            assert_eq!(name, other);
+            close(name, a, b, 0.0).unwrap();
+        }
+    }
+}
+
+#[test]
+fn other_methods_that_cannot_be_read_are_refused_by_name() {
+    let union = json!({"type": "union", "methods": [
+        {"type": "prefix", "num_virtual_tokens": 2, "moves_positions": false}, {"r": 2, "target_modules": ["query"]}]});
+    let (dir, _) = folder(&union);
+    let (hub, model) = (dir.path().join("hub"), bert());
+    let config = hub.join("adapter_config.json");
+    let start = std::fs::read(&config).unwrap();
+    for (part, key, value, expect) in [
+        (0, "leave_out", json!([1]), "of number 1: config key `leave_out`"),
+        (0, "dropout", json!(0.1), "dropout"),
+        (0, "prefix_length", json!(5), "prefix_length"),
+        (0, "flat", json!(false), "wte.weight"),
+        (0, "flt", json!(false), "flat"),
+        (1, "use_dora", json!(true), "DoRA"),
+        (1, "vera_d", json!(0.1), "VeRA"),
+        (1, "composition_mode", json!("multiply"), "multiply"),
+        (1, "r", json!(3), "of another shape"),
+        (1, "architecture", json!("mtl_lora"), "mtl_lora"),
+        (1, "architecture", json!("union"), "union"),
+    ] {
+        edit(&config, |keys| keys["config"]["configs"][part][key] = value.clone());
+        let text = methods::open(&hub, &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{text}\nlacks {expect}");
+        std::fs::write(&config, &start).unwrap();
+    }
+    edit(&config, |keys| keys["config"]["configs"] = json!([]));
+    assert!(methods::open(&hub, &model).unwrap_err().to_string().contains("configs"));
+    std::fs::write(&config, &start).unwrap();
+    // One of the names of a tensor stands for another value.
+    let weights = peft_core::SafetensorsFile::open(hub.join("adapter.safetensors")).unwrap();
+    let tensors: Vec<(String, Tensor)> = weights
+        .names()
+        .map(|name| {
+            let value = weights.tensor(name, &candle_core::Device::Cpu).unwrap();
+            (
+                name.to_owned(),
+                if name.contains("layer.1.attention.self.prefix") { (value + 1.0).unwrap() } else { value },
+            )
+        })
+        .collect();
+    let both = tensors.iter().map(|(name, t)| (name.as_str(), t));
+    write_safetensors(hub.join("adapter.safetensors"), both, &Default::default()).unwrap();
+    assert!(methods::open(&hub, &model).unwrap_err().to_string().contains("stand for one tensor"));
 }
 
 /// A fusion of two new adapters with a class head, as AdapterHub's folder of folders.

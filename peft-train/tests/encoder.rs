@@ -38,13 +38,25 @@ fn query_only(family: &str) -> Value {
     json!({"r": 2, "target_modules": [if family == "distilbert" { "q_lin" } else { "query" }]})
 }
 
+/// A prefix and LoRA, each with gates.
+fn gated(family: &str) -> Value {
+    let layers = if family == "distilbert" { ["q_lin", "lin1"] } else { ["query", "intermediate.dense"] };
+    json!({"type": "union", "methods": [
+        {"type": "prefix", "num_virtual_tokens": 2, "use_gating": true, "shared_gating": false, "moves_positions": false},
+        {"r": 2, "target_modules": layers, "use_gating": true}]})
+}
+
 /// A prefix needs a place in the model, which DistilBERT has not.
 fn soft_prompts(family: &str) -> Vec<Value> {
     let prefix = json!({"type": "prefix", "num_virtual_tokens": 3, "modules_to_save": ["LayerNorm"]});
     let prompt = json!({"type": "prompt", "num_virtual_tokens": 2});
     let p_tuning = json!({"type": "p_tuning", "num_virtual_tokens": 2, "encoder_hidden_size": 5,
         "encoder_reparameterization_type": "LSTM"});
-    if family == "distilbert" { vec![prompt, p_tuning] } else { vec![prefix, prompt, p_tuning] }
+    if family == "distilbert" {
+        vec![prompt, p_tuning, gated(family)]
+    } else {
+        vec![prefix, prompt, p_tuning, gated(family)]
+    }
 }
 
 fn bottleneck() -> Value {

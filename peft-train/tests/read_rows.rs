@@ -53,7 +53,7 @@ fn both(model: &impl Segmented, adapters: &[Arc<Adapter>], route: &Route) {
     let named = adapters.iter().enumerate();
     let set = named.fold(AdapterSet::empty(), |set, (i, adapter)| set.with(i.to_string(), adapter.clone()));
     let mode = Mode::Train { track: true };
-    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default() };
+    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default(), sequences: &[] };
     let ids: Vec<u32> = (0..9).map(|i| (i * 5 + 3) % 37).collect();
     let batch = TokenBatch { ids: &ids, positions: &[0, 1, 2, 3, 4, 0, 0, 1, 2], bounds: &BOUNDS, types: &[] };
     let input = model.prepare(batch, &ctx).unwrap();
@@ -89,6 +89,11 @@ fn check(model: &impl Segmented, methods: &[Value]) {
     both(model, &adapters, &Route::rows(&BOUNDS, &[Some(0), Some(1), Some(1)]));
 }
 
+/// A prefix that is another one for each sequence.
+fn gated() -> Value {
+    json!({"type": "union", "methods": [{"type": "prefix", "num_virtual_tokens": 2, "use_gating": true}]})
+}
+
 #[test]
 fn of_decoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});
@@ -96,6 +101,7 @@ fn of_decoders() {
     let window = json!({"model_type": "gemma2", "head_dim": 4, "query_pre_attn_scalar": 4, "sliding_window": 2});
     for changes in [json!({}), window] {
         check(&decoder(&changes), &[lora.clone(), bottleneck.clone()]);
+        check(&decoder(&changes), &[gated(), lora.clone()]);
     }
     check(
         &decoder(&json!({"model_type": "gpt_neox", "rotary_pct": 1.0})),
@@ -107,4 +113,6 @@ fn of_decoders() {
 fn of_encoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});
     check(&encoder(), &[lora, json!({"type": "ia3"})]);
+    let whole = json!({"type": "union", "methods": [{"r": 2, "target_modules": ["query"], "use_gating": true}]});
+    check(&encoder(), &[gated(), whole]);
 }

@@ -81,6 +81,12 @@ fn loss(model: &EncoderDecoder, set: &AdapterSet, batch: &Batch, route: &Route) 
     evaluate(model, batch, &Ctx::eval(set, route)).unwrap().nll
 }
 
+/// A prefix and LoRA with gates of targets and, where attention reads these, of sources.
+fn gated_methods() -> Value {
+    json!({"type": "union", "methods": [{"type": "prefix", "num_virtual_tokens": 2, "use_gating": true},
+        {"r": 2, "target_modules": "all-linear", "use_gating": true}]})
+}
+
 /// Methods at every place that training can reach: linear layers of one stack and of both, the shared table, the tables of
 /// biases, norms, prompts in front of sources, prefixes of the decoder, everything.
 fn places() -> Vec<Value> {
@@ -94,6 +100,7 @@ fn places() -> Vec<Value> {
         json!({"type": "prompt", "num_virtual_tokens": 3}),
         json!({"type": "p_tuning", "num_virtual_tokens": 2, "encoder_hidden_size": 6}),
         json!({"type": "prefix", "num_virtual_tokens": 3}),
+        gated_methods(),
         json!({"type": "bitfit", "add_biases": true}),
         json!({"type": "last_layers", "num_layers": 4, "final_norm": true}),
         json!({"type": "full"}),
@@ -149,26 +156,28 @@ fn rows_of_a_batch_go_through_their_own_adapters() {
         json!({"type": "lora", "r": 2, "target_modules": "all-linear"}),
         json!({"type": "prompt", "num_virtual_tokens": 3}),
         json!({"type": "prefix", "num_virtual_tokens": 2}),
+        gated_methods(),
     ];
     let mut set = AdapterSet::empty();
     for (i, method) in methods.iter().enumerate() {
         set = set.with(i.to_string(), moved(&model, method));
     }
-    let slots = [Some(0), Some(2), Some(1), None];
-    let route = |rows: &[usize], batch: &Batch| {
+    let route = |slots: [Option<usize>; 4], rows: &[usize], batch: &Batch| {
         let slots: Vec<_> = rows.iter().chain(rows).map(|&row| slots[row]).collect();
         Route::rows(&batch.bounds, &slots)
     };
-    let one = |row: usize| {
-        let batch = batch_of(&[row]);
-        loss(&model, &set, &batch, &route(&[row], &batch))
-    };
-    let together = loss(&model, &set, &batch(), &route(&[0, 1, 2, 3], &batch()));
-    assert!((together - (0..4).map(one).sum::<f64>()).abs() < 1e-4);
+    for slots in [[Some(0), Some(2), Some(1), None], [Some(3), None, Some(3), Some(2)]] {
+        let one = |row: usize| {
+            let batch = batch_of(&[row]);
+            loss(&model, &set, &batch, &route(slots, &[row], &batch))
+        };
+        let together = loss(&model, &set, &batch(), &route(slots, &[0, 1, 2, 3], &batch()));
+        assert!((together - (0..4).map(one).sum::<f64>()).abs() < 1e-4);
+    }
     // An adapter that changes biases of distances has them for all rows of a pass.
     let biased = json!({"type": "lora", "r": 1, "target_modules": ["relative_attention_bias"]});
     let set = set.with("biased", moved(&model, &biased));
-    let mixed = Route::rows(&batch().bounds, &[Some(3), None, None, None, Some(3), None, None, None]);
+    let mixed = Route::rows(&batch().bounds, &[Some(4), None, None, None, Some(4), None, None, None]);
     let e = evaluate(&model, &batch(), &Ctx::eval(&set, &mixed)).unwrap_err().to_string();
     assert!(e.contains("relative_attention_bias") && e.contains("whole batches"), "{e}");
 }

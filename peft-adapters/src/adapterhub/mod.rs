@@ -8,7 +8,9 @@ use peft_core::{Result, read_keys};
 use serde_json::{Map, Value};
 
 mod head;
+mod lora;
 mod names;
+mod prefix;
 mod read;
 mod setup;
 mod write;

@@ -24,9 +24,39 @@ pub(super) struct Family {
     /// The model without its head, which a file saved from that model leaves out.
     pub(super) body: &'static str,
     places: &'static [Place],
+    /// Where LoRA may be: what a config calls it, and the end of the layer's path.
+    pub(super) lora: &'static [(&'static str, &'static str)],
+    /// Where prefixes stand.
+    pub(super) prefix: Option<PrefixPlace>,
     /// The layers of the class head in the order of the forward pass, and the activation between them.
     pub(super) class_head: &'static [&'static str],
     pub(super) head_activation: Option<&'static str>,
+}
+
+/// The attentions of a family, which have prefixes.
+pub(super) struct PrefixPlace {
+    /// Path of an attention, before the number of its layer and behind it.
+    path: [&'static str; 2],
+    /// What AdapterHub calls the place.
+    pub(super) location: &'static str,
+}
+
+impl PrefixPlace {
+    /// The path of the attention of a layer.
+    pub(super) fn attention(&self, layer: &str) -> String {
+        let [before, behind] = self.path;
+        format!("{before}{layer}{behind}")
+    }
+
+    /// The layer whose attention has this path.
+    pub(super) fn layer(&self, path: &str) -> Option<usize> {
+        let [before, behind] = self.path;
+        path.strip_prefix(before)?.strip_suffix(behind)?.parse().ok()
+    }
+}
+
+const fn prefix(before: &'static str, behind: &'static str, location: &'static str) -> Option<PrefixPlace> {
+    Some(PrefixPlace { path: [before, behind], location })
 }
 
 const fn place(layer: &'static str, module: &'static str) -> Place {
@@ -47,11 +77,28 @@ const BEHIND_FEED_FORWARD: &str = "output_adapters";
 /// The more special place first: the end of one is the end of another.
 const BERT: &[Place] = &[place("attention.output.dense", "attention.output"), last("output.dense", "output")];
 
+const LORA_OF_BERT: &[(&str, &str)] = &[
+    ("q", "attention.self.query"),
+    ("k", "attention.self.key"),
+    ("v", "attention.self.value"),
+    ("intermediate_lora", "intermediate.dense"),
+    ("output_lora", "output.dense"),
+];
+
 static FAMILIES: [Family; 6] = [
     Family {
         models: &[("llama", "Llama"), ("mistral", "Mistral")],
         body: "model",
         places: &[place("self_attn.o_proj", BEHIND_ATTENTION), last("mlp.down_proj", BEHIND_FEED_FORWARD)],
+        // The package has these two the other way round than in other families.
+        lora: &[
+            ("q", "self_attn.q_proj"),
+            ("k", "self_attn.k_proj"),
+            ("v", "self_attn.v_proj"),
+            ("intermediate_lora", "mlp.down_proj"),
+            ("output_lora", "mlp.up_proj"),
+        ],
+        prefix: prefix("model.layers.", ".self_attn", "self_prefix"),
         class_head: &["score"],
         head_activation: None,
     },
@@ -59,6 +106,8 @@ static FAMILIES: [Family; 6] = [
         models: &[("gpt2", "GPT2")],
         body: "transformer",
         places: &[place("attn.c_proj", BEHIND_ATTENTION), last("mlp.c_proj", BEHIND_FEED_FORWARD)],
+        lora: &[("intermediate_lora", "mlp.c_fc"), ("output_lora", "mlp.c_proj")],
+        prefix: prefix("transformer.h.", ".attn", "self_prefix"),
         class_head: &["score"],
         head_activation: None,
     },
@@ -66,6 +115,8 @@ static FAMILIES: [Family; 6] = [
         models: &[("bert", "Bert")],
         body: "bert",
         places: BERT,
+        lora: LORA_OF_BERT,
+        prefix: prefix("bert.encoder.layer.", ".attention.self", "self_prefix"),
         class_head: &["bert.pooler.dense", "classifier"],
         head_activation: Some("tanh"),
     },
@@ -73,6 +124,8 @@ static FAMILIES: [Family; 6] = [
         models: &[("roberta", "Roberta"), ("xlm-roberta", "XLMRoberta")],
         body: "roberta",
         places: BERT,
+        lora: LORA_OF_BERT,
+        prefix: prefix("roberta.encoder.layer.", ".attention.self", "self_prefix"),
         class_head: &["classifier.dense", "classifier.out_proj"],
         head_activation: Some("tanh"),
     },
@@ -80,6 +133,14 @@ static FAMILIES: [Family; 6] = [
         models: &[("distilbert", "DistilBert")],
         body: "distilbert",
         places: &[place("attention.out_lin", BEHIND_ATTENTION), last("ffn.lin2", BEHIND_FEED_FORWARD)],
+        lora: &[
+            ("q", "attention.q_lin"),
+            ("k", "attention.k_lin"),
+            ("v", "attention.v_lin"),
+            ("intermediate_lora", "ffn.lin1"),
+            ("output_lora", "ffn.lin2"),
+        ],
+        prefix: prefix("distilbert.transformer.layer.", ".attention", "self"),
         class_head: &["pre_classifier", "classifier"],
         head_activation: Some("relu"),
     },
@@ -92,6 +153,18 @@ static FAMILIES: [Family; 6] = [
             Place { within: "decoder.", ..place("layer.1.EncDecAttention.o", "layer.1") },
             Place { within: "decoder.", ..last("layer.2.DenseReluDense.wo", "layer.2") },
         ],
+        lora: &[
+            ("q", "SelfAttention.q"),
+            ("k", "SelfAttention.k"),
+            ("v", "SelfAttention.v"),
+            ("q", "EncDecAttention.q"),
+            ("k", "EncDecAttention.k"),
+            ("v", "EncDecAttention.v"),
+            ("intermediate_lora", "DenseReluDense.wi"),
+            ("intermediate_lora", "DenseReluDense.wi_1"),
+            ("output_lora", "DenseReluDense.wo"),
+        ],
+        prefix: None,
         class_head: &[],
         head_activation: None,
     },
@@ -136,6 +209,27 @@ impl Family {
         })
     }
 
+    /// A path with the model's body in front, which a file saved from the body leaves out.
+    pub(super) fn whole(&self, path: &str) -> String {
+        if self.body.is_empty() || path.starts_with(&format!("{}.", self.body)) {
+            path.to_owned()
+        } else {
+            format!("{}.{path}", self.body)
+        }
+    }
+
+    /// What a config calls the LoRA on the layer at `path`, and the block, where blocks are counted once. `None` where the package has
+    /// none like ours.
+    pub(super) fn lora_layer(&self, path: &str) -> Option<(&'static str, Option<usize>)> {
+        let Some(place) = &self.prefix else {
+            let found = self.lora.iter().find(|(_, end)| path.ends_with(&format!(".{end}")));
+            return found.map(|(kind, _)| (*kind, None));
+        };
+        let (block, layer) = path.strip_prefix(place.path[0])?.split_once('.')?;
+        let (kind, _) = self.lora.iter().find(|(_, end)| *end == layer)?;
+        Some((kind, Some(block.parse().ok()?)))
+    }
+
     /// Our key for AdapterHub's of the adapter `name`; `None` for what is no bottleneck adapter's.
     pub(super) fn our_key(&self, key: &str, name: &str) -> Option<String> {
         if let Some((_, tensor)) = key.split_once(&format!("{SHARED}.{name}.")) {
@@ -143,11 +237,7 @@ impl Family {
         }
         let reft = key.split_once(&format!(".{REFT}.{name}.")).filter(|(_, tensor)| tensor.starts_with(REFT_UNITS));
         let (module, tensor) = reft.or_else(|| key.split_once(&format!(".adapters.{name}.")))?;
-        let module = if self.body.is_empty() || module.starts_with(&format!("{}.", self.body)) {
-            module.to_owned()
-        } else {
-            format!("{}.{module}", self.body)
-        };
+        let module = self.whole(module);
         self.places.iter().filter(|place| module.starts_with(place.within)).find_map(|place| {
             if reft.is_some() {
                 return place.ends_block.then(|| format!("{module}.{}.{tensor}", place.layer));

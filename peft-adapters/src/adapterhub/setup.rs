@@ -15,6 +15,7 @@ use super::names::{self, Family};
 use super::write::{About, write_json, write_weights};
 use super::{HubModel, VERSION, head, read, write};
 use crate::compose::{FUSION_KEYS, Kind, PEFT_TYPES, SETUP, Setup, fusion_settings};
+use crate::config::PEFT_TYPE as BOTTLENECK;
 
 const SETUP_CONFIG: &str = "adapter_setup.json";
 const FUSION_CONFIG: &str = "adapter_fusion_config.json";
@@ -125,6 +126,11 @@ pub(super) fn open(dir: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFo
             return Err(Error::file(dir, message));
         }
         let (part, of_model, saved_as) = read::open_named(&folder, None)?;
+        if part.config().peft_type() != BOTTLENECK {
+            let message =
+                format!("is {}, and only bottleneck adapters can be put together here", part.config().peft_type());
+            return Err(Error::file(&folder, message));
+        }
         family = family.or(Some(of_model));
         let mut own = part.config().map().clone();
         for key in ["task_type", "base_model_name_or_path"] {

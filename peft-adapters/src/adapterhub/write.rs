@@ -1,14 +1,17 @@
 //! From an adapter's files to a folder that AdapterHub's package loads.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use peft_core::{AdapterFolder, Error, Result, atomic, to_python_json, write_safetensors};
+use peft_core::adapter_keys::{KEY_PREFIX, SOFT_PROMPT_KEY_PREFIX};
+use peft_core::{
+    AdapterConfig, AdapterFolder, Error, Result, UNION, UNION_PARTS, atomic, to_python_json, write_safetensors,
+};
 use serde_json::{Map, Value, json};
 
 use super::names::{self, Family};
-use super::{CONFIG, VERSION, WEIGHTS, head, setup};
+use super::{CONFIG, VERSION, WEIGHTS, head, lora, prefix, setup};
 use crate::config::{ADAPTERHUB_KEYS, PEFT_TYPE};
 use crate::phm::SHARED;
 use crate::reft::{self, ReftConfig};
@@ -26,7 +29,7 @@ pub struct HubModel {
 /// all. The adapter is called `name` in it. A class head goes into files of its own, with `labels` for its classes.
 ///
 /// # Errors
-/// Another method than bottleneck adapters, a family whose names are not known, a module that AdapterHub's files have no place
+/// A method or a setting that AdapterHub's package has not, a family whose names are not known, a module that AdapterHub's files have no place
 /// for, or a disk that refuses.
 pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String], model: &HubModel) -> Result<()> {
     if name.is_empty() || name.contains('.') {
@@ -38,12 +41,6 @@ pub fn write(out: &Path, adapter: &AdapterFolder, name: &str, labels: &[String],
     let config = adapter.config();
     if setup::is_composed(config) {
         return setup::write_setup(out, adapter, labels, model);
-    }
-    if ![PEFT_TYPE, reft::PEFT_TYPE].contains(&config.peft_type()) {
-        let other = config.peft_type();
-        let message =
-            format!("is {other}; bottleneck adapters, what is made of them, and ReFT can be written as AdapterHub's");
-        return Err(Error::config("peft_type", message));
     }
     let family = names::family(&model.model_type)?;
     let files = Files::of(adapter, family, name)?;
@@ -77,7 +74,17 @@ const PROJECTION: &str = ".projection.weight";
 
 /// A key without what PEFT puts in front of a path.
 pub(super) fn plain(key: &str) -> &str {
-    key.strip_prefix("base_model.model.").unwrap_or(key)
+    key.strip_prefix(KEY_PREFIX).or_else(|| key.strip_prefix(SOFT_PROMPT_KEY_PREFIX)).unwrap_or(key)
+}
+
+/// The configs of the methods that an adapter is of: one, or those of a union.
+fn parts(config: &AdapterConfig) -> Result<Vec<&Map<String, Value>>> {
+    if config.peft_type() != UNION {
+        return Ok(vec![config.map()]);
+    }
+    let parts = config.get(UNION_PARTS).and_then(Value::as_array);
+    let parts: Option<Vec<_>> = parts.and_then(|parts| parts.iter().map(Value::as_object).collect());
+    parts.ok_or_else(|| Error::config(UNION_PARTS, "is no list of configs"))
 }
 
 /// The tensors by the file that they go to, in AdapterHub's names, with the settings.
@@ -89,24 +96,41 @@ pub(super) struct Files {
     settings: Map<String, Value>,
 }
 
+/// What names depend on.
+struct Names<'a> {
+    family: &'a Family,
+    /// What the adapter is called.
+    name: &'a str,
+    /// The layers with LoRA or (IA)³.
+    lora: BTreeSet<String>,
+    /// Layers with a prefix, where that is known.
+    prefixes: Option<usize>,
+}
+
 impl Files {
     /// The files of `adapter`, which is called `name` in them.
     pub(super) fn of(adapter: &AdapterFolder, family: &Family, name: &str) -> Result<Self> {
-        let config = adapter.config();
-        let mut files = Self { settings: settings(config.map()), ..Self::default() };
-        for key in adapter.keys() {
-            files.add(adapter, family, key, name)?;
+        let parts = parts(adapter.config())?;
+        let layers = lora::layers(adapter.keys().map(plain));
+        let own = parts.iter().map(|part| settings(part, &layers, family)).collect::<Result<Vec<_>>>()?;
+        let of_prefix = parts.iter().find(|part| peft_type(part) == prefix::PREFIX);
+        if of_prefix.is_some() {
+            prefix::check_written(adapter.dir(), adapter.contains(prefix::EMBEDDINGS))?;
         }
-        if config.peft_type() == reft::PEFT_TYPE {
-            let reft = ReftConfig::from_adapter_config(config.map())?;
+        let prefixes = of_prefix.and_then(|part| part.get("num_layers")?.as_u64()).map(|layers| layers as usize);
+        let names = Names { family, name, lora: layers, prefixes };
+        let mut files = Self { settings: union_of(own), ..Self::default() };
+        for key in adapter.keys() {
+            files.add(adapter, &names, key)?;
+        }
+        if let Some(part) = parts.iter().find(|part| peft_type(part) == reft::PEFT_TYPE) {
+            let reft = ReftConfig::from_adapter_config(part)?;
             files.subtract_projections(&reft)?;
             // The package has both interventions, whether or not positions have them.
-            if let ([there], false) = (reft.units().as_slice(), config.get("tied_weights") == Some(&Value::Bool(true)))
-            {
+            if let ([there], false) = (reft.units().as_slice(), part.get("tied_weights") == Some(&Value::Bool(true))) {
                 let unit = |number: usize| format!(".units.{number}.");
-                let copies: Vec<_> = files
-                    .adapter
-                    .iter()
+                let of_units = files.adapter.iter().filter(|(key, _)| key.contains(&unit(*there)));
+                let copies: Vec<_> = of_units
                     .map(|(key, value)| (key.replace(&unit(*there), &unit(1 - there)), value.clone()))
                     .collect();
                 files.adapter.extend(copies);
@@ -132,8 +156,29 @@ impl Files {
         Ok(true)
     }
 
-    fn add(&mut self, adapter: &AdapterFolder, family: &Family, key: &str, name: &str) -> Result<()> {
+    fn add(&mut self, adapter: &AdapterFolder, names: &Names<'_>, key: &str) -> Result<()> {
+        let Names { family, name, lora, prefixes } = names;
         let (value, ours) = (adapter.tensor(key, &Device::Cpu)?, plain(key));
+        let of_prefix = prefix::their_keys(family, key, name, *prefixes)?;
+        if !of_prefix.is_empty() {
+            // The prefix itself has one dimension there, and a gate reads the residual stream.
+            let is_gate = key != prefix::EMBEDDINGS;
+            if is_gate && value.rank() == 2 {
+                self.hidden_size = Some(value.dim(1)?);
+            }
+            let value = if is_gate { value } else { value.flatten_all()? };
+            self.adapter.extend(of_prefix.into_iter().map(|key| (key, value.clone())));
+            return Ok(());
+        }
+        if let Some(theirs) = lora::their_key(lora, ours, name) {
+            lora::check_written(adapter, key)?;
+            let layer = ours.strip_suffix(".lora_A.weight").and_then(|layer| family.lora_layer(layer));
+            if layer.is_some_and(|(kind, _)| ["q", "k", "v"].contains(&kind)) {
+                self.hidden_size = value.dims().last().copied();
+            }
+            self.adapter.insert(theirs, value);
+            return Ok(());
+        }
         if ours.starts_with(SHARED) && family.body.is_empty() {
             let message = "AdapterHub's package neither stores nor reads what the adapters of such a model share";
             return Err(Error::config("shared_phm_rule", message));
@@ -147,7 +192,10 @@ impl Files {
             }
             let value = if ours.ends_with(".parametrizations.weight.original") { whole_signs(&value)? } else { value };
             // The norm in front has two names, as a module of its own and as the first of those that lead down.
-            let has_norm = adapter.config().get("ln_before") == Some(&Value::Bool(true));
+            let (layer, _) = key.split_once(".adapter_down.0.").unwrap_or((key, ""));
+            let has_norm = adapter
+                .keys()
+                .any(|key| key.strip_prefix(layer).is_some_and(|rest| rest.starts_with(".adapter_down.1.")));
             if has_norm && theirs.contains(".adapter_down.0.") {
                 self.adapter.insert(theirs.replace(".adapter_down.0.", ".adapter_norm_before."), value.clone());
             }
@@ -194,20 +242,48 @@ fn whole_signs(original: &Tensor) -> Result<Tensor> {
     Ok(Tensor::new(rows, &Device::Cpu)?)
 }
 
-/// The settings that AdapterHub knows. It takes a scaling for a constant only where it is a float.
-fn settings(config: &Map<String, Value>) -> Map<String, Value> {
+fn peft_type(config: &Map<String, Value>) -> &str {
+    config.get("peft_type").and_then(Value::as_str).unwrap_or("")
+}
+
+/// AdapterHub's config of several methods.
+fn union_of(mut own: Vec<Map<String, Value>>) -> Map<String, Value> {
+    match (own.pop(), own.is_empty()) {
+        (Some(one), true) => one,
+        (last, _) => {
+            let configs: Vec<Value> = own.into_iter().chain(last).map(Value::Object).collect();
+            Map::from_iter([("architecture".to_owned(), "union".into()), ("configs".to_owned(), configs.into())])
+        }
+    }
+}
+
+/// The settings that AdapterHub knows of one method; LoRA and (IA)³ are on `layers`. It takes a scaling for a constant only where
+/// it is a float.
+fn settings(config: &Map<String, Value>, layers: &BTreeSet<String>, family: &Family) -> Result<Map<String, Value>> {
+    match peft_type(config) {
+        PEFT_TYPE | reft::PEFT_TYPE => {}
+        lora::LORA | lora::IA3 => return lora::theirs(config, layers, family),
+        prefix::PREFIX => return prefix::theirs(config, family),
+        other => {
+            let message = format!(
+                "is {other}; bottleneck adapters, what is made of them, ReFT, LoRA, (IA)³, prefixes and unions of these can be written as \
+                 AdapterHub's"
+            );
+            return Err(Error::config("peft_type", message));
+        }
+    }
     let float = |key: &str, value: &Value| match value.as_f64() {
         Some(x) if key == "scaling" => x.into(),
         _ => value.clone(),
     };
-    let is_reft = config.get("peft_type").and_then(Value::as_str) == Some(reft::PEFT_TYPE);
+    let is_reft = peft_type(config) == reft::PEFT_TYPE;
     let known: &[&str] = if is_reft { &reft::ADAPTERHUB_KEYS } else { &ADAPTERHUB_KEYS };
     let mut out: Map<String, Value> =
         known.iter().filter_map(|key| Some(((*key).to_owned(), float(key, config.get(*key)?)))).collect();
     if is_reft {
         out.insert("architecture".into(), "reft".into());
     }
-    out
+    Ok(out)
 }
 
 pub(super) fn write_weights(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<()> {

@@ -90,13 +90,13 @@ impl Composed {
     /// What `node` makes of `hidden`, in place of it.
     fn output(&self, node: &Node, hidden: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         match node {
-            Node::One(i) => self.single(*i, &self.enter(Some(*i), hidden, join, ctx)?, join, ctx),
+            Node::One(i) => self.single(*i, &self.enter(Some(*i), hidden, join, ctx)?, ctx),
             Node::Stack(parts) => self.through(parts, hidden, join, ctx),
             Node::Average(parts) => {
                 let entered = self.enter(node.first(), hidden, join, ctx)?;
                 let outputs = parts.iter().map(|(weight, part)| {
                     let output = match part {
-                        Node::One(i) => self.single(*i, &entered, join, ctx)?,
+                        Node::One(i) => self.single(*i, &entered, ctx)?,
                         other => self.output(other, &entered[0], join, ctx)?,
                     };
                     Ok((output * *weight)?)
@@ -120,16 +120,16 @@ impl Composed {
     }
 
     /// Member `i` with its residual connection.
-    fn single(&self, i: usize, entered: &Entered, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
+    fn single(&self, i: usize, entered: &Entered, ctx: &Ctx<'_>) -> Result<Tensor> {
         let member = self.member(Some(i))?;
-        member.adapter.with_residual(entered, join.sequences, &member.ctx(ctx))
+        member.adapter.with_residual(entered, &member.ctx(ctx))
     }
 
     /// What a part of a fusion makes of `read`, without a residual connection.
     fn made(&self, part: &Node, read: &Tensor, join: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let scaled = |i: usize, read: &Tensor| {
             let member = self.member(Some(i))?;
-            member.adapter.scaled(read, join.sequences, &member.ctx(ctx))
+            member.adapter.scaled(read, &member.ctx(ctx))
         };
         match part {
             Node::One(i) => scaled(*i, read),

@@ -77,7 +77,7 @@ fn check(name: &str, composed: &Composed, reference: impl Fn(&[f32], &[f32]) -> 
     let want = Tensor::from_vec(want, (4, HIDDEN), &Device::Cpu).unwrap();
     let set = AdapterSet::empty();
     let ctx = Ctx::eval(&set, &Route::Base);
-    let join = Join { output: &h, residual: &stream, norm: None, sequences: &[] };
+    let join = Join { output: &h, residual: &stream, norm: None };
     close(name, &composed.join(&join, &ctx).unwrap(), &want, 2e-5).unwrap();
 }
 

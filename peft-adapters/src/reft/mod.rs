@@ -16,10 +16,9 @@ mod orthogonal;
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{self, Activation, SequenceSpan};
-use peft_core::{Ctx, Join, Parameter, Result, SiteId, SublayerModule};
+use peft_core::{Ctx, Join, Parameter, Result, SiteId, SublayerModule, sequences};
 
 use self::orthogonal::Orthonormal;
-use crate::sequences;
 
 pub use config::ReftConfig;
 pub(crate) use config::{ADAPTERHUB_KEYS, PEFT_TYPE};
@@ -105,8 +104,8 @@ impl Reft {
 impl SublayerModule for Reft {
     fn join(&self, sublayer: &Join<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
         let plain = sublayer.plain(ctx)?;
-        sequences::check(&plain, sublayer.sequences)?;
-        let places = self.places(sublayer.sequences);
+        sequences::check(&plain, ctx.sequences)?;
+        let places = self.places(ctx.sequences);
         let groups = match self.units.as_slice() {
             [one] => vec![(one, places.concat())],
             several => several.iter().zip(places).collect(),
@@ -201,9 +200,10 @@ mod tests {
                 unit.map_or(row.clone(), |unit| intervened(unit, &row, subtract))
             });
             let want = Tensor::cat(&rows.collect::<Vec<_>>(), 0).unwrap();
-            let join = Join { output: &output, residual: &residual, norm: None, sequences: &sequences };
-            close(&format!("{units} units"), &reft.join(&join, &ctx).unwrap(), &want, 1e-5).unwrap();
-            assert!(reft.join(&Join { sequences: &[], ..join }, &ctx).is_err());
+            let join = Join { output: &output, residual: &residual, norm: None };
+            let made = reft.join(&join, &Ctx { sequences: &sequences, ..ctx }).unwrap();
+            close(&format!("{units} units"), &made, &want, 1e-5).unwrap();
+            assert!(reft.join(&join, &ctx).is_err());
         }
         let places = reft(2, [2, 2], true).places(&[span(0..3, 3), span(3..4, 9)]);
         assert_eq!(places, [vec![0], vec![1, 2]]);

@@ -1,12 +1,15 @@
 //! `peft-cli eval`: loss over a file of rows, or the accuracy of choosing among completions.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use peft_core::{AdapterSet, BaseModel, Ctx, Route, Segmented, Task};
-use peft_models::{AnyModel, Decoder};
+use peft_models::{AnyModel, Decoder, ModelFiles};
 use peft_train::data::{Choices, DataSpec, Dataset, EncodeOptions, Format, TextTokenizer};
-use peft_train::{evaluate_choices, evaluate_classes, evaluate_dataset, methods};
+use peft_train::{
+    OfAdapter, class_labels, evaluate_choices, evaluate_classes, evaluate_dataset, evaluate_each, methods,
+};
 use serde_json::json;
 
 use crate::args::EvalArgs;
@@ -14,25 +17,30 @@ use crate::open;
 
 pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let mut files = open::model(&args.model.model)?;
-    let adapter = args.adapter.as_deref().map(open::adapter).transpose()?;
-    open::settle_classes(&mut files, &args.labels, adapter.as_deref())?;
-    if adapter.is_none() && files.lacks_class_head() {
+    let folders = args.adapter.iter().map(|spec| open::adapter(spec)).collect::<Result<Vec<_>>>()?;
+    settle_classes(args, &mut files, &folders)?;
+    if folders.is_empty() && files.lacks_class_head() {
         bail!("{} has no class head: give --adapter with one that was trained", args.model.model);
     }
     let placement = open::placement(&args.model.device, &args.model.dtype)?;
     let model = files.load(&placement, 0)?;
-    let (set, route) = match &adapter {
-        None => (AdapterSet::empty(), Route::Base),
-        Some(folder) => {
-            let prepared = methods::open(folder, &model)?;
-            (AdapterSet::one("adapter", Arc::new(open::for_task(prepared.adapter, args.task_id)?)), Route::Uniform(0))
-        }
-    };
-    let ctx = Ctx::eval(&set, &route);
-    let virtual_tokens = set.adapter(0).and_then(|a| a.virtual_tokens()).map_or(0, |tokens| tokens.count);
-    if adapter.is_none() && args.task_id.is_some() {
+    if folders.is_empty() && args.task_id.is_some() {
         bail!("--task-id goes with --adapter");
     }
+    let several = folders.len() > 1;
+    if several && !args.choices.is_empty() {
+        bail!("--choice goes with one --adapter");
+    }
+    let mut set = AdapterSet::empty();
+    for (spec, folder) in args.adapter.iter().zip(&folders) {
+        let adapter = open::for_task(methods::open(folder, &model)?.adapter, args.task_id)?;
+        let adapter = if several { adapter.settled().context("--task-id")? } else { adapter };
+        set = set.with(spec, Arc::new(adapter));
+    }
+    let route = if folders.is_empty() { Route::Base } else { Route::Uniform(0) };
+    let ctx = Ctx::eval(&set, &route);
+    let virtual_tokens =
+        set.adapters().filter_map(|a| a.virtual_tokens()).map(|tokens| tokens.count).max().unwrap_or(0);
     peft_alloc::keep_pages();
 
     let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
@@ -59,6 +67,9 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         return choices(args, model, &ctx, format, tokenizer, &options);
     }
     let (data, _) = Dataset::load(&DataSpec::from(args.data.as_path()), format, tokenizer, &options)?;
+    if several {
+        return side_by_side(args, &model, &data, &set);
+    }
     if let Task::Classification { classes, .. } = model.task() {
         return classified(args, &model, &data, classes, &ctx);
     }
@@ -76,6 +87,64 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         out!("perplexity      {:.4}", loss.exp());
         out!("token accuracy  {:.2} %", 100.0 * accuracy);
         out!("tokens          {} counted, in {} examples", measured.counted, data.len());
+    }
+    Ok(())
+}
+
+/// The classes of the adapters' heads, which with several have to be the same.
+fn settle_classes(args: &EvalArgs, files: &mut ModelFiles, folders: &[PathBuf]) -> Result<()> {
+    open::settle_classes(files, &args.labels, folders.first().map(PathBuf::as_path))?;
+    if files.config().labels().is_none() || !args.labels.is_empty() {
+        return Ok(());
+    }
+    let of = |folder: &PathBuf| class_labels::read(folder);
+    for (spec, folder) in args.adapter.iter().zip(folders).skip(1) {
+        if let (Some(own), Some(first)) = (of(folder)?, folders.first().map(of).transpose()?.flatten())
+            && own != first
+        {
+            bail!(
+                "{spec} has the classes {own:?}, and {} has {first:?}: evaluate it by itself",
+                args.adapter.first().map_or("", |s| s)
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What each of several adapters gives on the same rows.
+fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &AdapterSet) -> Result<()> {
+    let classes = match model.task() {
+        Task::Classification { classes, .. } => Some(classes),
+        _ => None,
+    };
+    let found = evaluate_each(model, data, set, classes, args.batch_size, |_| {})?;
+    let mut results = Vec::new();
+    for (name, OfAdapter { measured, confusion }) in set.names().zip(&found) {
+        let (counted, hits) = (measured.counted, measured.hits);
+        let loss = measured.nll / counted as f64;
+        let mut result = json!({
+            "adapter": name, "loss": loss, "perplexity": loss.exp(), "tokens": counted, "examples": data.len()
+        });
+        let line = match confusion {
+            Some(confusion) => {
+                let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
+                result["accuracy"] = accuracy.into();
+                result["f1"] = f1.into();
+                format!("accuracy {:.2} % ({hits} of {counted} rows), f1 {f1:.4}", 100.0 * accuracy)
+            }
+            None => {
+                let accuracy = hits as f64 / counted as f64;
+                result["token_accuracy"] = accuracy.into();
+                format!("perplexity {:.4}, token accuracy {:.2} %", loss.exp(), 100.0 * accuracy)
+            }
+        };
+        if !args.json {
+            out!("{name}: loss {loss:.6}, {line}");
+        }
+        results.push(result);
+    }
+    if args.json {
+        out!("{}", json!({"results": results}));
     }
     Ok(())
 }

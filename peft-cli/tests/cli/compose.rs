@@ -120,6 +120,20 @@ fn methods_are_trained_as_one() {
     assert!(dir.read("out/adapter_model.safetensors") == whole, "a resumed union differs");
     assert!(eval_loss(&dir, &model, Some("out")) < eval_loss(&dir, &model, None));
     dir.run(&["merge", "--model", &model, "--adapter", "out", "--output", "merged"]).fails(&["cannot be merged"]);
+    train(&dir, "gated", "type = \"union\"\npreset = \"unipelt\"", &[]).ok();
+    falls(&dir, "gated");
+    dir.run(&["merge", "--model", &model, "--adapter", "gated", "--output", "merged"]).fails(&["cannot be merged"]);
+    // Both on the same rows, in one pass.
+    let both = ["eval", "--model", &model, "--data", "rows.jsonl", "--adapter", "out", "--adapter", "gated", "--json"];
+    let both = dir.run(&both).json();
+    for (i, name) in ["out", "gated"].into_iter().enumerate() {
+        let result = &both["results"][i];
+        assert_eq!((&result["adapter"], &result["examples"]), (&json!(name), &json!(24)), "{both}");
+        assert!((result["loss"].as_f64().unwrap() - eval_loss(&dir, &model, Some(name))).abs() < 1e-4, "{both}");
+    }
+    let choice =
+        ["eval", "--model", &model, "--data", "rows.jsonl", "--adapter", "out", "--adapter", "gated", "--choice", "a"];
+    dir.run(&choice).fails(&["--choice goes with one --adapter"]);
     for (method, expect) in [
         ("type = \"union\"", "methods"),
         (
@@ -128,7 +142,12 @@ fn methods_are_trained_as_one() {
         ),
         ("type = \"union\"\nmethods = [{type = \"lora\", rr = 3}]", "number 1"),
         ("type = \"union\"\nmethods = [{type = \"full\"}]", "`full`"),
-        ("type = \"union\"\npreset = \"unipelt\"", "gate"),
+        ("type = \"lora\"\nuse_gating = true", "union"),
+        ("type = \"prefix\"\nnum_virtual_tokens = 2\nmoves_positions = false", "union"),
+        (
+            "type = \"union\"\nmethods = [{type = \"lora\", target_modules = [\"lm_head\"], use_gating = true}]",
+            "in the model's blocks",
+        ),
         ("type = \"union\"\npreset = \"mam\"\nmethods = [{type = \"lora\"}]", "one of the two"),
         (
             "type = \"union\"\nmethods = [{type = \"prompt\", num_virtual_tokens = 2}, {type = \"prefix\", num_virtual_tokens = 2}]",

@@ -6,14 +6,19 @@ use super::{Adapter, SiteAdapter};
 use crate::error::{Error, Result};
 use crate::site::{SiteId, SiteTable};
 
+/// `peft_type` of such an adapter; PEFT has none, so the name is ours.
+pub const UNION: &str = "UNION";
+/// The key of its config under which those of its parts are a list.
+pub const UNION_PARTS: &str = "methods";
+
 impl Adapter {
     /// One adapter of several for the same model, each with what it does: modules at sites, virtual tokens, shared parameters. Their
-    /// configs are a list under `key` of `config`, in order. Where several train a copy of the same layer, such as a class head,
+    /// configs are a list under [`UNION_PARTS`] of `config`, in order. Where several train a copy of the same layer, such as a class head,
     /// the first one's stays.
     ///
     /// # Errors
     /// Two that change the same site or put virtual tokens in front, or one that depends on the task or acts on the training loop.
-    pub fn union(parts: Vec<Self>, key: &str, mut config: Map<String, Value>, sites: &SiteTable) -> Result<Self> {
+    pub fn union(parts: Vec<Self>, mut config: Map<String, Value>, sites: &SiteTable) -> Result<Self> {
         let own: Vec<Value> = parts.iter().map(|part| part.config.clone().into()).collect();
         let exported: Vec<Value> = parts
             .iter()
@@ -21,10 +26,10 @@ impl Adapter {
             .map(|keys| Value::Object(keys.collect()))
             .collect();
         let differs = own != exported;
-        config.insert(key.to_owned(), own.into());
+        config.insert(UNION_PARTS.to_owned(), own.into());
         let mut whole = Self::new(config, sites);
         if differs {
-            whole.set_export_key(key, exported.into());
+            whole.set_export_key(UNION_PARTS, exported.into());
         }
         for part in parts {
             whole.absorb(part, sites)?;

@@ -106,10 +106,11 @@ impl Attention {
         let queries = self.output.reads_heads(ctx).then(|| q.clone());
         let heads = match cache {
             None => {
-                let (k, v) = input.virtual_rows.extend(self.layer, k, v, ctx)?;
+                let (k, v) = input.virtual_rows.extend(self.layer, x, (k, v), ctx)?;
                 attention(&q, &k, &v, &kind.attention)?
             }
             Some(cache) => {
+                input.virtual_rows.write_gated(self.layer, x, cache, ctx)?;
                 cache.append(&k, &v, &kind.attention.sequences)?;
                 attention(&q, cache.keys(), cache.values(), &kind.attention)?
             }

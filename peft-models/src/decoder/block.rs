@@ -1,7 +1,6 @@
 //! A block: attention and an MLP, each with the norms that its family puts around it, added to the residual stream.
 
 use candle_core::Tensor;
-use peft_core::kernels::SequenceSpan;
 use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, ReadRows, Result, SiteId};
 
 use super::attention::{Attended, Attention};
@@ -82,14 +81,15 @@ impl Block {
         ctx: &Ctx<'_>,
         cache: Option<&mut LayerCache>,
     ) -> Result<Tensor> {
+        let ctx = &Ctx { sequences: input.sequences(), ..*ctx };
         let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
         let attended = self.attention.forward(&x, input, ctx, cache)?;
-        self.behind_attention(&attended, hidden, input.sequences(), ctx)
+        self.behind_attention(&attended, hidden, ctx)
     }
 
     /// Whether an adapter of `ctx` acts on whole sequences here, so that [`Block::forward_rows`] cannot leave rows out.
-    pub(super) fn joins_sequences(&self, ctx: &Ctx<'_>) -> bool {
-        self.attention.end().joins_sequences(ctx) || self.mlp.end().joins_sequences(ctx)
+    pub(super) fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
+        self.linears().any(|layer| layer.reads_sequences(ctx))
     }
 
     /// `rows` of what [`Block::forward`] makes without a cache.
@@ -100,22 +100,17 @@ impl Block {
         input: &DecoderInput,
         ctx: &Ctx<'_>,
     ) -> Result<Tensor> {
+        let ctx = &Ctx { sequences: input.sequences(), ..*ctx };
         let x = apply(self.attention_norms.before.as_ref(), hidden.clone(), ctx)?;
         let attended = self.attention.forward(&x, input, ctx, None)?;
-        self.behind_attention(&attended.of(rows)?, &rows.of(hidden)?, &[], &rows.ctx(ctx))
+        self.behind_attention(&attended.of(rows)?, &rows.of(hidden)?, &rows.ctx(ctx))
     }
 
     /// From what the heads of attention gave and the block's input to its result.
-    fn behind_attention(
-        &self,
-        attended: &Attended,
-        hidden: &Tensor,
-        sequences: &[SequenceSpan],
-        ctx: &Ctx<'_>,
-    ) -> Result<Tensor> {
+    fn behind_attention(&self, attended: &Attended, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         let attended = self.attention.finish(attended, ctx)?;
         let attended = apply(self.attention_norms.after.as_ref(), attended, ctx)?;
-        let join = Join { output: &attended, residual: hidden, norm: None, sequences };
+        let join = Join { output: &attended, residual: hidden, norm: None };
         let sum = self.attention.end().join(&join, ctx)?;
         let x = if self.parallel { hidden } else { &sum };
         let norm = match &self.mlp_norms.before {
@@ -124,6 +119,6 @@ impl Block {
         };
         let x = apply(norm.as_ref(), x.clone(), ctx)?;
         let made = apply(self.mlp_norms.after.as_ref(), self.mlp.forward(&x, ctx)?, ctx)?;
-        self.mlp.end().join(&Join { output: &made, residual: &sum, norm: None, sequences }, ctx)
+        self.mlp.end().join(&Join { output: &made, residual: &sum, norm: None }, ctx)
     }
 }

@@ -51,8 +51,9 @@ pub(super) enum Earlier<'a> {
     Nothing,
     /// Prefixes of adapters, and which layer this is.
     Prefixes(&'a VirtualRows, usize),
-    /// Keys and values of earlier tokens, to which those of these are appended.
-    Cache(&'a mut LayerCache),
+    /// Keys and values of earlier tokens, to which those of these are appended; prefixes that are another thing for each sequence are
+    /// written to it too.
+    Cache(&'a mut LayerCache, &'a VirtualRows, usize),
 }
 
 /// The biases of a stack's distances: a table that its first block holds and all its blocks read.
@@ -113,8 +114,9 @@ impl Attention {
         let bias = bias.of(input, ctx)?;
         let (k, v) = match earlier {
             Earlier::Nothing => (k, v),
-            Earlier::Prefixes(rows, layer) => rows.extend(layer, k, v, ctx)?,
-            Earlier::Cache(cache) => {
+            Earlier::Prefixes(rows, layer) => rows.extend(layer, x, (k, v), ctx)?,
+            Earlier::Cache(cache, rows, layer) => {
+                rows.write_gated(layer, x, cache, ctx)?;
                 cache.append(&k, &v, &input.plan.sequences)?;
                 (cache.keys().clone(), cache.values().clone())
             }

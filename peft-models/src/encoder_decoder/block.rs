@@ -101,9 +101,10 @@ impl Block {
         ctx: &Ctx<'_>,
         earlier: Earlier<'_>,
     ) -> Result<Tensor> {
+        let ctx = &Ctx { sequences: input.sequences(), ..*ctx };
         let Sublayer { norm, layers } = &self.attention;
         let attended = layers.to_itself(&norm.forward(hidden, ctx)?, input, bias, ctx, earlier)?;
-        let mut hidden = joined(&layers.o, &attended, hidden, input, ctx)?;
+        let mut hidden = joined(&layers.o, &attended, hidden, ctx)?;
         if let (Some(Sublayer { norm, layers }), Some((encoded, plan))) = (&self.cross, encoder) {
             let made;
             let keys_values = match encoded {
@@ -114,15 +115,15 @@ impl Block {
                 }
             };
             let attended = layers.to_encoder(&norm.forward(&hidden, ctx)?, keys_values, plan, ctx)?;
-            hidden = joined(&layers.o, &attended, &hidden, input, ctx)?;
+            hidden = joined(&layers.o, &attended, &hidden, ctx)?;
         }
         let Sublayer { norm, layers } = &self.mlp;
         let made = layers.forward(&norm.forward(&hidden, ctx)?, ctx)?;
-        joined(layers.end(), &made, &hidden, input, ctx)
+        joined(layers.end(), &made, &hidden, ctx)
     }
 }
 
 /// The residual stream behind a sublayer whose last layer is `end`.
-fn joined(end: &FrozenLinear, output: &Tensor, residual: &Tensor, input: &SelfInput, ctx: &Ctx<'_>) -> Result<Tensor> {
-    end.join(&Join { output, residual, norm: None, sequences: input.sequences() }, ctx)
+fn joined(end: &FrozenLinear, output: &Tensor, residual: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+    end.join(&Join { output, residual, norm: None }, ctx)
 }

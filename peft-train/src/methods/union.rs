@@ -1,32 +1,30 @@
-//! Several methods as one adapter: Mix-And-Match (He et al. 2021, arXiv:2110.04366), the parts of UniPELT (Mao et al. 2021,
-//! arXiv:2110.07577) without their gates, and any others that do not change the same site.
+//! Several methods as one adapter: Mix-And-Match (He et al. 2021, arXiv:2110.04366), UniPELT (Mao et al. 2022, arXiv:2110.07577),
+//! and any others that do not change the same site.
 
 use peft_core::config_keys::peft_defaults;
-use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result};
+use peft_core::{Adapter, AdapterFolder, BaseModel, ConfigKeys, Error, Result, UNION, UNION_PARTS as PARTS};
 use serde_json::{Map, Value, json};
 
 use super::{Config, METHODS, Made, MethodInfo};
 
-/// The parts: tables of methods in a recipe, configs in a file.
-const PARTS: &str = "methods";
 const PRESET: &str = "preset";
-const PEFT_TYPE: &str = "UNION";
 
 /// The methods of a preset.
 fn preset(name: &Value) -> Result<Value> {
     match name.as_str() {
-        // AdapterHub's `MAMConfig`, whose defaults are the paper's.
+        // AdapterHub's `MAMConfig` and `UniPELTConfig`, whose defaults are the papers'.
         Some("mam") => Ok(json!([
-            {"type": "prefix", "num_virtual_tokens": 30, "prefix_projection": true, "encoder_hidden_size": 800},
+            {"type": "prefix", "num_virtual_tokens": 30, "prefix_projection": true, "encoder_hidden_size": 800,
+                "moves_positions": false},
             {"type": "bottleneck", "preset": "par_bn"}
         ])),
-        Some("unipelt") => Err(Error::config(
-            PRESET,
-            "UniPELT has a gate on each of its methods, and only that of a bottleneck is here: methods = [{type = \"prefix\", \
-             num_virtual_tokens = 10}, {type = \"bottleneck\", use_gating = true}, {type = \"lora\", r = 8, lora_alpha = 2}] has the \
-             others open",
-        )),
-        _ => Err(Error::config(PRESET, format!("{name} is not one of mam"))),
+        Some("unipelt") => Ok(json!([
+            {"type": "prefix", "num_virtual_tokens": 10, "prefix_projection": true, "encoder_hidden_size": 512,
+                "moves_positions": false, "use_gating": true},
+            {"type": "bottleneck", "preset": "seq_bn", "use_gating": true},
+            {"type": "lora", "r": 8, "lora_alpha": 2, "use_gating": true}
+        ])),
+        _ => Err(Error::config(PRESET, format!("{name} is not one of mam, unipelt"))),
     }
 }
 
@@ -65,7 +63,7 @@ pub(super) fn of_recipe(keys: &Map<String, Value>) -> Result<Vec<Config>> {
     let known = Map::from_iter([PARTS, PRESET].map(|key| (key.to_owned(), Value::Null)));
     ConfigKeys(keys).refuse_unknown("union", &known)?;
     let part = |table: &Map<String, Value>| {
-        let (config, info) = Config::of_recipe(table)?;
+        let (config, info) = Config::of_recipe_part(table)?;
         refuse(info).map(|()| config)
     };
     tables(keys)?.iter().enumerate().map(|(i, table)| part(table).map_err(|e| in_part(i, &e))).collect()
@@ -79,7 +77,7 @@ pub(super) fn of_file(keys: &Map<String, Value>) -> Result<Vec<Config>> {
             return Err(Error::config(PARTS, format!("of number {}: peft_type `{peft_type}` is not known", i + 1)));
         };
         refuse(info)?;
-        Config::of_file(info, config).map_err(|e| in_part(i, &e))
+        Config::of_file_part(info, config).map_err(|e| in_part(i, &e))
     });
     parts.collect()
 }
@@ -100,11 +98,11 @@ pub(super) fn open(parts: &[Config], base: &dyn BaseModel, files: &AdapterFolder
 
 fn whole(made: Vec<Made>, base: &dyn BaseModel) -> Result<Made> {
     let parts: Vec<Adapter> = made.into_iter().map(|(adapter, _)| adapter).collect();
-    let mut config = peft_defaults(PEFT_TYPE, json!({}));
+    let mut config = peft_defaults(UNION, json!({}));
     config.insert("task_type".into(), base.task().peft_name().into());
     // Where rows are cut, and by other programs, it is looked for here.
     if let Some(tokens) = parts.iter().find_map(Adapter::virtual_tokens) {
         config.insert("num_virtual_tokens".into(), tokens.count.into());
     }
-    Ok((Adapter::union(parts, PARTS, config, base.sites())?, None))
+    Ok((Adapter::union(parts, config, base.sites())?, None))
 }

@@ -1,14 +1,17 @@
-//! Modules that act on whole sequences of a packed batch.
+//! What modules need that act on whole sequences of a packed batch.
+
+use std::ops::Range;
 
 use candle_core::Tensor;
-use peft_core::kernels::SequenceSpan;
-use peft_core::{Error, Result};
+use peft_kernels::SequenceSpan;
+
+use crate::error::{Error, Result};
 
 /// `change(i, rows)` for the rows `[tokens, width]` of each sequence `i`, one after another.
 ///
 /// # Errors
 /// When the sequences do not cover the rows of `x`, or a change fails.
-pub(crate) fn each(
+pub fn each(
     x: &Tensor,
     sequences: &[SequenceSpan],
     change: impl Fn(usize, Tensor) -> Result<Tensor>,
@@ -26,7 +29,10 @@ pub(crate) fn each(
 }
 
 /// Refuses sequences that do not cover the rows of `x` in order.
-pub(crate) fn check(x: &Tensor, sequences: &[SequenceSpan]) -> Result<()> {
+///
+/// # Errors
+/// When they do not.
+pub fn check(x: &Tensor, sequences: &[SequenceSpan]) -> Result<()> {
     let mut end = 0;
     for span in sequences {
         if span.queries.start != end {
@@ -38,4 +44,20 @@ pub(crate) fn check(x: &Tensor, sequences: &[SequenceSpan]) -> Result<()> {
         return Err(Error::msg(format!("the sequences of a batch cover {end} of {} rows", x.dim(0)?)));
     }
     Ok(())
+}
+
+/// The sequences of the rows of `run`, counted from its start.
+///
+/// # Errors
+/// A sequence of which only a part lies in the run.
+pub(crate) fn within(sequences: &[SequenceSpan], run: &Range<usize>) -> Result<Vec<SequenceSpan>> {
+    let mut found = Vec::new();
+    for span in sequences.iter().filter(|s| s.queries.start < run.end && run.start < s.queries.end) {
+        if span.queries.start < run.start || run.end < span.queries.end {
+            return Err(Error::msg("a sequence goes through several adapters, one of which acts on whole sequences"));
+        }
+        let queries = span.queries.start - run.start..span.queries.end - run.start;
+        found.push(SequenceSpan { queries, ..span.clone() });
+    }
+    Ok(found)
 }
