@@ -44,7 +44,13 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
     let route = Route::Uniform(0);
     measure(settings, || {
-        let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng: StepRng::default() };
+        let ctx = Ctx {
+            adapters: &set,
+            route: &route,
+            mode: Mode::Train { track: true },
+            rng: StepRng::default(),
+            first: None,
+        };
         let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
         let measured = forward_backward(&model, &batch, &ctx, lowest, checkpointing, 1.0 / counted, &mut grads)?;
         optimizer.step(&opt_params, &grads.into_vec(), LEARNING_RATE)?;

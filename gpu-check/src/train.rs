@@ -96,7 +96,7 @@ fn train(placement: Placement) -> Result<(Vec<f64>, f64)> {
             started = Instant::now();
         }
         let rng = StepRng { seed: 1, step, run: 0 };
-        let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng };
+        let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng, first: None };
         let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
         // One block keeps its graph and one is recomputed.
         let kept = Checkpointing::KeepTop(1);

@@ -12,6 +12,7 @@ method and no model.
 
 mod build;
 mod ctx;
+mod first_pass;
 mod heads;
 mod layers;
 mod module;
@@ -28,6 +29,7 @@ mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use first_pass::first_pass;
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};

@@ -176,7 +176,8 @@ mod tests {
                 };
                 let set = AdapterSet::empty();
                 let rng = StepRng { seed: 11, step: 2, run: 0 };
-                let ctx = Ctx { adapters: &set, route: &Route::Base, mode: Mode::Train { track: true }, rng };
+                let ctx =
+                    Ctx { adapters: &set, route: &Route::Base, mode: Mode::Train { track: true }, rng, first: None };
                 let y = module.forward(&base, x.as_tensor(), &ctx).unwrap();
                 let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
 

@@ -367,7 +367,7 @@ impl Segmented for EncoderDecoder {
             cross: self.cross_attention(
                 targets.iter().zip(&source_rows).map(|(target, source)| span(target.clone(), source.clone())).collect(),
             ),
-            virtual_rows: VirtualRows::new(virtual_tokens, None),
+            virtual_rows: VirtualRows::new(virtual_tokens, None, None),
             routes,
         })
     }

@@ -97,7 +97,7 @@ impl<M: Segmented> Step<'_, M> {
                 continue;
             }
             let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32), run: 0 };
-            let ctx = Ctx { adapters: self.set, route: &route, mode: Mode::Train { track: true }, rng };
+            let ctx = Ctx { adapters: self.set, route: &route, mode: Mode::Train { track: true }, rng, first: None };
             match (self.plan.objective, micro_batch) {
                 (Objective::TFew(_), _) if !of_prompt.is_empty() => {
                     return Err(Error::config("train.objective", "t_few is not the loss of this method; use loss"));

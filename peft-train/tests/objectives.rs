@@ -151,7 +151,7 @@ fn by_driver<M: Segmented>(
 ) -> (f64, Vec<Tensor>) {
     let set = AdapterSet::one("a", adapter.clone());
     let rng = StepRng::default();
-    let ctx = Ctx { adapters: &set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng };
+    let ctx = Ctx { adapters: &set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng, first: None };
     let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
     let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
     let counts = Counts::of(&parts.iter().cloned().map(MicroBatch::Choices).collect::<Vec<_>>());

@@ -53,12 +53,12 @@ fn both(model: &impl Segmented, adapters: &[Arc<Adapter>], route: &Route) {
     let named = adapters.iter().enumerate();
     let set = named.fold(AdapterSet::empty(), |set, (i, adapter)| set.with(i.to_string(), adapter.clone()));
     let mode = Mode::Train { track: true };
-    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default() };
+    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default(), first: None };
     let ids: Vec<u32> = (0..9).map(|i| (i * 5 + 3) % 37).collect();
     let batch = TokenBatch { ids: &ids, positions: &[0, 1, 2, 3, 4, 0, 0, 1, 2], bounds: &BOUNDS, types: &[] };
     let input = model.prepare(batch, &ctx).unwrap();
     let hidden = candle_core::Var::from_tensor(&model.embed(batch, &ctx.untracked()).unwrap()).unwrap();
-    let (read, last) = (ReadRows::new(READ.to_vec(), route), model.num_blocks() - 1);
+    let (read, last) = (ReadRows::new(READ.to_vec(), &ctx).unwrap(), model.num_blocks() - 1);
     let gradient = randn(9, (READ.len(), 16), 1.0).unwrap();
     let run = |block: &dyn Fn() -> peft_core::Result<Tensor>| {
         let (out, record) = kernels::record(block).unwrap();

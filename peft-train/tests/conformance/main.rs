@@ -197,7 +197,7 @@ impl<'a> Run<'a> {
 
     fn ctx(&self, step: u32) -> Ctx<'_> {
         let rng = StepRng { seed: 7, step, run: 0 };
-        Ctx { adapters: &self.set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng }
+        Ctx { adapters: &self.set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng, first: None }
     }
 
     fn gradients(&self, step: u32, keep: impl Into<Keep>) -> Result<Vec<Option<Tensor>>> {

@@ -38,7 +38,8 @@ pub(crate) fn gradients(
     let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
     let set = AdapterSet::one("a", adapter.clone());
     let route = Route::Uniform(0);
-    let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng: StepRng::default() };
+    let ctx =
+        Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng: StepRng::default(), first: None };
     let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
     let lowest = adapter.lowest_segment(model.sites()).unwrap();
     forward_backward(model, batch, &ctx, lowest, checkpointing, 1.0, &mut grads).unwrap();
