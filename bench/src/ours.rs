@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use candle_core::DType;
-use peft_core::{AdapterSet, BaseModel, ClassToken, Ctx, Mode, Parameter, Route, StepRng, Task};
+use peft_core::{AdapterSet, BaseModel, ClassToken, Ctx, Parameter, Route, StepRng, Task};
 use peft_models::ModelFiles;
 use peft_models::source::Placement;
 use peft_train::data::{Batch, IGNORE_INDEX, Predictor};
@@ -44,13 +44,7 @@ pub fn run(files: &ModelFiles, settings: &Settings) -> Result<(Vec<f64>, Value)>
     let mut optimizer = AdamW::new(AdamWConfig::default())?;
     let route = Route::Uniform(0);
     measure(settings, || {
-        let ctx = Ctx {
-            adapters: &set,
-            route: &route,
-            mode: Mode::Train { track: true },
-            rng: StepRng::default(),
-            sequences: &[],
-        };
+        let ctx = Ctx::train(&set, &route, StepRng::default());
         let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
         let measured = forward_backward(&model, &batch, &ctx, lowest, checkpointing, 1.0 / counted, &mut grads)?;
         optimizer.step(&opt_params, &grads.into_vec(), LEARNING_RATE)?;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device};
-use peft_core::{AdapterSet, BaseModel, Ctx, Mode, Parameter, Route, StepRng};
+use peft_core::{AdapterSet, BaseModel, Ctx, Parameter, Route, StepRng};
 use peft_kernels::Stream;
 use peft_models::Decoder;
 use peft_models::config::DecoderConfig;
@@ -96,7 +96,7 @@ fn train(placement: Placement) -> Result<(Vec<f64>, f64)> {
             started = Instant::now();
         }
         let rng = StepRng { seed: 1, step, run: 0 };
-        let ctx = Ctx { adapters: &set, route: &route, mode: Mode::Train { track: true }, rng, sequences: &[] };
+        let ctx = Ctx::train(&set, &route, rng);
         let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
         // One block keeps its graph and one is recomputed.
         let kept = Checkpointing::KeepTop(1);

@@ -2,8 +2,10 @@
 
 use std::ops::Range;
 
+use candle_core::Tensor;
 use peft_kernels::{Dropout, SequenceSpan, Stream};
 
+use crate::error::Result;
 use crate::set::AdapterSet;
 use crate::site::SiteId;
 
@@ -128,13 +130,36 @@ pub struct Ctx<'a> {
     /// Which rows each sequence has (`queries`) of how many of its tokens so far (`keys`): fewer where earlier ones are in a cache.
     /// Blocks set it. For modules that ask for it (`reads_sequences`) they cover the rows in order; others may be given none.
     pub sequences: &'a [SequenceSpan],
+    /// What a first pass over the base alone made of these tokens, `[tokens, hidden]`, untracked, where an adapter of the route
+    /// reads it ([`crate::first_pass`]).
+    pub first: Option<&'a Tensor>,
 }
 
 impl<'a> Ctx<'a> {
     /// A context for inference.
     #[must_use]
     pub fn eval(adapters: &'a AdapterSet, route: &'a Route) -> Self {
-        Self { adapters, route, mode: Mode::Eval, rng: StepRng::default(), sequences: &[] }
+        Self { adapters, route, mode: Mode::Eval, rng: StepRng::default(), sequences: &[], first: None }
+    }
+
+    /// A context for training: parameters tracked, dropout of the step `rng`.
+    #[must_use]
+    pub fn train(adapters: &'a AdapterSet, route: &'a Route, rng: StepRng) -> Self {
+        Self { mode: Mode::Train { track: true }, rng, ..Self::eval(adapters, route) }
+    }
+
+    /// Whether tokens go through an adapter that reads a first pass ([`crate::Adapter::set_first_pass`]).
+    #[must_use]
+    pub fn reads_first_pass(&self) -> bool {
+        self.route.any_slot(|slot| self.adapters.adapter(slot).is_some_and(|adapter| adapter.first_pass()))
+    }
+
+    /// The first pass of a run of these tokens. Rows behind the batch's own, such as those of prompts, have none.
+    pub(crate) fn first_of(&self, run: &Range<usize>) -> Result<Option<Tensor>> {
+        match self.first {
+            Some(first) if run.end <= first.dim(0)? => Ok(Some(first.narrow(0, run.start, run.len())?)),
+            _ => Ok(None),
+        }
     }
 
     /// The same context without a graph: parameters untracked, dropout as before.

@@ -215,7 +215,9 @@ impl FrozenLinear {
             .map(|(i, (run, slot))| {
                 let x = x.narrow(0, run.start, run.len())?;
                 let sequences = self.sequences_of(run, *slot, ctx)?;
-                let ctx = &Ctx { rng: StepRng { run: i as u32, ..ctx.rng }, sequences: &sequences, ..*ctx };
+                let first = ctx.first_of(run)?;
+                let rng = StepRng { run: i as u32, ..ctx.rng };
+                let ctx = &Ctx { rng, sequences: &sequences, first: first.as_ref(), ..*ctx };
                 match slot {
                     Some(slot) => self.through(*slot, &x, ctx),
                     None => self.base(&x),
@@ -308,9 +310,9 @@ impl FrozenEmbedding {
         if !self.changes_tied_head(ctx) {
             return head.forward(hidden, ctx);
         }
-        let run = |slot: Option<usize>, hidden: &Tensor| {
+        let run = |slot: Option<usize>, hidden: &Tensor, first: Option<&Tensor>| {
             let route = slot.map_or(Route::Base, Route::Uniform);
-            let ctx = Ctx { route: &route, ..*ctx };
+            let ctx = Ctx { route: &route, first, ..*ctx };
             let frozen = || head.forward(hidden, &ctx);
             match slot.and_then(|s| ctx.adapters.at(s, self.site)).and_then(|a| a.module.as_ref()) {
                 Some(SiteModule::Embedding(m)) => m.tied_logits(hidden, &frozen, &ctx),
@@ -318,12 +320,14 @@ impl FrozenEmbedding {
             }
         };
         match ctx.route {
-            Route::Base => run(None, hidden),
-            Route::Uniform(slot) => run(Some(*slot), hidden),
+            Route::Base => run(None, hidden, None),
+            Route::Uniform(slot) => run(Some(*slot), hidden, ctx.first),
             Route::Rows(runs) => {
                 let parts = runs
                     .iter()
-                    .map(|(rows, slot)| run(*slot, &hidden.narrow(0, rows.start, rows.len())?))
+                    .map(|(rows, slot)| {
+                        run(*slot, &hidden.narrow(0, rows.start, rows.len())?, ctx.first_of(rows)?.as_ref())
+                    })
                     .collect::<Result<Vec<_>>>()?;
                 Ok(Tensor::cat(&parts, 0)?)
             }

@@ -12,6 +12,7 @@ method and no model.
 
 mod build;
 mod ctx;
+mod first_pass;
 mod gate;
 mod heads;
 mod layers;
@@ -30,6 +31,7 @@ mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use first_pass::first_pass;
 pub use gate::Gate;
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};

@@ -39,6 +39,12 @@ impl Parameter {
         Ok(Self { name, var, role })
     }
 
+    /// The same parameter under another name.
+    #[must_use]
+    pub fn renamed(&self, name: impl Into<String>) -> Self {
+        Self { name: name.into(), ..self.clone() }
+    }
+
     /// The key in the adapter file, such as `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
     #[must_use]
     pub fn name(&self) -> &str {

@@ -1,5 +1,7 @@
 //! The rows of hidden states that alone are read further on.
 
+use std::ops::Range;
+
 use candle_core::Tensor;
 
 use crate::ctx::{Ctx, Route};
@@ -11,14 +13,19 @@ use crate::error::Result;
 pub struct ReadRows {
     rows: Vec<u32>,
     route: Route,
+    /// Of a first pass, where there was one.
+    first: Option<Tensor>,
 }
 
 impl ReadRows {
-    /// `rows`, ascending, of a batch whose tokens `route` leads.
-    #[must_use]
-    pub fn new(rows: Vec<u32>, route: &Route) -> Self {
-        let route = route.select(&rows.iter().map(|&row| row as usize).collect::<Vec<_>>());
-        Self { rows, route }
+    /// `rows`, ascending, of a batch whose tokens are those of `ctx`.
+    ///
+    /// # Errors
+    /// When a row has no first pass, and there was one.
+    pub fn new(rows: Vec<u32>, ctx: &Ctx<'_>) -> Result<Self> {
+        let route = ctx.route.select(&rows.iter().map(|&row| row as usize).collect::<Vec<_>>());
+        let first = ctx.first.map(|first| peft_kernels::select_rows(first, &rows)).transpose()?;
+        Ok(Self { rows, route, first })
     }
 
     /// These rows `[rows, width]` of `hidden` `[tokens, width]`.
@@ -32,18 +39,28 @@ impl ReadRows {
     /// The same rows where they lie at `place(row)` in hidden states that hold more than the batch's tokens; they stay in order.
     #[must_use]
     pub fn at(&self, place: impl Fn(u32) -> u32) -> Self {
-        Self { rows: self.rows.iter().map(|&row| place(row)).collect(), route: self.route.clone() }
+        Self { rows: self.rows.iter().map(|&row| place(row)).collect(), ..self.clone() }
+    }
+
+    /// A stretch of these rows, counted among them.
+    ///
+    /// # Errors
+    /// When it reaches past them.
+    pub fn part(&self, part: Range<usize>) -> Result<Self> {
+        let first = self.first.as_ref().map(|first| first.narrow(0, part.start, part.len())).transpose()?;
+        let route = self.route.select(&part.clone().collect::<Vec<_>>());
+        Ok(Self { rows: self.rows.get(part).unwrap_or_default().to_vec(), route, first })
     }
 
     /// The context of these rows, for that of all. They are no whole sequences.
     #[must_use]
     pub fn ctx<'b>(&'b self, ctx: &Ctx<'b>) -> Ctx<'b> {
-        Ctx { route: &self.route, sequences: &[], ..*ctx }
+        Ctx { route: &self.route, sequences: &[], first: self.first.as_ref(), ..*ctx }
     }
 
     /// Which of these rows lie in `tokens`, as places among these rows.
     #[must_use]
-    pub fn within(&self, tokens: &std::ops::Range<usize>) -> std::ops::Range<usize> {
+    pub fn within(&self, tokens: &Range<usize>) -> Range<usize> {
         let at = |token: usize| self.rows.partition_point(|&row| (row as usize) < token);
         at(tokens.start)..at(tokens.end)
     }

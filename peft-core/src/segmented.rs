@@ -188,6 +188,15 @@ pub trait Segmented: BaseModel {
     /// When a tensor operation fails.
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor>;
 
+    /// What transformers calls the last hidden state, `[rows, hidden]`, from what the last block makes: that behind the final norm
+    /// of a decoder, in front of the pooler of an encoder.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn last_hidden_state(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        self.final_norm(hidden, ctx)
+    }
+
     /// Logits `[rows, vocab]`, or `[rows, classes]` of a class head, from what [`Segmented::final_norm`] gives.
     ///
     /// # Errors

@@ -181,6 +181,8 @@ pub struct Adapter {
     shared: Vec<Parameter>,
     /// Set where its modules depend on the task.
     tasks: Option<usize>,
+    /// Whether its modules read what the base alone makes of the batch.
+    first_pass: bool,
     training_hook: Option<Box<dyn TrainingHook>>,
     export_keys: Map<String, Value>,
     export_tensors: Vec<(String, ExportTensor)>,
@@ -208,6 +210,7 @@ impl Adapter {
             fixed: Vec::new(),
             shared: Vec::new(),
             tasks: None,
+            first_pass: false,
             training_hook: None,
             export_keys: Map::new(),
             export_tensors: Vec::new(),
@@ -279,6 +282,17 @@ impl Adapter {
         self.tasks
     }
 
+    /// Says that modules read [`crate::Ctx::first`]: whoever runs the adapter makes a first pass over the base alone.
+    pub fn set_first_pass(&mut self) {
+        self.first_pass = true;
+    }
+
+    /// Whether modules read a first pass over the base alone.
+    #[must_use]
+    pub fn first_pass(&self) -> bool {
+        self.first_pass
+    }
+
     /// This adapter as it is for one task: the same parameters, without what acts on the training loop.
     ///
     /// # Errors
@@ -298,6 +312,7 @@ impl Adapter {
             fixed: self.fixed.clone(),
             shared: self.shared.clone(),
             tasks: None,
+            first_pass: self.first_pass,
             training_hook: None,
             export_keys: self.export_keys.clone(),
             export_tensors: self.export_tensors.clone(),

@@ -73,7 +73,7 @@ mod tests {
         let rng = StepRng { seed: 11, step: 2, run: 0 };
         let sequences = [span(0..3), span(3..5)];
         let mode = Mode::Train { track: true };
-        let ctx = Ctx { adapters: &set, route: &Route::Base, mode, rng, sequences: &sequences };
+        let ctx = Ctx { mode, sequences: &sequences, ..Ctx::train(&set, &Route::Base, rng) };
         let y = module.forward(&base, x.as_tensor(), &ctx).unwrap();
         let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
 

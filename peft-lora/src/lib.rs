@@ -3,7 +3,7 @@ LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEF
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
 modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`GatedLora`], [`LoraEmbedding`], [`peft_core::TrainedTokens`].
-[`foreign`] reads the files of mlx-lm, torchtune and kohya, and [`mlx`] writes mlx-lm's.
+[`xlora`] weighs several such adapters token by token. [`foreign`] reads the files of mlx-lm, torchtune and kohya, and [`mlx`] writes mlx-lm's.
 */
 
 mod build;
@@ -18,6 +18,7 @@ mod init;
 mod linalg;
 mod linear;
 pub mod mlx;
+pub mod xlora;
 
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;

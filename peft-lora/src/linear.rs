@@ -146,7 +146,7 @@ mod tests {
     use super::*;
     use peft_core::kernels::testing::{close, randn};
     use peft_core::kernels::{FrozenWeight, Stream};
-    use peft_core::{AdapterSet, Mode, Role, Route, SiteId, StepRng};
+    use peft_core::{AdapterSet, Role, Route, SiteId, StepRng};
 
     fn parameter(name: &str, seed: u64, shape: impl Into<candle_core::Shape>) -> Parameter {
         Parameter::new(name, &randn(seed, shape, 0.5).unwrap(), Role::Plain).unwrap()
@@ -176,8 +176,7 @@ mod tests {
                 };
                 let set = AdapterSet::empty();
                 let rng = StepRng { seed: 11, step: 2, run: 0 };
-                let ctx =
-                    Ctx { adapters: &set, route: &Route::Base, mode: Mode::Train { track: true }, rng, sequences: &[] };
+                let ctx = Ctx::train(&set, &Route::Base, rng);
                 let y = module.forward(&base, x.as_tensor(), &ctx).unwrap();
                 let grads = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
 

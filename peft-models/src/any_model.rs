@@ -244,6 +244,10 @@ impl Segmented for AnyModel {
         each!(self, m => m.final_norm(hidden, ctx))
     }
 
+    fn last_hidden_state(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        each!(self, m => m.last_hidden_state(hidden, ctx))
+    }
+
     fn logits(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
         each!(self, m => m.logits(hidden, ctx))
     }

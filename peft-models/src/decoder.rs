@@ -206,7 +206,7 @@ impl Decoder {
         sequences: Vec<SequenceSpan>,
         virtual_tokens: VirtualSpans,
     ) -> Result<DecoderInput> {
-        self.input(positions, sequences, VirtualRows::new(virtual_tokens, None))
+        self.input(positions, sequences, VirtualRows::new(virtual_tokens, None, None))
     }
 
     fn input(

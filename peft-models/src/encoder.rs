@@ -398,7 +398,7 @@ impl Segmented for Encoder {
             moved.push((tokens.start as u32, (rows.start - tokens.start) as u32));
             sequences.push(SequenceSpan { queries: rows.clone(), keys: rows.clone(), prefix });
         }
-        let route = prompted.route(ctx.route, 0);
+        let (route, first) = (prompted.route(ctx.route, 0), prompted.first_pass(ctx.first)?);
         let attention = AttentionPlan {
             heads: c.num_attention_heads,
             kv_heads: c.num_attention_heads,
@@ -411,7 +411,7 @@ impl Segmented for Encoder {
         };
         Ok(EncoderInput {
             attention: Arc::new(attention),
-            virtual_rows: VirtualRows::new(virtual_tokens, route),
+            virtual_rows: VirtualRows::new(virtual_tokens, route, first),
             moved,
         })
     }
@@ -458,6 +458,10 @@ impl Segmented for Encoder {
             HeadActivation::Relu => kernels::Activation::Relu,
         };
         Ok(activation(&self.head_dense.forward(hidden, ctx)?, act)?)
+    }
+
+    fn last_hidden_state(&self, hidden: &Tensor, _: &Ctx<'_>) -> Result<Tensor> {
+        Ok(hidden.clone())
     }
 
     fn logits(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {

@@ -264,7 +264,7 @@ impl EncoderDecoder {
         ctx: &Ctx<'_>,
     ) -> Result<Tensor> {
         let bounds: Vec<usize> = std::iter::once(0).chain(own.iter().map(|span| span.queries.end)).collect();
-        let rows = VirtualRows::new(VirtualSpans::of(&bounds, ctx)?, None);
+        let rows = VirtualRows::new(VirtualSpans::of(&bounds, ctx)?, None, None);
         let (own, cross) = (self.own_attention(true, own), self.cross_attention(cross));
         let mut hidden = self.embed.forward(ids, ctx)?;
         let blocks = self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches).enumerate();
@@ -371,7 +371,7 @@ impl Segmented for EncoderDecoder {
             cross: self.cross_attention(
                 targets.iter().zip(&source_rows).map(|(target, source)| span(target.clone(), source.clone())).collect(),
             ),
-            virtual_rows: VirtualRows::new(virtual_tokens, None),
+            virtual_rows: VirtualRows::new(virtual_tokens, None, None),
             routes,
         })
     }

@@ -3,7 +3,8 @@
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
 use peft_core::{
-    AdapterSet, BaseModel, Ctx, Error, PrefixModule, Result, Route, Segmented, TokenBatch, VirtualModule, VirtualSpans,
+    AdapterSet, BaseModel, Ctx, Error, PrefixModule, ReadRows, Result, Route, Segmented, TokenBatch, VirtualModule,
+    VirtualSpans,
 };
 
 use crate::decoder::Decoder;
@@ -86,9 +87,13 @@ pub fn generate(
         open.push(Open { row, keys: region.start..region.start + r.prompt.len(), prefix, first_position, last: 0 });
     }
     let width = model.config().key_value_size();
-    let mut caches = (0..model.num_blocks())
-        .map(|_| LayerCache::new(capacity, width, model.dtype(), model.device()))
-        .collect::<Result<Vec<_>>>()?;
+    let new_caches = || {
+        let new = |_| LayerCache::new(capacity, width, model.dtype(), model.device());
+        (0..model.num_blocks()).map(new).collect::<Result<Vec<_>>>()
+    };
+    let mut caches = new_caches()?;
+    // Those of the base alone, where an adapter reads what it makes.
+    let mut of_base = if Ctx::eval(adapters, &route).reads_first_pass() { new_caches()? } else { Vec::new() };
 
     let mut first = Step {
         ids: requests.iter().flat_map(|r| r.prompt.iter().copied()).collect(),
@@ -103,7 +108,8 @@ pub fn generate(
         }
     }
     write(requests, options, on_token, open, first, |step, slots, open| {
-        step.run(model, adapters, slots, open, &mut caches)
+        let of_base = step.first_pass(model, adapters, slots, open, &mut of_base)?;
+        step.logits(model, adapters, slots, open, &mut caches, of_base.as_ref())
     })
 }
 
@@ -250,7 +256,45 @@ struct Step {
 }
 
 impl Step {
+    /// What the base alone makes of the new tokens, `[tokens, hidden]`, where an adapter of `slots` reads it; `caches` are its own.
+    fn first_pass(
+        &self,
+        model: &Decoder,
+        adapters: &AdapterSet,
+        slots: &[Option<usize>],
+        open: &[Open],
+        caches: &mut [LayerCache],
+    ) -> Result<Option<Tensor>> {
+        let bounds: Vec<usize> = (0..=slots.len()).collect();
+        if !Ctx::eval(adapters, &Route::rows(&bounds, slots)).reads_first_pass() {
+            return Ok(None);
+        }
+        let alone = |o: &Open| Open { keys: o.keys.clone(), prefix: 0..0, ..*o };
+        let open: Vec<Open> = open.iter().map(alone).collect();
+        let step = Self { ids: self.ids.clone(), lengths: self.lengths.clone(), prompts: Vec::new() };
+        let (_, hidden) = step.run(model, adapters, &vec![None; open.len()], &open, caches, None)?;
+        model.last_hidden_state(&hidden, &Ctx::eval(adapters, &Route::Base)).map(Some)
+    }
+
     /// Logits `[sequences, vocab]` after the last token of each sequence.
+    fn logits(
+        &self,
+        model: &Decoder,
+        adapters: &AdapterSet,
+        slots: &[Option<usize>],
+        open: &[Open],
+        caches: &mut [LayerCache],
+        first: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let (bounds, hidden) = self.run(model, adapters, slots, open, caches, first)?;
+        let route = Route::rows(&bounds, slots);
+        let ctx = Ctx { first, ..Ctx::eval(adapters, &route) };
+        let last = ReadRows::new(bounds.iter().skip(1).map(|b| *b as u32 - 1).collect(), &ctx)?;
+        let ctx = last.ctx(&ctx);
+        model.logits(&model.final_norm(&last.of(&hidden)?, &ctx)?, &ctx)
+    }
+
+    /// Where each sequence's tokens lie, and what the last block makes of them.
     fn run(
         &self,
         model: &Decoder,
@@ -258,19 +302,20 @@ impl Step {
         slots: &[Option<usize>],
         open: &[Open],
         caches: &mut [LayerCache],
-    ) -> Result<Tensor> {
+        first: Option<&Tensor>,
+    ) -> Result<(Vec<usize>, Tensor)> {
         let mut bounds = vec![0];
         let mut positions: Vec<u32> = Vec::with_capacity(self.ids.len());
         let mut sequences = Vec::with_capacity(open.len());
         for (o, n) in open.iter().zip(&self.lengths) {
             let queries = positions.len()..positions.len() + n;
             bounds.push(queries.end);
-            let first = o.first_position + o.keys.len() - n;
-            positions.extend((first as u32..).take(*n));
+            let position = o.first_position + o.keys.len() - n;
+            positions.extend((position as u32..).take(*n));
             sequences.push(SequenceSpan { queries, keys: o.keys.clone(), prefix: o.prefix.clone() });
         }
         let route = Route::rows(&bounds, slots);
-        let ctx = Ctx::eval(adapters, &route);
+        let ctx = Ctx { first, ..Ctx::eval(adapters, &route) };
         let mut rows = vec![model.embed_tokens(&self.ids, &ctx)?];
         for (_, keys, prompt) in &self.prompts {
             let queries = positions.len()..positions.len() + keys.len();
@@ -289,12 +334,7 @@ impl Step {
         for (i, cache) in caches.iter_mut().enumerate() {
             hidden = model.block_cached(i, &hidden, &input, &Ctx { route: &with_prompts, ..ctx }, cache)?;
         }
-        let last: Vec<usize> = bounds.iter().skip(1).map(|b| b - 1).collect();
-        let index: Vec<u32> = last.iter().map(|&i| i as u32).collect();
-        let rows = hidden.index_select(&Tensor::new(index, hidden.device())?, 0)?;
-        let route = route.select(&last);
-        let ctx = Ctx { route: &route, ..ctx };
-        model.logits(&model.final_norm(&rows, &ctx)?, &ctx)
+        Ok((bounds, hidden))
     }
 }
 

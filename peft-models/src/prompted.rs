@@ -56,6 +56,19 @@ impl Prompted<'_> {
         Ok(Tensor::cat(&pieces, 0)?)
     }
 
+    /// The first pass of all rows, for that of the tokens, where prompts move them; nothing reads it of the rows of prompts.
+    pub(crate) fn first_pass(&self, first: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let (Some(first), true) = (first, self.virtual_tokens.iter().any(|span| span.tokens.is_prompt())) else {
+            return Ok(None);
+        };
+        let mut pieces = Vec::with_capacity(2 * self.tokens.len());
+        for (i, own) in self.tokens.iter().enumerate() {
+            pieces.push(Tensor::zeros((self.prompt_length(i), first.dim(1)?), first.dtype(), first.device())?);
+            pieces.push(first.narrow(0, own.start, own.len())?);
+        }
+        Ok(Some(Tensor::cat(&pieces, 0)?))
+    }
+
     /// The route of all rows, where it is not `route`; the tokens of the sequences are rows `from..` of that.
     pub(crate) fn route(&self, route: &Route, from: usize) -> Option<Route> {
         let Route::Rows(_) = route else { return None };

@@ -43,7 +43,7 @@ impl Layout {
         }
         let route = ctx.route.followed_by(tokens, prompts().map(|(span, rows)| (rows.len(), span.slot)));
         let route = prompts().next().map(|_| route);
-        Ok(Self { positions, sequences, rows: VirtualRows { spans, route } })
+        Ok(Self { positions, sequences, rows: VirtualRows::new(spans, route, None) })
     }
 }
 
@@ -53,17 +53,20 @@ pub(crate) struct VirtualRows {
     spans: VirtualSpans,
     /// The route of all hidden rows, where it is not that of the batch's own tokens.
     route: Option<Route>,
+    /// The first pass of all hidden rows, where they are not the batch's own tokens and others behind.
+    first: Option<Tensor>,
 }
 
 impl VirtualRows {
-    /// Those of a pass whose hidden rows go through `route`, where that is not the one of the batch's own tokens.
-    pub(crate) fn new(spans: VirtualSpans, route: Option<Route>) -> Self {
-        Self { spans, route }
+    /// Those of a pass whose hidden rows go through `route`, where that is not the one of the batch's own tokens, and have `first` as
+    /// their first pass, where these do not begin with the batch's tokens.
+    pub(crate) fn new(spans: VirtualSpans, route: Option<Route>, first: Option<Tensor>) -> Self {
+        Self { spans, route, first }
     }
 
     /// The context of the hidden rows, for a context of the batch's own tokens.
     pub(crate) fn ctx<'c>(&'c self, ctx: &Ctx<'c>) -> Ctx<'c> {
-        Ctx { route: self.route.as_ref().unwrap_or(ctx.route), ..*ctx }
+        Ctx { route: self.route.as_ref().unwrap_or(ctx.route), first: self.first.as_ref().or(ctx.first), ..*ctx }
     }
 
     /// `keys` and `values` of layer `layer`, whose attention reads `x`, those of the prefixes behind them.

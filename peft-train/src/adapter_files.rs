@@ -6,6 +6,7 @@ use candle_core::Tensor;
 use peft_adapters::{adapterhub, linear};
 use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
 use peft_lora::foreign::Layout;
+use peft_lora::xlora;
 
 use crate::class_labels;
 
@@ -22,7 +23,8 @@ pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder
     if adapterhub::is_adapterhub(folder)? {
         return adapterhub::open(folder, base);
     }
-    linear::foreign(AdapterFolder::open(folder)?)
+    let files = linear::foreign(AdapterFolder::open(folder)?)?;
+    if files.config().peft_type() == xlora::PEFT_TYPE { xlora::with_experts(files) } else { Ok(files) }
 }
 
 /// Writes PEFT's two files with the names of an adapter's classes, if it has any, as a folder that is there whole or not at all.
@@ -47,6 +49,9 @@ pub(crate) fn write_into<'a>(
 ) -> Result<()> {
     if !labels.is_empty() {
         class_labels::write(dir, labels)?;
+    }
+    if config.peft_type() == xlora::PEFT_TYPE {
+        return xlora::write(dir, config, tensors);
     }
     write_adapter(dir, config, tensors)
 }

@@ -106,6 +106,15 @@ pub const METHODS: &[MethodInfo] = &[
         paper: "stacks: MAD-X, Pfeiffer et al. 2020, arXiv:2005.00052; means: Wang et al. 2021, arXiv:2109.04877",
     },
     MethodInfo {
+        name: "xlora",
+        peft_type: "XLORA",
+        trainable: true,
+        mergeable: false,
+        servable: true,
+        variants: "adapters (folders of LoRA adapters), layerwise_scalings, xlora_depth, xlora_size, top_k_lora, enable_softmax_topk, use_trainable_adapters",
+        paper: "Buehler & Buehler 2024, arXiv:2402.07148",
+    },
+    MethodInfo {
         name: "prefix",
         peft_type: "PREFIX_TUNING",
         trainable: true,

@@ -139,7 +139,7 @@ pub fn list(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
 /// A damaged checkpoint, or one of another run (recipe, data or model changed).
 pub fn load(dir: &Path, adapter: &Adapter, rule: &mut UpdateRule, fingerprint: &str) -> Result<TrainerState> {
     let state = read_trainer_state(dir, fingerprint)?;
-    let files = peft_core::AdapterFolder::open(dir)?;
+    let files = adapter_files::open(dir, None)?;
     let expected: Vec<_> =
         adapter.tensors().iter().map(|(k, t)| ExpectedTensor::required(k.clone(), t.dims().to_vec())).collect();
     let tensors = files.load(&expected, &Device::Cpu)?;

@@ -10,7 +10,7 @@
 
 use candle_core::{DType, Tensor, TensorId, Var};
 use peft_core::kernels::{self, LossSpec, Record, Unread};
-use peft_core::{ByTask, Ctx, Error, PromptTarget, ReadRows, Result, Segmented, TokenBatch};
+use peft_core::{ByTask, Ctx, Error, PromptTarget, ReadRows, Result, Segmented, TokenBatch, first_pass};
 
 use crate::data::Batch;
 use crate::grads::Grads;
@@ -114,13 +114,27 @@ fn tokens(batch: &Batch) -> TokenBatch<'_> {
     TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &batch.types }
 }
 
-/// The route of a batch's sequences by their tasks, where an adapter depends on them.
-fn by_task(batch: &Batch, ctx: &Ctx<'_>) -> Result<Option<ByTask>> {
-    ByTask::of(&batch.bounds, &batch.tasks, ctx)
+/// What adapters want to know of a batch besides its tokens.
+struct About {
+    /// The route of its sequences by their tasks, where an adapter depends on them.
+    by_task: Option<ByTask>,
+    /// What the base alone makes of it, where an adapter reads that.
+    first: Option<Tensor>,
 }
 
-fn of_tasks<'b>(by_task: &'b Option<ByTask>, ctx: &Ctx<'b>) -> Ctx<'b> {
-    by_task.as_ref().map_or(*ctx, |by_task| by_task.ctx(ctx))
+impl About {
+    fn of<M: Segmented>(model: &M, batch: &Batch, below: Option<&Below>, ctx: &Ctx<'_>) -> Result<Self> {
+        let first = match below {
+            Some(below) => below.first.clone(),
+            None => first_pass(model, tokens(batch), ctx)?,
+        };
+        Ok(Self { by_task: ByTask::of(&batch.bounds, &batch.tasks, ctx)?, first })
+    }
+
+    fn ctx<'b>(&'b self, ctx: &Ctx<'b>) -> Ctx<'b> {
+        let ctx = Ctx { first: self.first.as_ref(), ..*ctx };
+        self.by_task.as_ref().map_or(ctx, |by_task| by_task.ctx(&ctx))
+    }
 }
 
 /// Loss of a batch without gradients.
@@ -198,13 +212,12 @@ pub(crate) fn token_scores<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>
 
 /// The hidden states `[tokens, hidden]` after the last block, without a graph.
 pub(crate) fn last_hidden<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
-    hidden_before(model, batch, model.num_blocks(), ctx)
+    hidden_before(model, batch, model.num_blocks(), &About::of(model, batch, None, ctx)?.ctx(ctx))
 }
 
-/// The hidden states `[tokens, hidden]` that go into a block, without a graph.
+/// The hidden states `[tokens, hidden]` that go into a block, without a graph, for the context that is [`About`] the batch.
 fn hidden_before<M: Segmented>(model: &M, batch: &Batch, block: usize, ctx: &Ctx<'_>) -> Result<Tensor> {
-    let by_task = by_task(batch, ctx)?;
-    let ctx = of_tasks(&by_task, ctx).untracked();
+    let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
     let embedded = model.embed(tokens(batch), &ctx)?;
     (0..block).try_fold(embedded, |hidden, i| model.block(i, &hidden, &input, &ctx))
@@ -252,8 +265,8 @@ pub fn forward_backward<'a, M: Segmented>(
     grads: &mut Grads,
 ) -> Result<Measured> {
     let (keep, loss) = (keep.into(), loss.into());
-    let by_task = by_task(batch, ctx)?;
-    let ctx = &of_tasks(&by_task, ctx);
+    let about = About::of(model, batch, None, ctx)?;
+    let ctx = &about.ctx(ctx);
     let (blocks, untracked) = (model.num_blocks(), ctx.untracked());
     let of_prompt = match loss {
         LossOf::WithPrompt(_, targets) => targets,
@@ -372,7 +385,7 @@ fn read(batch: &Batch, of_prompt: &[PromptTarget], ctx: &Ctx<'_>) -> Result<(Rea
     }
     targets.positions.extend(of_prompt.iter().map(|target| (batch.tokens() + target.place) as u32));
     targets.ids.extend(of_prompt.iter().map(|target| target.id));
-    Ok((ReadRows::new(targets.positions, ctx.route), targets.ids))
+    Ok((ReadRows::new(targets.positions, ctx)?, targets.ids))
 }
 
 /// What `f` makes of the hidden states that reach the head in a pass without a graph.
@@ -383,8 +396,8 @@ fn with_head<M: Segmented, R>(
     ctx: &Ctx<'_>,
     f: impl FnOnce(&Head<'_>, &Ctx<'_>) -> Result<R>,
 ) -> Result<R> {
-    let by_task = by_task(batch, ctx)?;
-    let ctx = &of_tasks(&by_task, ctx);
+    let about = About::of(model, batch, below, ctx)?;
+    let ctx = &about.ctx(ctx);
     let (read, targets) = read(batch, &[], ctx)?;
     let rows = read_hidden(model, batch, &read, below, ctx)?;
     f(&Head { rows, read: &read, targets: &targets, own: targets.len() }, ctx)
@@ -400,31 +413,39 @@ fn read_hidden<M: Segmented>(
 ) -> Result<Tensor> {
     let ctx = ctx.untracked();
     let input = model.prepare(tokens(batch), &ctx)?;
-    let (first, hidden) = match below {
-        Some(below) => (below.block, below.hidden.clone()),
+    let (lowest, hidden) = match below.and_then(|below| below.hidden.clone()) {
+        Some((block, hidden)) => (block, hidden),
         None => (0, model.embed(tokens(batch), &ctx)?),
     };
     let run = |hidden: Tensor, i| run_block(model, i, &hidden, read, &input, &ctx);
-    (first..model.num_blocks()).try_fold(hidden, run)
+    (lowest..model.num_blocks()).try_fold(hidden, run)
 }
 
-/// What goes into the lowest block that may change between passes over one batch.
+/// What stays the same between passes over one batch.
 #[derive(Debug)]
 pub(crate) struct Below {
-    block: usize,
-    /// `[tokens, hidden]`.
-    hidden: Tensor,
+    /// The lowest block that may change, and what goes into it, `[tokens, hidden]`; nothing where no block is below.
+    hidden: Option<(usize, Tensor)>,
+    /// What the base alone makes of the batch, where an adapter reads that.
+    first: Option<Tensor>,
 }
 
 impl Below {
-    /// The blocks below `lowest`, the lowest segment with a parameter, run once; nothing where there are none.
-    pub(crate) fn run<M: Segmented>(model: &M, batch: &Batch, lowest: usize, ctx: &Ctx<'_>) -> Result<Option<Self>> {
+    /// The blocks below `lowest`, the lowest segment with a parameter, and a first pass, run once.
+    pub(crate) fn run<M: Segmented>(model: &M, batch: &Batch, lowest: usize, ctx: &Ctx<'_>) -> Result<Self> {
+        let about = About::of(model, batch, None, ctx)?;
         // The last block is always run again: it makes only what is read.
         let block = lowest.saturating_sub(1).min(model.num_blocks().saturating_sub(1));
-        if block == 0 {
-            return Ok(None);
-        }
-        Ok(Some(Self { block, hidden: hidden_before(model, batch, block, ctx)? }))
+        let hidden = match block {
+            0 => None,
+            block => Some((block, hidden_before(model, batch, block, &about.ctx(ctx))?)),
+        };
+        Ok(Self { hidden, first: about.first })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn runs(&self) -> bool {
+        self.hidden.is_some()
     }
 }
 
@@ -504,10 +525,9 @@ impl Head<'_> {
         ctx: &Ctx<'_>,
         mut f: impl FnMut(&Tensor, &[u32]) -> Result<()>,
     ) -> Result<()> {
-        let of_head = self.read.ctx(ctx);
         for (start, ids) in chunks(self.targets) {
-            let route = of_head.route.select(&(start..start + ids.len()).collect::<Vec<_>>());
-            f(&model.logits(&normed.narrow(0, start, ids.len())?, &Ctx { route: &route, ..*ctx })?, ids)?;
+            let rows = self.read.part(start..start + ids.len())?;
+            f(&model.logits(&normed.narrow(0, start, ids.len())?, &rows.ctx(ctx))?, ids)?;
         }
         Ok(())
     }
@@ -525,8 +545,8 @@ impl Head<'_> {
     ) -> Result<Measured> {
         let mut measured = Measured { counted: self.own, ..Measured::default() };
         for (start, ids) in chunks(self.targets) {
-            let route = self.read.ctx(ctx).route.select(&(start..start + ids.len()).collect::<Vec<_>>());
-            let ctx = Ctx { route: &route, ..*ctx };
+            let rows = self.read.part(start..start + ids.len())?;
+            let ctx = rows.ctx(ctx);
             let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
             let chunk = leaf(&chunk, backward.is_some() && normed.track_op())?;
             let logits = model.logits(&chunk, &if backward.is_some() { ctx } else { ctx.untracked() })?;

@@ -16,6 +16,7 @@ use peft_core::{
     Adapter, AdapterFolder, BaseModel, Built, Context, Error, ExpectedTensor, Result, Segmented, Unmatched,
 };
 use peft_ia3::Ia3Config;
+use peft_lora::xlora::XLoraConfig;
 use peft_lora::{Init, LoraConfig};
 use peft_models::ModelFiles;
 use peft_prompt::{
@@ -44,14 +45,7 @@ pub struct Prepared {
     pub notes: Vec<String>,
 }
 
-/// What is said of X-LoRA, which PEFT has.
-const XLORA: &str = "is X-LoRA, which is not built: it weighs its experts token by token by a first pass over the base; `peft-cli combine` \
-                     makes one LoRA of the experts in its folder with weights that stay, and `poly` learns weights of skills by task";
-
 fn method(name: &str) -> Result<&'static MethodInfo> {
-    if name.eq_ignore_ascii_case("xlora") {
-        return Err(Error::config("method.type", format!("`{name}` {XLORA}")));
-    }
     METHODS.iter().find(|m| m.name == name).ok_or_else(|| {
         let near = did_you_mean(name, METHODS.iter().map(|m| m.name));
         let known: Vec<_> = METHODS.iter().map(|m| m.name).collect();
@@ -67,6 +61,7 @@ enum Config {
     LinearAdapter(Box<LinearAdapterConfig>),
     Reft(Box<ReftConfig>),
     Compose(Box<ComposeConfig>),
+    XLora(Box<XLoraConfig>),
     Prefix(PrefixConfig),
     Prompt(PromptConfig),
     Multitask(Box<MultitaskConfig>),
@@ -128,6 +123,7 @@ impl Config {
             "reft" => Self::Reft(Box::new(ReftConfig::from_recipe(&keys)?)),
             "fusion" => Self::Compose(Box::new(ComposeConfig::from_recipe(Kind::Fusion, &keys)?)),
             "composition" => Self::Compose(Box::new(ComposeConfig::from_recipe(Kind::Composition, &keys)?)),
+            "xlora" => Self::XLora(Box::new(XLoraConfig::from_recipe(&keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_recipe(&keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_recipe(&keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_recipe(&keys)?)),
@@ -161,6 +157,7 @@ impl Config {
             "reft" => Self::Reft(Box::new(ReftConfig::from_adapter_config(keys)?)),
             "fusion" => Self::Compose(Box::new(ComposeConfig::from_adapter_config(Kind::Fusion, keys)?)),
             "composition" => Self::Compose(Box::new(ComposeConfig::from_adapter_config(Kind::Composition, keys)?)),
+            "xlora" => Self::XLora(Box::new(XLoraConfig::from_adapter_config(keys)?)),
             "prefix" => Self::Prefix(PrefixConfig::from_adapter_config(keys)?),
             "prompt" => Self::Prompt(PromptConfig::from_adapter_config(keys)?),
             "multitask_prompt" => Self::Multitask(Box::new(MultitaskConfig::from_adapter_config(keys)?)),
@@ -197,6 +194,10 @@ impl Config {
             Self::LinearAdapter(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Reft(config) => selected(config.for_base(base)?.build(base, seed, strict)?),
             Self::Compose(config) => selected(composed(config, base, seed)?),
+            Self::XLora(config) => {
+                let experts = config.folders().iter().map(|folder| expert(folder, base)).collect::<Result<Vec<_>>>()?;
+                selected(config.for_base(base)?.build(base, &experts, seed, strict)?)
+            }
             Self::Prefix(config) => selected(config.for_base(base)?.build(base, seed, Stored::Trained, strict)?),
             Self::Prompt(config) => {
                 let text = start_tokens(&config.start, config.tokenizer.as_deref())?;
@@ -216,6 +217,7 @@ impl Config {
     fn check_training(&self, adapter: &Adapter, steps: u64) -> Result<()> {
         match self {
             Self::Reparam(config) => config.check_training(steps, &adapter.parameters()),
+            Self::XLora(config) => config.check_training(),
             Self::Union(parts) => parts.iter().try_for_each(|part| part.check_training(adapter, steps)),
             _ => Ok(()),
         }
@@ -246,6 +248,11 @@ impl Config {
             Self::LinearAdapter(config) => selected(config.build(base, 0, report)?),
             Self::Reft(config) => selected(config.build(base, 0, report)?),
             Self::Compose(config) => selected(config.build(base, 0, report)?),
+            Self::XLora(config) => {
+                let expert = |keys| Ok(LoraConfig::from_adapter_config(keys)?.build(base, 0, report)?.adapter);
+                let experts = config.expert_configs()?.into_iter().map(expert).collect::<Result<Vec<_>>>()?;
+                selected(config.build(base, &experts, 0, report)?)
+            }
             Self::Prefix(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::PTuning(config) => selected(config.build(base, 0, stored(config.stored(base))?, report)?),
             Self::Prompt(config) => {
@@ -286,6 +293,15 @@ fn composed(config: &ComposeConfig, base: &dyn BaseModel, seed: u64) -> Result<B
     let open = |folder: &str| adapter_files::open(Path::new(folder), Some(base));
     let folders = config.folders().map(open).collect::<Result<Vec<_>>>()?;
     config.for_base(base)?.build_from(base, &folders, seed, Unmatched::Error)
+}
+
+/// An expert of X-LoRA, which is a LoRA adapter for the same base.
+fn expert(folder: &str, base: &dyn BaseModel) -> Result<Adapter> {
+    let adapter = open(Path::new(folder), base)?.adapter;
+    match adapter.peft_type() {
+        "LORA" => Ok(adapter),
+        other => Err(Error::file(folder, format!("is of type {other}, and experts of X-LoRA are LoRA adapters"))),
+    }
 }
 
 /// Puts adapters in folders together without training: a table like that of the method `composition`, whose parts are all
@@ -387,9 +403,6 @@ pub fn create_on<M: Segmented>(
 pub fn open(folder: &Path, base: &dyn BaseModel) -> Result<Prepared> {
     let files = adapter_files::open(folder, Some(base))?;
     let peft_type = files.config().peft_type();
-    if peft_type == "XLORA" {
-        return Err(Error::file(folder, XLORA));
-    }
     let Some(info) = METHODS.iter().find(|m| m.peft_type == peft_type) else {
         let known: Vec<_> = METHODS.iter().map(|m| m.peft_type).collect();
         let message = format!(

@@ -114,13 +114,13 @@ pub(crate) fn measure_above<M: Segmented>(
     classes: Option<usize>,
     model: &M,
     micro_batches: &[MicroBatch],
-    below: &[Option<Below>],
+    below: &[Below],
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, f64)> {
     let (mut tally, mut of_t_few) = (Tally::new(classes), 0.0);
     let counts = Counts::of(micro_batches);
     for (i, micro_batch) in micro_batches.iter().enumerate() {
-        let below = below.get(i).and_then(Option::as_ref);
+        let below = below.get(i);
         match (micro_batch, objective) {
             (MicroBatch::Rows(batch), _) if batch.targets().ids.is_empty() => {}
             (MicroBatch::Rows(batch), Objective::Loss) => tally.add(evaluate_above(model, batch, below, ctx)?, &[]),
@@ -249,7 +249,7 @@ mod tests {
         let whole = measure(Objective::Loss, None, &model, &[MicroBatch::Rows(batch.clone())], &ctx).unwrap();
         for (lowest, runs) in [(0, false), (1, false), (2, true), (3, true), (4, true)] {
             let below = [Below::run(&model, &batch, lowest, &ctx).unwrap()];
-            assert_eq!(below[0].is_some(), runs, "segment {lowest}");
+            assert_eq!(below[0].runs(), runs, "segment {lowest}");
             let rows = [MicroBatch::Rows(batch.clone())];
             assert_eq!(measure_above(Objective::Loss, None, &model, &rows, &below, &ctx).unwrap(), whole);
         }

@@ -237,21 +237,26 @@ fn resolve_paths(table: &mut Table, folder: &Path) {
     }
 }
 
-/// Every folder in `method.adapters`, whose lists are stacks.
+/// Every folder in `method.adapters`, a list, whose lists are stacks, or a table.
 fn parts(method: &mut Table) -> Vec<&mut String> {
-    let list = method.get_mut("adapters").and_then(Value::as_array_mut).into_iter().flatten();
-    list.flat_map(|part| match part {
-        Value::String(path) => vec![path],
-        Value::Array(stack) => stack
-            .iter_mut()
-            .filter_map(|part| match part {
-                Value::String(path) => Some(path),
-                _ => None,
-            })
-            .collect(),
+    let all: Vec<&mut Value> = match method.get_mut("adapters") {
+        Some(Value::Array(list)) => list.iter_mut().collect(),
+        Some(Value::Table(table)) => table.iter_mut().map(|(_, part)| part).collect(),
         _ => Vec::new(),
-    })
-    .collect()
+    };
+    all.into_iter()
+        .flat_map(|part| match part {
+            Value::String(path) => vec![path],
+            Value::Array(stack) => stack
+                .iter_mut()
+                .filter_map(|part| match part {
+                    Value::String(path) => Some(path),
+                    _ => None,
+                })
+                .collect(),
+            _ => Vec::new(),
+        })
+        .collect()
 }
 
 /// Hub ids and template texts are not paths: without `always`, only what exists in the recipe's folder, or starts like a

@@ -4,7 +4,7 @@ use std::cell::Cell;
 
 use candle_core::Tensor;
 use peft_core::{
-    Adapter, AdapterSet, Ctx, Error, Mode, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, Task,
+    Adapter, AdapterSet, Ctx, Error, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, Task,
     TrainingHook,
 };
 
@@ -97,7 +97,7 @@ impl<M: Segmented> Step<'_, M> {
                 continue;
             }
             let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32), run: 0 };
-            let ctx = Ctx { adapters: self.set, route: &route, mode: Mode::Train { track: true }, rng, sequences: &[] };
+            let ctx = Ctx::train(self.set, &route, rng);
             match (self.plan.objective, micro_batch) {
                 (Objective::TFew(_), _) if !of_prompt.is_empty() => {
                     return Err(Error::config("train.objective", "t_few is not the loss of this method; use loss"));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::testing::randn;
-use peft_core::{Adapter, AdapterSet, Ctx, Mode, Parameter, Route, Segmented, StepRng, TokenBatch};
+use peft_core::{Adapter, AdapterSet, Ctx, Parameter, Route, Segmented, StepRng, TokenBatch};
 use peft_models::config::{DecoderConfig, Seq2SeqConfig};
 use peft_models::source::{Placement, RandomSource};
 use peft_models::{Decoder, EncoderDecoder};
@@ -151,7 +151,7 @@ fn by_driver<M: Segmented>(
 ) -> (f64, Vec<Tensor>) {
     let set = AdapterSet::one("a", adapter.clone());
     let rng = StepRng::default();
-    let ctx = Ctx { adapters: &set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng, sequences: &[] };
+    let ctx = Ctx::train(&set, &Route::Uniform(0), rng);
     let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
     let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
     let counts = Counts::of(&parts.iter().cloned().map(MicroBatch::Choices).collect::<Vec<_>>());

@@ -13,7 +13,7 @@ use peft_core::kernels::{
     self,
     testing::{close, randn},
 };
-use peft_core::{Adapter, AdapterSet, Ctx, Mode, ReadRows, Route, Segmented, StepRng, TokenBatch};
+use peft_core::{Adapter, AdapterSet, Ctx, ReadRows, Route, Segmented, StepRng, TokenBatch};
 use peft_models::config::{DecoderConfig, EncoderConfig};
 use peft_models::source::{Placement, RandomSource};
 use peft_models::{Decoder, Encoder};
@@ -52,13 +52,12 @@ fn encoder() -> Encoder {
 fn both(model: &impl Segmented, adapters: &[Arc<Adapter>], route: &Route) {
     let named = adapters.iter().enumerate();
     let set = named.fold(AdapterSet::empty(), |set, (i, adapter)| set.with(i.to_string(), adapter.clone()));
-    let mode = Mode::Train { track: true };
-    let ctx = Ctx { adapters: &set, route, mode, rng: StepRng::default(), sequences: &[] };
+    let ctx = Ctx::train(&set, route, StepRng::default());
     let ids: Vec<u32> = (0..9).map(|i| (i * 5 + 3) % 37).collect();
     let batch = TokenBatch { ids: &ids, positions: &[0, 1, 2, 3, 4, 0, 0, 1, 2], bounds: &BOUNDS, types: &[] };
     let input = model.prepare(batch, &ctx).unwrap();
     let hidden = candle_core::Var::from_tensor(&model.embed(batch, &ctx.untracked()).unwrap()).unwrap();
-    let (read, last) = (ReadRows::new(READ.to_vec(), route), model.num_blocks() - 1);
+    let (read, last) = (ReadRows::new(READ.to_vec(), &ctx).unwrap(), model.num_blocks() - 1);
     let gradient = randn(9, (READ.len(), 16), 1.0).unwrap();
     let run = |block: &dyn Fn() -> peft_core::Result<Tensor>| {
         let (out, record) = kernels::record(block).unwrap();

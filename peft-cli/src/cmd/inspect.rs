@@ -69,7 +69,7 @@ fn adapter(path: &Path, base: Option<&str>) -> Result<Value> {
         let shape = folder.shape(key).unwrap_or_default().to_vec();
         parameters += shape.iter().product::<usize>();
         let (site, part) = split_key(key, prefix);
-        if part == "lora_A.weight" || part == "lora_embedding_A" {
+        if part.ends_with("lora_A.weight") || part == "lora_embedding_A" {
             ranks.extend(shape.first().copied());
         }
         sites.entry(site.to_string()).or_default().push(format!("{part} {shape:?}"));
@@ -90,6 +90,7 @@ fn split_key<'k>(key: &'k str, prefix: &str) -> (&'k str, &'k str) {
     for mark in [
         ".adapters.",
         ".fusion.",
+        ".expert_",
         ".lora_",
         ".ia3_",
         ".ln_tuning_layers.",

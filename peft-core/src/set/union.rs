@@ -17,7 +17,8 @@ impl Adapter {
     /// the first one's stays.
     ///
     /// # Errors
-    /// Two that change the same site or put virtual tokens in front, or one that depends on the task or acts on the training loop.
+    /// Two that change the same site or put virtual tokens in front, or one that depends on the task, reads a first
+    /// pass or acts on the training loop.
     pub fn union(parts: Vec<Self>, mut config: Map<String, Value>, sites: &SiteTable) -> Result<Self> {
         let own: Vec<Value> = parts.iter().map(|part| part.config.clone().into()).collect();
         let exported: Vec<Value> = parts
@@ -42,6 +43,9 @@ impl Adapter {
             |why: &str| Err(Error::msg(format!("{} cannot be one of several methods: {why}", other.peft_type())));
         if other.tasks.is_some() {
             return refused("it does another thing for each task");
+        }
+        if other.first_pass {
+            return refused("it reads a first pass over the base alone");
         }
         if other.training_hook.is_some() {
             return refused("it acts on the training loop");

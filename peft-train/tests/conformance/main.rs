@@ -14,7 +14,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::testing::{close, max_difference, randn};
 use peft_core::{
-    Adapter, AdapterSet, BaseModel, Ctx, Delta, Error, FrozenLinear, Mode, Parameter, PeftModule, Result, Role, Route,
+    Adapter, AdapterSet, BaseModel, Ctx, Delta, Error, FrozenLinear, Parameter, PeftModule, Result, Role, Route,
     SiteAdapter, SiteModule, StepRng,
 };
 use peft_models::Decoder;
@@ -197,7 +197,7 @@ impl<'a> Run<'a> {
 
     fn ctx(&self, step: u32) -> Ctx<'_> {
         let rng = StepRng { seed: 7, step, run: 0 };
-        Ctx { adapters: &self.set, route: &Route::Uniform(0), mode: Mode::Train { track: true }, rng, sequences: &[] }
+        Ctx::train(&self.set, &Route::Uniform(0), rng)
     }
 
     fn gradients(&self, step: u32, keep: impl Into<Keep>) -> Result<Vec<Option<Tensor>>> {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::kernels::testing::randn;
-use peft_core::{Adapter, AdapterSet, Ctx, Mode, Parameter, Route, Segmented, StepRng};
+use peft_core::{Adapter, AdapterSet, Ctx, Parameter, Route, Segmented, StepRng};
 use peft_train::data::Batch;
 use peft_train::{Checkpointing, Grads, forward_backward, methods};
 use serde_json::Value;
@@ -38,13 +38,7 @@ pub(crate) fn gradients(
     let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
     let set = AdapterSet::one("a", adapter.clone());
     let route = Route::Uniform(0);
-    let ctx = Ctx {
-        adapters: &set,
-        route: &route,
-        mode: Mode::Train { track: true },
-        rng: StepRng::default(),
-        sequences: &[],
-    };
+    let ctx = Ctx::train(&set, &route, StepRng::default());
     let mut grads = Grads::new(&parameters.iter().collect::<Vec<_>>());
     let lowest = adapter.lowest_segment(model.sites()).unwrap();
     forward_backward(model, batch, &ctx, lowest, checkpointing, 1.0, &mut grads).unwrap();

@@ -35,7 +35,11 @@ fn with_parts(mut method: Map<String, Value>) -> Result<Map<String, Value>> {
         }
         Ok(())
     }
-    method.get_mut("adapters").map_or(Ok(()), located)?;
+    match method.get_mut("adapters") {
+        Some(Value::Object(table)) => table.values_mut().try_for_each(located)?,
+        Some(list) => located(list)?,
+        None => {}
+    }
     Ok(method)
 }
 
