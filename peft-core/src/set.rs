@@ -454,6 +454,12 @@ impl AdapterSet {
         Self { slots }
     }
 
+    /// A set of these adapters, the first in slot 0. Names are not compared: a slot is what counts.
+    #[must_use]
+    pub fn of(slots: impl IntoIterator<Item = (String, Arc<Adapter>)>) -> Self {
+        Self { slots: slots.into_iter().collect() }
+    }
+
     /// The slot of the adapter called `name`.
     #[must_use]
     pub fn slot(&self, name: &str) -> Option<usize> {
