@@ -2,9 +2,7 @@
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
-use peft_core::{
-    AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch, VirtualModule, VirtualSpans,
-};
+use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch, VirtualModule, VirtualSpans};
 
 use crate::cached_step::{CachedStep, StepPrompt, StepSequence, write_prefix};
 use crate::decoder::Decoder;

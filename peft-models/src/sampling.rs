@@ -121,7 +121,8 @@ impl Sampling {
     fn penalise(&self, logits: &mut [f32], seen: &Seen) {
         for (id, written) in &seen.0 {
             let Some(logit) = logits.get_mut(*id as usize) else { continue };
-            let repeated = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+            let repeated =
+                if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
             let present = if *written > 0 { self.presence_penalty } else { 0.0 };
             *logit = repeated - present - self.frequency_penalty * *written as f32;
         }
