@@ -73,7 +73,8 @@ impl SiteModule {
     }
 
     /// Whether it is given all rows of a sequence together ([`Ctx::sequences`]).
-    pub(crate) fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
+    #[must_use]
+    pub fn reads_sequences(&self, ctx: &Ctx<'_>) -> bool {
         match self {
             Self::Linear(m) => m.reads_sequences(),
             Self::Sublayer(m) => m.reads_sequences(ctx),
@@ -479,6 +480,12 @@ impl AdapterSet {
             None => slots.push((name, adapter)),
         }
         Self { slots }
+    }
+
+    /// A set of these adapters, the first in slot 0. Names are not compared: a slot is what counts.
+    #[must_use]
+    pub fn of(slots: impl IntoIterator<Item = (String, Arc<Adapter>)>) -> Self {
+        Self { slots: slots.into_iter().collect() }
     }
 
     /// The slot of the adapter called `name`.

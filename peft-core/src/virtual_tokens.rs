@@ -118,7 +118,8 @@ impl VirtualTokens {
     }
 
     /// Whether they are another thing for each sequence.
-    fn is_gated(&self) -> bool {
+    #[must_use]
+    pub fn is_gated(&self) -> bool {
         matches!(&self.module, VirtualModule::Prefix(m) if m.gate(0).is_some())
     }
 

@@ -194,6 +194,13 @@ impl Decoder {
         tables + head + norms + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
     }
 
+    /// What rotary frequencies depend on in a pass whose longest sequence has `length` positions, virtual ones among them
+    /// ([`RopeTable::regime`]): sequences of different regimes have to run in passes of their own to be turned as each is alone.
+    #[must_use]
+    pub fn rope_regime(&self, length: usize) -> Vec<usize> {
+        self.ropes.iter().map(|table| table.regime(length)).collect()
+    }
+
     /// Prepares a step of cached decoding: the new tokens are the `queries` of the sequences, at the end of their `keys`,
     /// which are, like their `prefix`, ranges of the cache's rows. Positions count virtual tokens. Prefixes that are another thing
     /// for each sequence are written by the blocks; the others are there.

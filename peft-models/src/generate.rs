@@ -2,14 +2,13 @@
 
 use candle_core::{DType, Tensor};
 use peft_core::kernels::{SequenceSpan, Stream, argmax_rows};
-use peft_core::{
-    AdapterSet, BaseModel, Ctx, Error, PrefixModule, ReadRows, Result, Route, Segmented, TokenBatch, VirtualModule,
-    VirtualSpans,
-};
+use peft_core::{AdapterSet, BaseModel, Ctx, Error, Result, Route, Segmented, TokenBatch, VirtualModule, VirtualSpans};
 
+use crate::cached_step::{CachedStep, StepPrompt, StepSequence, write_prefix};
 use crate::decoder::Decoder;
 use crate::encoder_decoder::EncoderDecoder;
 use crate::kv_cache::LayerCache;
+use crate::sampling::Sampling;
 
 /// How tokens are chosen and when writing ends.
 #[derive(Debug, Clone)]
@@ -29,6 +28,12 @@ pub struct GenerateOptions {
 impl Default for GenerateOptions {
     fn default() -> Self {
         Self { max_new_tokens: 128, temperature: 0.0, top_p: 1.0, seed: 0, stop: Vec::new() }
+    }
+}
+
+impl GenerateOptions {
+    fn sampling(&self) -> Sampling {
+        Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed, ..Sampling::default() }
     }
 }
 
@@ -103,13 +108,16 @@ pub fn generate(
     for (span, rows) in virtual_tokens.iter().zip(virtual_rows) {
         let ctx = Ctx::eval(adapters, &route);
         match &span.tokens.module {
-            VirtualModule::Prompt(module) => first.prompts.push((span.slot, rows, module.embeddings(&ctx)?)),
+            VirtualModule::Prompt(module) => {
+                first.prompts.push(StepPrompt { slot: span.slot, rows, embeddings: module.embeddings(&ctx)? });
+            }
             VirtualModule::Prefix(module) => write_prefix(module.as_ref(), rows.start, &mut caches, &ctx)?,
         }
     }
     write(requests, options, on_token, open, first, |step, slots, open| {
-        let of_base = step.first_pass(model, adapters, slots, open, &mut of_base)?;
-        step.logits(model, adapters, slots, open, &mut caches, of_base.as_ref())
+        let of_base = (!of_base.is_empty()).then_some(of_base.as_mut_slice());
+        let logits = step.cached(slots, open).run(model, adapters, &mut caches, of_base)?;
+        logits.ok_or_else(|| Error::msg("a step without sequences"))
     })
 }
 
@@ -169,18 +177,6 @@ pub fn generate_targets(
     })
 }
 
-/// Puts the keys and values of a prefix into the rows from `start` on; where they depend on the sequence, each step does.
-fn write_prefix(module: &dyn PrefixModule, start: usize, caches: &mut [LayerCache], ctx: &Ctx<'_>) -> Result<()> {
-    if module.gate(0).is_some() {
-        return Ok(());
-    }
-    for (layer, cache) in caches.iter_mut().enumerate() {
-        let (keys, values) = module.keys_values(layer, ctx)?;
-        cache.write(start, &keys, &values)?;
-    }
-    Ok(())
-}
-
 /// Where each request's tokens lie in all of them.
 fn bounds_of(requests: &[Request]) -> Vec<usize> {
     let mut bounds = vec![0];
@@ -237,104 +233,30 @@ fn check(requests: &[Request], options: &GenerateOptions) -> Result<()> {
     if let Some(i) = requests.iter().position(|r| r.prompt.is_empty()) {
         return Err(Error::msg(format!("prompt {} is empty: there is nothing to continue", i + 1)));
     }
-    if !(options.temperature.is_finite() && options.temperature >= 0.0) {
-        return Err(Error::config("temperature", format!("{} is not a number from 0", options.temperature)));
-    }
-    if !(options.top_p > 0.0 && options.top_p <= 1.0) {
-        return Err(Error::config("top_p", format!("{} is outside (0, 1]", options.top_p)));
-    }
-    Ok(())
+    options.sampling().check()
 }
 
+/// The new tokens of all open sequences.
 struct Step {
-    /// The new tokens of all sequences.
     ids: Vec<u32>,
     /// How many each sequence has.
     lengths: Vec<usize>,
-    /// Prompts that run with the first step: the slot, its rows of the cache, the embeddings.
-    prompts: Vec<(usize, std::ops::Range<usize>, Tensor)>,
+    /// Prompts that run with the first step.
+    prompts: Vec<StepPrompt>,
 }
 
 impl Step {
-    /// What the base alone makes of the new tokens, `[tokens, hidden]`, where an adapter of `slots` reads it; `caches` are its own.
-    fn first_pass(
-        &self,
-        model: &Decoder,
-        adapters: &AdapterSet,
-        slots: &[Option<usize>],
-        open: &[Open],
-        caches: &mut [LayerCache],
-    ) -> Result<Option<Tensor>> {
-        let bounds: Vec<usize> = (0..=slots.len()).collect();
-        if !Ctx::eval(adapters, &Route::rows(&bounds, slots)).reads_first_pass() {
-            return Ok(None);
-        }
-        let alone = |o: &Open| Open { keys: o.keys.clone(), prefix: 0..0, ..*o };
-        let open: Vec<Open> = open.iter().map(alone).collect();
-        let step = Self { ids: self.ids.clone(), lengths: self.lengths.clone(), prompts: Vec::new() };
-        let (_, hidden) = step.run(model, adapters, &vec![None; open.len()], &open, caches, None)?;
-        model.last_hidden_state(&hidden, &Ctx::eval(adapters, &Route::Base)).map(Some)
-    }
-
-    /// Logits `[sequences, vocab]` after the last token of each sequence.
-    fn logits(
-        &self,
-        model: &Decoder,
-        adapters: &AdapterSet,
-        slots: &[Option<usize>],
-        open: &[Open],
-        caches: &mut [LayerCache],
-        first: Option<&Tensor>,
-    ) -> Result<Tensor> {
-        let (bounds, hidden) = self.run(model, adapters, slots, open, caches, first)?;
-        let route = Route::rows(&bounds, slots);
-        let ctx = Ctx { first, ..Ctx::eval(adapters, &route) };
-        let last = ReadRows::new(bounds.iter().skip(1).map(|b| *b as u32 - 1).collect(), &ctx)?;
-        let ctx = last.ctx(&ctx);
-        model.logits(&model.final_norm(&last.of(&hidden)?, &ctx)?, &ctx)
-    }
-
-    /// Where each sequence's tokens lie, and what the last block makes of them.
-    fn run(
-        &self,
-        model: &Decoder,
-        adapters: &AdapterSet,
-        slots: &[Option<usize>],
-        open: &[Open],
-        caches: &mut [LayerCache],
-        first: Option<&Tensor>,
-    ) -> Result<(Vec<usize>, Tensor)> {
-        let mut bounds = vec![0];
-        let mut positions: Vec<u32> = Vec::with_capacity(self.ids.len());
-        let mut sequences = Vec::with_capacity(open.len());
-        for (o, n) in open.iter().zip(&self.lengths) {
-            let queries = positions.len()..positions.len() + n;
-            bounds.push(queries.end);
-            let position = o.first_position + o.keys.len() - n;
-            positions.extend((position as u32..).take(*n));
-            sequences.push(SequenceSpan { queries, keys: o.keys.clone(), prefix: o.prefix.clone() });
-        }
-        let route = Route::rows(&bounds, slots);
-        let ctx = Ctx { first, ..Ctx::eval(adapters, &route) };
-        let mut rows = vec![model.embed_tokens(&self.ids, &ctx)?];
-        for (_, keys, prompt) in &self.prompts {
-            let queries = positions.len()..positions.len() + keys.len();
-            positions.extend((0u32..).take(keys.len()));
-            sequences.push(SequenceSpan { queries, keys: keys.clone(), prefix: 0..0 });
-            rows.push(prompt.to_dtype(model.dtype())?);
-        }
-        let with_prompts =
-            route.followed_by(self.ids.len(), self.prompts.iter().map(|(slot, rows, _)| (rows.len(), *slot)));
-        let input = model.prepare_cached(&positions, sequences, VirtualSpans::of(&bounds, &ctx)?)?;
-        let hidden = match rows.as_slice() {
-            [own] => own.clone(),
-            rows => Tensor::cat(rows, 0)?,
-        };
-        let mut hidden = model.add_positions(hidden, &positions, &Ctx { route: &with_prompts, ..ctx })?;
-        for (i, cache) in caches.iter_mut().enumerate() {
-            hidden = model.block_cached(i, &hidden, &input, &Ctx { route: &with_prompts, ..ctx }, cache)?;
-        }
-        Ok((bounds, hidden))
+    /// This step as the cache sees it.
+    fn cached(&self, slots: &[Option<usize>], open: &[Open]) -> CachedStep {
+        let sequences = open.iter().zip(slots).zip(&self.lengths).map(|((o, slot), tokens)| StepSequence {
+            slot: *slot,
+            tokens: *tokens,
+            keys: o.keys.clone(),
+            prefix: o.prefix.clone(),
+            first_position: o.first_position,
+            read: true,
+        });
+        CachedStep { ids: self.ids.clone(), sequences: sequences.collect(), prompts: self.prompts.clone() }
     }
 }
 
@@ -346,37 +268,8 @@ fn choose(logits: &Tensor, options: &GenerateOptions, streams: impl Iterator<Ite
         return best.collect();
     }
     let rows = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
-    best.zip(rows).zip(streams).map(|((best, row), stream)| Ok(draw(&row, best?, options, stream))).collect()
-}
-
-/// A token from the nucleus of one row of logits, which are numbers and whose likeliest is `best`.
-fn draw(logits: &[f32], best: u32, options: &GenerateOptions, stream: Stream) -> u32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut weights: Vec<(u32, f64)> =
-        logits.iter().enumerate().map(|(i, x)| (i as u32, f64::from((x - max) / options.temperature).exp())).collect();
-    let total: f64 = weights.iter().map(|w| w.1).sum();
-    let mut nucleus = total;
-    if options.top_p < 1.0 {
-        weights.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        let (mut sum, mut keep) = (0.0, 0);
-        for w in &weights {
-            sum += w.1;
-            keep += 1;
-            if sum >= f64::from(options.top_p) * total {
-                break;
-            }
-        }
-        weights.truncate(keep);
-        nucleus = sum;
-    }
-    let mut draw = f64::from(stream.uniform(0)) * nucleus;
-    for (token, w) in &weights {
-        draw -= w;
-        if draw < 0.0 {
-            return *token;
-        }
-    }
-    weights.last().map_or(best, |w| w.0)
+    let sampling = options.sampling();
+    best.zip(rows).zip(streams).map(|((best, row), stream)| Ok(sampling.draw(&row, best?, stream))).collect()
 }
 
 #[cfg(test)]

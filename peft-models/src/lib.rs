@@ -4,6 +4,7 @@ and encoder–decoder skeletons.
 */
 
 mod any_model;
+pub mod cached_step;
 pub mod config;
 mod decoder;
 mod encoder;
@@ -17,6 +18,7 @@ mod mlp;
 mod model_files;
 mod prompted;
 pub mod rope;
+pub mod sampling;
 pub mod source;
 pub mod tokenizer;
 mod virtual_rows;

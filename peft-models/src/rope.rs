@@ -334,6 +334,12 @@ impl RopeTable {
         Ok(current.1.clone())
     }
 
+    /// What [`RopeTable::up_to`] makes frequencies depend on: passes whose longest sequences have the same regime turn a
+    /// position the same way.
+    pub fn regime(&self, length: usize) -> usize {
+        self.scaling.regime(length)
+    }
+
     /// Rotated dimensions of a head.
     pub fn rotary_dim(&self) -> usize {
         self.rotary_dim
