@@ -108,6 +108,8 @@ MODELS = {
     "t5_v1_1": dict(family="t5", feed_forward_proj="gated-gelu", file="untied"),
     "t5_unscaled": dict(family="t5", feed_forward_proj="gated-silu", tie_word_embeddings=False, relative_attention_num_buckets=12),
     "mt5": dict(family="mt5", d_kv=7),
+    "bart": dict(family="bart"),
+    "bart_scaled": dict(family="bart", scale_embedding=True, decoder_layers=3, activation_function="relu"),
 }
 
 # configuration and class in transformers, and what every model of the family has
@@ -142,6 +144,7 @@ FAMILIES = {
     "xlm_roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", dict(ENCODER, pad_token_id=1)),
     "t5": ("T5Config", "T5ForConditionalGeneration", T5),
     "mt5": ("MT5Config", "MT5ForConditionalGeneration", T5),
+    "bart": ("BartConfig", "BartForConditionalGeneration", dict(d_model=48, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=80, decoder_ffn_dim=80, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2)),
     "distilbert": ("DistilBertConfig", "DistilBertForSequenceClassification", dict(dim=48, hidden_dim=80, n_layers=3, n_heads=4, num_labels=3, pad_token_id=0)),
 }
 
@@ -250,6 +253,8 @@ VARIANTS |= {
     "bert_bias_lora_only": dict(r=4, target_modules=BERT_LINEARS, bias="lora_only"),
     "bert_embeddings": dict(r=4, target_modules=["word_embeddings", "query"]),
     "bert_ia3": ("IA3Config", dict(target_modules=["key", "value", "intermediate.dense"], feedforward_modules=["intermediate.dense"])),
+    "bart_ia3": ("IA3Config", dict(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"])),
+    "bart_ln": ("LNTuningConfig", dict(target_modules=["layernorm_embedding", "self_attn_layer_norm", "final_layer_norm"])),
     # one norm for attention and MLP
     "falcon_ln": ("LNTuningConfig", dict(target_modules=["input_layernorm"])),
     "falcon_ia3": ("IA3Config", dict(target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"])),
@@ -348,6 +353,8 @@ PLAN = {
     "t5_v1_1": ["all_linear", "t5_tables", "t5_save_head", "ia3_defaults", "prefix", "prompt"],
     "t5_unscaled": ["all_linear", "t5_road", "prompt"],
     "mt5": ["default_targets", "all_linear", "ia3_defaults", "prompt"],
+    "bart": ["default_targets", "all_linear", "any_dora", "bart_ia3", "bart_ln", "prefix", "prompt", "p_tuning"],
+    "bart_scaled": ["all_linear", "prompt"],
 }
 
 

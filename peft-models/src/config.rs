@@ -26,13 +26,15 @@ mod layer_kinds;
 mod layout;
 mod model;
 mod seq2seq;
+mod seq2seq_layout;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
 pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, Switch, WindowRule};
 pub(crate) use gguf::GgufDescription;
 pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
-pub use seq2seq::{RelativePositions, SEQ2SEQ_FAMILIES, Seq2SeqConfig, Seq2SeqFamily};
+pub use seq2seq::{RelativePositions, SEQ2SEQ_FAMILIES, Seq2SeqConfig, Seq2SeqFamily, Seq2SeqPositions};
+pub use seq2seq_layout::{Seq2SeqLayout, SublayerNames};
 
 /// Far more layers than any real model has.
 const MOST_LAYERS: usize = 10_000;

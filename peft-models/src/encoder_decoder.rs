@@ -43,6 +43,8 @@ pub struct EncoderDecoder {
     decoder: Stack,
     head: FrozenLinear,
     tied: bool,
+    /// What embeddings of tokens are multiplied with, `[hidden]`.
+    embedding_scale: Option<Tensor>,
     /// What hidden states are multiplied with in front of the head, `[hidden]`.
     output_scale: Option<Tensor>,
     device: Device,
@@ -52,9 +54,12 @@ pub struct EncoderDecoder {
 /// The encoder or the decoder.
 #[derive(Debug)]
 struct Stack {
-    bias: RelativeBias,
+    /// Learned positions.
+    positions: Option<FrozenEmbedding>,
+    embedding_norm: Option<FrozenNorm>,
+    bias: Option<RelativeBias>,
     blocks: Vec<Block>,
-    norm: FrozenNorm,
+    norm: Option<FrozenNorm>,
 }
 
 /// What all blocks share of one batch.
@@ -93,25 +98,39 @@ impl EncodedSources {
 }
 
 impl Stack {
-    /// Loads the encoder or decoder under `path`; its first block is segment `first`. The norm behind the encoder belongs to
-    /// its last block, that behind the decoder to the head.
+    /// Loads the encoder or decoder under `path`; its first block is segment `first`. What is added to the embeddings belongs to
+    /// these, the norm behind the encoder to its last block, that behind the decoder to the head.
     fn load(l: &mut Loader<'_>, c: &Seq2SeqConfig, path: &str, first: usize, in_decoder: bool) -> Result<Self> {
+        let layout = &c.family.layout;
         let layers = if in_decoder { c.decoder_layers } else { c.encoder_layers };
+        l.segment = 0;
+        let positions = match (layout.positions, c.learned_positions()) {
+            (Some((name, offset)), Some(most)) => {
+                Some(l.embedding(&format!("{path}.{name}"), most + offset, c.hidden_size)?)
+            }
+            _ => None,
+        };
+        let optional =
+            |l: &mut Loader<'_>, name: Option<&str>| name.map(|name| norm(l, c, &format!("{path}.{name}"))).transpose();
+        let embedding_norm = optional(l, layout.embedding_norm)?;
         let (mut blocks, mut bias) = (Vec::with_capacity(layers), None);
         for i in 0..layers {
             l.segment = first + i;
-            let (block, of_stack) = Block::load(l, c, &format!("{path}.block.{i}"), in_decoder, i == 0)?;
+            let (block, of_stack) = Block::load(l, c, &format!("{path}.{}.{i}", layout.blocks), in_decoder, i == 0)?;
             blocks.push(block);
             bias = bias.or(of_stack);
         }
         l.segment += usize::from(in_decoder);
-        let norm = norm(l, c, &format!("{path}.final_layer_norm"))?;
-        let bias = bias.ok_or_else(|| Error::msg(format!("{path} has no blocks")))?;
-        Ok(Self { bias, blocks, norm })
+        let norm = optional(l, layout.final_norm)?;
+        Ok(Self { positions, embedding_norm, bias, blocks, norm })
     }
 
     fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
-        self.blocks.iter().flat_map(Block::norms).chain([&self.norm])
+        self.embedding_norm.iter().chain(self.blocks.iter().flat_map(Block::norms)).chain(&self.norm)
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &FrozenEmbedding> {
+        self.positions.iter().chain(self.bias.as_ref().map(RelativeBias::table))
     }
 }
 
@@ -125,9 +144,11 @@ impl EncoderDecoder {
         let c = &config;
         let (vocab, dim) = (c.vocab_size, c.hidden_size);
         let mut l = Loader::new(source, placement);
-        let embed = l.embedding("shared", vocab, dim)?;
-        let encoder = Stack::load(&mut l, c, "encoder", 1, false)?;
-        let decoder = Stack::load(&mut l, c, "decoder", 1 + c.encoder_layers, true)?;
+        let body = c.family.layout.body;
+        let embed = l.embedding(&format!("{body}shared"), vocab, dim)?;
+        let encoder = Stack::load(&mut l, c, &format!("{body}encoder"), 1, false)?;
+        let decoder = Stack::load(&mut l, c, &format!("{body}decoder"), 1 + c.encoder_layers, true)?;
+        refuse_logits_bias(source, vocab)?;
         let own = match source.contains("lm_head.weight") {
             true => Some(source.weight("lm_head.weight", (vocab, dim))?),
             false => None,
@@ -141,10 +162,11 @@ impl EncoderDecoder {
         let site = l.sites.register("lm_head", kind, l.segment);
         l.sites.mark_output_head(site);
         let head = FrozenLinear::new(site, "lm_head", own.unwrap_or_else(|| embed.weight().clone()), None)?;
-        let output_scale = match c.scales_outputs {
-            true => Some(Tensor::full((dim as f64).powf(-0.5) as f32, dim, &placement.device)?),
-            false => None,
+        let scale = |on: bool, power: f64| match on {
+            true => Tensor::full((dim as f64).powf(power) as f32, dim, &placement.device).map(Some),
+            false => Ok(None),
         };
+        let (embedding_scale, output_scale) = (scale(c.scales_embeddings, 0.5)?, scale(c.scales_outputs, -0.5)?);
         Ok(Self {
             sites: Arc::new(l.sites),
             embed,
@@ -152,6 +174,7 @@ impl EncoderDecoder {
             decoder,
             head,
             tied,
+            embedding_scale,
             output_scale,
             device: placement.device.clone(),
             dtype: placement.activations,
@@ -174,7 +197,7 @@ impl EncoderDecoder {
     }
 
     fn embeddings(&self) -> impl Iterator<Item = &FrozenEmbedding> {
-        std::iter::once(&self.embed).chain(self.stacks().map(|s| s.bias.table()))
+        std::iter::once(&self.embed).chain(self.stacks().into_iter().flat_map(Stack::tables))
     }
 
     fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
@@ -194,11 +217,17 @@ impl EncoderDecoder {
         self.matrices().map(FrozenWeight::nbytes).sum()
     }
 
+    /// Elements of each norm and bias.
+    fn vectors(&self) -> impl Iterator<Item = usize> {
+        let norms = self.norms().count() * if self.config.family.layout.layer_norms { 2 } else { 1 };
+        let biases = self.blocks().flat_map(Block::linears).filter_map(FrozenLinear::bias).map(Tensor::elem_count);
+        biases.chain([norms * self.config.hidden_size])
+    }
+
     /// Parameters of the base; a tied table counts once.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.matrices().map(|w| w.out_features() * w.in_features()).sum::<usize>()
-            + self.norms().count() * self.config.hidden_size
+        self.matrices().map(|w| w.out_features() * w.in_features()).sum::<usize>() + self.vectors().sum::<usize>()
     }
 
     /// Self-attention over `sequences`.
@@ -216,7 +245,11 @@ impl EncoderDecoder {
             heads: self.config.num_attention_heads,
             kv_heads: self.config.num_attention_heads,
             head_dim: self.config.head_dim,
-            scale: 1.0,
+            scale: if self.config.family.layout.scaled_attention {
+                (self.config.head_dim as f64).powf(-0.5) as f32
+            } else {
+                1.0
+            },
             causal: false,
             window: None,
             softcap: None,
@@ -239,7 +272,7 @@ impl EncoderDecoder {
         let of_batch = Prompted { tokens, virtual_tokens: &virtual_tokens };
         let rows = of_batch.rows();
         let own = self.source_attention(&rows);
-        let mut hidden = of_batch.with_prompts(self.embed.forward(sources.ids, ctx)?, ctx)?;
+        let mut hidden = of_batch.with_prompts(self.embed_tokens(sources.ids, ctx)?, ctx)?;
         let route = of_batch.route(ctx.route, 0);
         let ctx = Ctx { route: route.as_ref().unwrap_or(ctx.route), sequences: own.sequences(), ..*ctx };
         for i in 0..self.encoder.blocks.len() {
@@ -250,14 +283,14 @@ impl EncoderDecoder {
     }
 
     /// Hidden states `[ids.len(), hidden]` of further target tokens behind the decoder's last block. The tokens are the
-    /// queries of `own`, at the end of whose keys, rows of `caches`, they are put; `cross` has the same queries and the
+    /// queries of `own`, at the end of whose keys, rows of `caches`, they are put, and stand at `positions`; `cross` has the same queries and the
     /// rows of their sources as keys.
     ///
     /// # Errors
     /// When an id is outside the vocabulary or a tensor operation fails.
     pub fn decode_cached(
         &self,
-        ids: &[u32],
+        (ids, positions): (&[u32], &[u32]),
         [own, cross]: [Vec<SequenceSpan>; 2],
         sources: &EncodedSources,
         caches: &mut [LayerCache],
@@ -266,12 +299,14 @@ impl EncoderDecoder {
         let bounds: Vec<usize> = std::iter::once(0).chain(own.iter().map(|span| span.queries.end)).collect();
         let rows = VirtualRows::new(VirtualSpans::of(&bounds, ctx)?, None, None);
         let (own, cross) = (self.own_attention(true, own), self.cross_attention(cross));
-        let mut hidden = self.embed.forward(ids, ctx)?;
+        let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
+        self.check_length(last)?;
+        let mut hidden = self.embedded(&self.decoder, self.embed_tokens(ids, ctx)?, positions, ctx)?;
         let blocks = self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches).enumerate();
         for (layer, ((block, keys_values), cache)) in blocks {
             let encoder = Some((Encoded::KeysValues(keys_values), &cross));
             let earlier = Earlier::Cache(cache, &rows, layer);
-            hidden = block.forward(&hidden, (&own, &self.decoder.bias), encoder, ctx, earlier)?;
+            hidden = block.forward(&hidden, (&own, self.decoder.bias.as_ref()), encoder, ctx, earlier)?;
         }
         Ok(hidden)
     }
@@ -280,9 +315,57 @@ impl EncoderDecoder {
     fn encoder_block(&self, i: usize, source: &Tensor, own: &SelfInput, ctx: &Ctx<'_>) -> Result<Tensor> {
         let stack = &self.encoder;
         let block = stack.blocks.get(i).ok_or_else(|| Error::msg(format!("the encoder has no block {i}")))?;
-        let hidden = block.forward(source, (own, &stack.bias), None, ctx, Earlier::Nothing)?;
-        if i + 1 == stack.blocks.len() { stack.norm.forward(&hidden, ctx) } else { Ok(hidden) }
+        let hidden = block.forward(source, (own, stack.bias.as_ref()), None, ctx, Earlier::Nothing)?;
+        match &stack.norm {
+            Some(norm) if i + 1 == stack.blocks.len() => norm.forward(&hidden, ctx),
+            _ => Ok(hidden),
+        }
     }
+
+    /// Embeddings `[ids.len(), hidden]` of tokens alone.
+    fn embed_tokens(&self, ids: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
+        let rows = self.embed.forward(ids, ctx)?;
+        match &self.embedding_scale {
+            Some(scale) => Ok(kernels::scale_columns(&rows, scale)?),
+            None => Ok(rows),
+        }
+    }
+
+    /// What goes into the first block of `stack`: `rows` with their learned positions, and the norm behind them.
+    fn embedded(&self, stack: &Stack, mut rows: Tensor, positions: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
+        if let (Some(table), Some((_, offset))) = (&stack.positions, self.config.family.layout.positions) {
+            let in_table: Vec<u32> = positions.iter().map(|p| p + offset as u32).collect();
+            rows = kernels::add(&rows, &table.forward(&in_table, ctx)?)?;
+        }
+        match &stack.embedding_norm {
+            Some(norm) => norm.forward(&rows, ctx),
+            None => Ok(rows),
+        }
+    }
+
+    /// Refuses sequences that are longer than the tables of learned positions.
+    fn check_length(&self, length: usize) -> Result<()> {
+        match self.config.learned_positions() {
+            Some(most) if length > most => Err(Error::msg(format!(
+                "a sequence of {length} tokens (virtual ones among them) is longer than the model's {most} positions; cut rows \
+                 to data.max_length = {most} or less"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Refuses a bias of the logits, which BART's files have room for and which is zero in all that are known.
+fn refuse_logits_bias(source: &dyn WeightSource, vocab: usize) -> Result<()> {
+    const NAME: &str = "final_logits_bias";
+    if !source.contains(NAME) {
+        return Ok(());
+    }
+    let bias = source.weight(NAME, (1, vocab))?.to_dense(DType::F32)?;
+    if bias.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
+        return Ok(());
+    }
+    Err(Error::msg(format!("`{NAME}` is not zero, which is not supported")))
 }
 
 fn is_same(a: &FrozenWeight, b: &FrozenWeight) -> Result<bool> {
@@ -342,7 +425,7 @@ impl BaseModel for EncoderDecoder {
             attention_heads: c.num_attention_heads,
             key_value_heads: c.num_attention_heads,
             head_dim: c.head_dim,
-            max_positions: usize::MAX,
+            max_positions: c.learned_positions().unwrap_or(usize::MAX),
             submodules: 2,
             prefixes: true,
         })
@@ -377,15 +460,31 @@ impl Segmented for EncoderDecoder {
     }
 
     fn embed(&self, batch: TokenBatch<'_>, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let rows = self.embed.forward(batch.ids, ctx)?;
+        let rows = self.embed_tokens(batch.ids, ctx)?;
         let (targets, tokens, virtual_tokens) = halves(batch, ctx)?;
-        if virtual_tokens.is_empty() {
+        let plain = self.stacks().iter().all(|stack| stack.positions.is_none() && stack.embedding_norm.is_none());
+        if virtual_tokens.is_empty() && plain {
             return Ok(rows);
         }
         let first = targets.last().map_or(0, |t| t.end);
+        let of_batch = Prompted { tokens, virtual_tokens: &virtual_tokens };
         let sources = rows.narrow(0, first, batch.ids.len() - first)?;
-        let sources = Prompted { tokens, virtual_tokens: &virtual_tokens }.with_prompts(sources, ctx)?;
-        Ok(Tensor::cat(&[rows.narrow(0, 0, first)?, sources], 0)?)
+        let (mut target, mut source) = (rows.narrow(0, 0, first)?, of_batch.with_prompts(sources, ctx)?);
+        if !plain {
+            let of_target = ctx.route.select(&(0..first).collect::<Vec<_>>());
+            let of_source = of_batch.route(ctx.route, first);
+            let (mut in_target, mut in_source) = (Vec::new(), Vec::new());
+            for (i, (own, source)) in targets.iter().zip(of_batch.rows()).enumerate() {
+                let before = of_batch.prefix_positions(i);
+                self.check_length((before + own.len()).max(source.len()))?;
+                in_target.extend((before as u32..).take(own.len()));
+                in_source.extend(0..source.len() as u32);
+            }
+            target = self.embedded(&self.decoder, target, &in_target, &Ctx { route: &of_target, ..*ctx })?;
+            let of_source = Ctx { route: of_source.as_ref().unwrap_or(ctx.route), ..*ctx };
+            source = self.embedded(&self.encoder, source, &in_source, &of_source)?;
+        }
+        Ok(kernels::stack_rows(&target, &source)?)
     }
 
     fn num_blocks(&self) -> usize {
@@ -407,7 +506,7 @@ impl Segmented for EncoderDecoder {
                 let block = stack.blocks.get(i).ok_or_else(|| Error::msg(format!("the decoder has no block {i}")))?;
                 let encoder = Some((Encoded::Hidden(&source, &of_source), &input.cross));
                 let earlier = Earlier::Prefixes(&input.virtual_rows, i);
-                let target = block.forward(&target, (&input.own, &stack.bias), encoder, &of_target, earlier);
+                let target = block.forward(&target, (&input.own, stack.bias.as_ref()), encoder, &of_target, earlier);
                 [target.with_context(|| format!("decoder.block.{i}"))?, source]
             }
         };
@@ -415,7 +514,10 @@ impl Segmented for EncoderDecoder {
     }
 
     fn final_norm(&self, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-        let normed = self.decoder.norm.forward(hidden, ctx)?;
+        let normed = match &self.decoder.norm {
+            Some(norm) => norm.forward(hidden, ctx)?,
+            None => hidden.clone(),
+        };
         match &self.output_scale {
             Some(scale) => Ok(kernels::scale_columns(&normed, scale)?),
             None => Ok(normed),

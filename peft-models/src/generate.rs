@@ -160,7 +160,9 @@ pub fn generate_targets(
         let prefix = virtual_tokens.rows_of_sequence(row, &prefixes);
         // The start token's key is the first.
         let start = first_key + row * region;
-        Open { row, keys: start..start + 1, prefix, first_position: 0, last: 0 }
+        // Prompts are the encoder's.
+        let first_position = if prefix.is_empty() { 0 } else { virtual_tokens.positions_of_sequence(row) };
+        Open { row, keys: start..start + 1, prefix, first_position, last: 0 }
     });
     let start = model.config().decoder_start_token_id;
     let first = Step { ids: vec![start; requests.len()], lengths: vec![1; requests.len()], prompts: Vec::new() };
@@ -172,7 +174,8 @@ pub fn generate_targets(
         let (own, cross) = spans.unzip();
         let route = Route::rows(&(0..=open.len()).collect::<Vec<_>>(), slots);
         let ctx = Ctx::eval(adapters, &route);
-        let hidden = model.decode_cached(&step.ids, [own, cross], &encoded, &mut caches, &ctx)?;
+        let positions: Vec<u32> = open.iter().map(|o| (o.first_position + o.keys.len() - 1) as u32).collect();
+        let hidden = model.decode_cached((&step.ids, &positions), [own, cross], &encoded, &mut caches, &ctx)?;
         model.logits(&model.final_norm(&hidden, &ctx)?, &ctx)
     })
 }

@@ -70,7 +70,7 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.learned_positions(),
             Self::Encoder(c) => Some(c.max_length()),
-            Self::Seq2Seq(_) => None,
+            Self::Seq2Seq(c) => c.learned_positions(),
         }
     }
 

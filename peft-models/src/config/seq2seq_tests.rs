@@ -58,7 +58,7 @@ fn what_files_leave_unsaid() {
     let c = read(&[]).unwrap();
     assert_eq!((c.encoder_layers, c.decoder_layers, c.attention_size()), (3, 3, 20));
     assert_eq!((c.mlp, c.hidden_act), (MlpLayout::Plain(["wi", "wo"]), Activation::Relu));
-    assert_eq!(c.positions, RelativePositions { buckets: 32, max_distance: 128 });
+    assert_eq!(c.positions, Seq2SeqPositions::Relative(RelativePositions { buckets: 32, max_distance: 128 }));
     assert!(c.tie_word_embeddings && c.scales_outputs);
     let gated = |name: &str| read(&[("feed_forward_proj", json!(name))]).unwrap();
     assert_eq!(gated("gated-gelu").hidden_act, Activation::GeluTanh);
@@ -105,4 +105,33 @@ fn what_cannot_be_is_refused_by_its_key() {
     }
     let e = read(&[("model_type", json!("t6"))]).unwrap_err().to_string();
     assert!(e.contains("`t6` is not supported") && e.contains("t5, mt5"), "{e}");
+}
+
+#[test]
+fn bart_has_keys_of_its_own() {
+    let bart = |changes: Value| {
+        let mut map = json!({
+            "model_type": "bart", "vocab_size": 40, "d_model": 24, "encoder_layers": 3, "decoder_layers": 2,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 30, "decoder_ffn_dim": 30
+        });
+        map.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        Seq2SeqConfig::from_hf_map(map.as_object().unwrap().clone(), Path::new("config.json"))
+    };
+    let c = bart(json!({})).unwrap();
+    assert_eq!((c.encoder_layers, c.decoder_layers, c.attention_size(), c.head_dim), (3, 2, 24, 6));
+    assert_eq!((c.learned_positions(), c.scales_embeddings, c.hidden_act), (Some(1024), false, Activation::Gelu));
+    assert_eq!((c.decoder_start_token_id, c.pad_token_id, c.eos_token_ids), (2, 1, vec![2]));
+    for (changes, wanted) in [
+        (json!({"decoder_ffn_dim": 31}), ["decoder_ffn_dim", "only 30"]),
+        (json!({"decoder_attention_heads": 2}), ["decoder_attention_heads", "only 4"]),
+        (json!({"d_model": 26}), ["d_model", "not a multiple"]),
+        (json!({"encoder_attention_heads": 0, "decoder_attention_heads": 0}), ["d_model", "not a multiple"]),
+        (json!({"max_position_embeddings": 0}), ["max_position_embeddings", "outside"]),
+        (json!({"encoder_layers": null}), ["encoder_layers", "missing"]),
+        (json!({"architectures": ["BartForSequenceClassification"]}), ["architectures", "not supported for bart"]),
+        (json!({"activation_function": "gelo"}), ["activation_function", "gelo"]),
+    ] {
+        let error = bart(changes).unwrap_err().to_string();
+        assert!(wanted.iter().all(|w| error.contains(w)), "{error}");
+    }
 }

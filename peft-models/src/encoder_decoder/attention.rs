@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use peft_core::kernels::{AttentionPlan, SequenceSpan, attention, biased_attention};
 use peft_core::{Ctx, Error, FrozenEmbedding, FrozenLinear, Result, Route};
 
-use crate::config::{RelativePositions, Seq2SeqConfig};
+use crate::config::{Seq2SeqConfig, Seq2SeqPositions};
 use crate::kv_cache::LayerCache;
 use crate::loader::Loader;
 use crate::virtual_rows::VirtualRows;
@@ -24,14 +24,17 @@ pub(super) struct Attention {
 #[derive(Debug, Clone)]
 pub(super) struct SelfInput {
     pub(super) plan: Arc<AttentionPlan>,
-    /// The buckets of all distances, the smallest first, and which of them is for distance 0.
+    /// The buckets of all distances, the smallest first, and which of them is for distance 0; none where positions are learned.
     buckets: Arc<[u32]>,
     zero: usize,
 }
 
 impl SelfInput {
     /// For the sequences of `plan`; an encoder looks at both sides of a token.
-    pub(super) fn new(plan: AttentionPlan, positions: &RelativePositions) -> Self {
+    pub(super) fn new(plan: AttentionPlan, positions: &Seq2SeqPositions) -> Self {
+        let Seq2SeqPositions::Relative(positions) = positions else {
+            return Self { plan: Arc::new(plan), buckets: Arc::default(), zero: 0 };
+        };
         let both_sides = !plan.causal;
         let longest = plan.sequences.iter().map(|s| s.prefix.len() + s.keys.len()).max().unwrap_or(0).max(1) as isize;
         let last = if both_sides { longest - 1 } else { 0 };
@@ -77,7 +80,7 @@ impl RelativeBias {
 }
 
 impl Attention {
-    /// Loads the layers under `path`; the first self-attention of a stack has the table of biases too.
+    /// Loads the layers under `path`; the first self-attention of a stack has the table of biases too, where there is one.
     pub(super) fn load(
         l: &mut Loader<'_>,
         c: &Seq2SeqConfig,
@@ -85,15 +88,17 @@ impl Attention {
         with_bias: bool,
     ) -> Result<(Self, Option<RelativeBias>)> {
         let (hidden, size) = (c.hidden_size, c.attention_size());
-        let [q, k, v] = ["q", "k", "v"].map(|name| l.linear(&format!("{path}.{name}"), hidden, size, false));
-        let (q, k, v) = (q?, k?, v?);
-        let bias = if with_bias {
-            let path = format!("{path}.relative_attention_bias");
-            Some(RelativeBias(l.embedding(&path, c.positions.buckets, c.num_attention_heads)?))
-        } else {
-            None
+        let [q, k, v, o] = c.family.layout.attention;
+        let mut linear = |name: &str, inp, out| l.linear(&format!("{path}.{name}"), inp, out, c.family.layout.biases);
+        let (q, k, v) = (linear(q, hidden, size)?, linear(k, hidden, size)?, linear(v, hidden, size)?);
+        let bias = match c.positions {
+            Seq2SeqPositions::Relative(positions) if with_bias => {
+                let path = format!("{path}.relative_attention_bias");
+                Some(RelativeBias(l.embedding(&path, positions.buckets, c.num_attention_heads)?))
+            }
+            _ => None,
         };
-        let o = l.linear(&format!("{path}.o"), size, hidden, false)?;
+        let o = l.linear(&format!("{path}.{o}"), size, hidden, c.family.layout.biases)?;
         Ok((Self { q, k, v, o }, bias))
     }
 
@@ -106,12 +111,11 @@ impl Attention {
         &self,
         x: &Tensor,
         input: &SelfInput,
-        bias: &RelativeBias,
+        bias: Option<&RelativeBias>,
         ctx: &Ctx<'_>,
         earlier: Earlier<'_>,
     ) -> Result<Tensor> {
         let [q, k, v] = FrozenLinear::forward_siblings([&self.q, &self.k, &self.v], x, ctx)?;
-        let bias = bias.of(input, ctx)?;
         let (k, v) = match earlier {
             Earlier::Nothing => (k, v),
             Earlier::Prefixes(rows, layer) => rows.extend(layer, x, (k, v), ctx)?,
@@ -121,7 +125,10 @@ impl Attention {
                 (cache.keys().clone(), cache.values().clone())
             }
         };
-        let attended = biased_attention([&q, &k, &v], &bias, input.zero, &input.plan)?;
+        let attended = match bias {
+            Some(bias) => biased_attention([&q, &k, &v], &bias.of(input, ctx)?, input.zero, &input.plan)?,
+            None => attention(&q, &k, &v, &input.plan)?,
+        };
         self.o.forward(&attended, ctx)
     }
 

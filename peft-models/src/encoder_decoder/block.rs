@@ -1,4 +1,4 @@
-//! Blocks of an encoder–decoder: sublayers with a norm in front, each added to the residual stream.
+//! Blocks of an encoder–decoder: sublayers with a norm in front of each or behind its sum with the residual stream.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use peft_core::kernels::AttentionPlan;
 use peft_core::{Ctx, FrozenLinear, FrozenNorm, Join, NormKind, Result, SiteId, SublayerKind};
 
 use super::attention::{Attention, Earlier, RelativeBias, SelfInput};
-use crate::config::Seq2SeqConfig;
+use crate::config::{Seq2SeqConfig, SublayerNames};
 use crate::loader::Loader;
 use crate::mlp::Mlp;
 
@@ -17,9 +17,10 @@ pub(super) struct Block {
     attention: Sublayer<Attention>,
     cross: Option<Sublayer<Attention>>,
     mlp: Sublayer<Mlp>,
+    post_norm: bool,
 }
 
-/// What a block computes, and the norm in front of it.
+/// What a block computes, and its norm.
 #[derive(Debug)]
 struct Sublayer<T> {
     norm: FrozenNorm,
@@ -37,12 +38,13 @@ pub(super) enum Encoded<'a> {
 
 /// A norm of the family.
 pub(super) fn norm(l: &mut Loader<'_>, c: &Seq2SeqConfig, path: &str) -> Result<FrozenNorm> {
-    l.norm(path, c.hidden_size, NormKind::Rms { offset: 0.0 }, c.norm_eps)
+    let kind = if c.family.layout.layer_norms { NormKind::Layer } else { NormKind::Rms { offset: 0.0 } };
+    l.norm(path, c.hidden_size, kind, c.norm_eps)
 }
 
 impl Block {
     /// Loads the block whose modules are under `path`, in the order of the forward pass. The first of a stack gives the
-    /// stack's table of biases too.
+    /// stack's table of biases too, where the family has one.
     pub(super) fn load(
         l: &mut Loader<'_>,
         c: &Seq2SeqConfig,
@@ -50,23 +52,29 @@ impl Block {
         in_decoder: bool,
         is_first: bool,
     ) -> Result<(Self, Option<RelativeBias>)> {
-        let own_norm = |l: &mut Loader<'_>, sublayer: usize| norm(l, c, &format!("{path}.layer.{sublayer}.layer_norm"));
-        let attention_norm = own_norm(l, 0)?;
-        let (layers, bias) = Attention::load(l, c, &format!("{path}.layer.0.SelfAttention"), is_first)?;
+        let layout = &c.family.layout;
+        let norm_of = |l: &mut Loader<'_>, names: SublayerNames| norm(l, c, &format!("{path}.{}", names.norm));
+        let attention_of = |l: &mut Loader<'_>, names: SublayerNames, with_bias: bool| {
+            Attention::load(l, c, &format!("{path}.{}", names.layers), with_bias)
+        };
+        let attention_norm = norm_of(l, layout.own)?;
+        let (layers, bias) = attention_of(l, layout.own, is_first)?;
         let attention = Sublayer { norm: attention_norm, layers };
         let cross = if in_decoder {
-            let norm = own_norm(l, 1)?;
-            let (layers, _) = Attention::load(l, c, &format!("{path}.layer.1.EncDecAttention"), false)?;
-            Some(Sublayer { norm, layers })
+            let norm = norm_of(l, layout.cross)?;
+            Some(Sublayer { norm, layers: attention_of(l, layout.cross, false)?.0 })
         } else {
             None
         };
-        let last = 1 + usize::from(in_decoder);
-        let mlp_norm = own_norm(l, last)?;
+        let [of_encoder, of_decoder] = layout.mlp;
+        let names = if in_decoder { of_decoder } else { of_encoder };
+        let mlp_norm = norm_of(l, names)?;
+        let mlp_path = if names.layers.is_empty() { path.to_owned() } else { format!("{path}.{}", names.layers) };
         let mlp = Mlp::load(c.mlp, [c.hidden_size, c.intermediate_size], c.hidden_act.into(), |name, inp, out| {
-            l.linear(&format!("{path}.layer.{last}.DenseReluDense.{name}"), inp, out, false)
+            l.linear(&format!("{mlp_path}.{name}"), inp, out, layout.biases)
         })?;
-        Ok((Self { attention, cross, mlp: Sublayer { norm: mlp_norm, layers: mlp } }, bias))
+        let mlp = Sublayer { norm: mlp_norm, layers: mlp };
+        Ok((Self { attention, cross, mlp, post_norm: layout.post_norm }, bias))
     }
 
     pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
@@ -96,15 +104,15 @@ impl Block {
     pub(super) fn forward(
         &self,
         hidden: &Tensor,
-        (input, bias): (&SelfInput, &RelativeBias),
+        (input, bias): (&SelfInput, Option<&RelativeBias>),
         encoder: Option<(Encoded<'_>, &Arc<AttentionPlan>)>,
         ctx: &Ctx<'_>,
         earlier: Earlier<'_>,
     ) -> Result<Tensor> {
         let ctx = &Ctx { sequences: input.sequences(), ..*ctx };
         let Sublayer { norm, layers } = &self.attention;
-        let attended = layers.to_itself(&norm.forward(hidden, ctx)?, input, bias, ctx, earlier)?;
-        let mut hidden = joined(&layers.o, &attended, hidden, ctx)?;
+        let attended = layers.to_itself(&self.before(norm, hidden, ctx)?, input, bias, ctx, earlier)?;
+        let mut hidden = self.joined(&layers.o, &attended, hidden, norm, ctx)?;
         if let (Some(Sublayer { norm, layers }), Some((encoded, plan))) = (&self.cross, encoder) {
             let made;
             let keys_values = match encoded {
@@ -114,16 +122,28 @@ impl Block {
                     &made
                 }
             };
-            let attended = layers.to_encoder(&norm.forward(&hidden, ctx)?, keys_values, plan, ctx)?;
-            hidden = joined(&layers.o, &attended, &hidden, ctx)?;
+            let attended = layers.to_encoder(&self.before(norm, &hidden, ctx)?, keys_values, plan, ctx)?;
+            hidden = self.joined(&layers.o, &attended, &hidden, norm, ctx)?;
         }
         let Sublayer { norm, layers } = &self.mlp;
-        let made = layers.forward(&norm.forward(&hidden, ctx)?, ctx)?;
-        joined(layers.end(), &made, &hidden, ctx)
+        let made = layers.forward(&self.before(norm, &hidden, ctx)?, ctx)?;
+        self.joined(layers.end(), &made, &hidden, norm, ctx)
     }
-}
 
-/// The residual stream behind a sublayer whose last layer is `end`.
-fn joined(end: &FrozenLinear, output: &Tensor, residual: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
-    end.join(&Join { output, residual, norm: None }, ctx)
+    /// What a sublayer with this norm reads.
+    fn before(&self, norm: &FrozenNorm, hidden: &Tensor, ctx: &Ctx<'_>) -> Result<Tensor> {
+        if self.post_norm { Ok(hidden.clone()) } else { norm.forward(hidden, ctx) }
+    }
+
+    /// The residual stream behind a sublayer whose last layer is `end`.
+    fn joined(
+        &self,
+        end: &FrozenLinear,
+        output: &Tensor,
+        residual: &Tensor,
+        norm: &FrozenNorm,
+        ctx: &Ctx<'_>,
+    ) -> Result<Tensor> {
+        end.join(&Join { output, residual, norm: self.post_norm.then_some(norm) }, ctx)
+    }
 }
