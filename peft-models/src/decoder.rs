@@ -89,6 +89,22 @@ fn norm(l: &mut Loader<'_>, c: &DecoderConfig, path: &str, dim: usize) -> Result
     l.norm(path, dim, kind, c.norm_eps)
 }
 
+/// A prefix that takes no positions is seen by every token; one that is seen as far as a window reaches stands in these.
+fn check_window(window: usize, sequences: &[SequenceSpan], rows: &VirtualRows) -> Result<()> {
+    let beyond = |(i, span): (usize, &SequenceSpan)| {
+        !span.prefix.is_empty() && !rows.moves_positions(i) && span.prefix.len() + span.keys.len() > window
+    };
+    match sequences.iter().enumerate().find(|(i, span)| beyond((*i, *span))) {
+        None => Ok(()),
+        Some((_, span)) => Err(Error::msg(format!(
+            "a prefix of {} with moves_positions = false is seen by all tokens, and in this model they see no more than the last \
+             {window}: cut rows to data.max_length = {}, or use a prefix that moves positions",
+            span.prefix.len(),
+            window.saturating_sub(span.prefix.len())
+        ))),
+    }
+}
+
 impl Decoder {
     /// Loads the model that `config` describes from `source`.
     ///
@@ -229,6 +245,9 @@ impl Decoder {
                 "a sequence of {longest} tokens (virtual ones among them) is longer than the model's {most} positions; cut rows \
                  to data.max_length = {most} or less"
             )));
+        }
+        if let Some(window) = c.layer_kinds.iter().filter_map(|kind| kind.window).min() {
+            check_window(window, &sequences, &virtual_rows)?;
         }
         let turned = |table: &RopeTable| {
             let table = table.up_to(longest)?;

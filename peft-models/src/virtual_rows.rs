@@ -64,6 +64,11 @@ impl VirtualRows {
         Self { spans, route, first }
     }
 
+    /// Whether what stands in front of a sequence takes positions; true where nothing does.
+    pub(crate) fn moves_positions(&self, sequence: usize) -> bool {
+        self.spans.of_sequence(sequence).is_none() || self.spans.positions_of_sequence(sequence) > 0
+    }
+
     /// The context of the hidden rows, for a context of the batch's own tokens.
     pub(crate) fn ctx<'c>(&'c self, ctx: &Ctx<'c>) -> Ctx<'c> {
         Ctx { route: self.route.as_ref().unwrap_or(ctx.route), first: self.first.as_ref().or(ctx.first), ..*ctx }

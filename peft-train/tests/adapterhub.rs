@@ -163,11 +163,15 @@ fn what_the_format_has_no_place_for_is_refused() {
     for (method, expect) in [
         (json!({"type": "vera", "target_modules": ["query"]}), "VERA"),
         (json!({"r": 2, "target_modules": ["query"], "use_dora": true}), "use_dora"),
-        (json!({"r": 2, "target_modules": ["query"], "rank_pattern": {"layer.1": 1}}), "rank_pattern"),
+        (
+            json!({"r": 2, "target_modules": ["query"], "rank_pattern": {"layer.1.attention.self.query": 1}}),
+            "rank_pattern",
+        ),
         (json!({"r": 2, "target_modules": ["attention.output.dense"]}), "attention.output.dense"),
         (json!({"r": 2, "target_modules": ["query", "layer.1.attention.self.key"]}), "block 0"),
         (
-            json!({"type": "ia3", "target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}),
+            json!({"type": "ia3", "target_modules": ["0.output.dense", "1.output.dense"],
+                "feedforward_modules": ["0.output.dense", "1.output.dense"]}),
             "what a layer makes",
         ),
         (json!({"type": "prefix", "num_virtual_tokens": 2}), "moves_positions"),
@@ -226,7 +230,7 @@ fn other_methods_that_cannot_be_read_are_refused_by_name() {
     let config = hub.join("adapter_config.json");
     let start = std::fs::read(&config).unwrap();
     for (part, key, value, expect) in [
-        (0, "leave_out", json!([1]), "of number 1: config key `leave_out`"),
+        (0, "leave_out", json!([1]), "of number 1: `leave_out`"),
         (0, "dropout", json!(0.1), "dropout"),
         (0, "prefix_length", json!(5), "prefix_length"),
         (0, "flat", json!(false), "wte.weight"),

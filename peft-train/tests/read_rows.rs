@@ -108,6 +108,23 @@ fn of_decoders() {
     );
 }
 
+/// A prefix that takes no positions lies in no window.
+#[test]
+fn rows_longer_than_a_window_behind_such_a_prefix_are_refused() {
+    let model = decoder(&json!({"model_type": "mistral", "sliding_window": 6}));
+    let prefix = json!({"type": "prefix", "num_virtual_tokens": 2, "moves_positions": false});
+    let set = AdapterSet::one("a", moved(&model, &json!({"type": "union", "methods": [prefix]})));
+    let ctx = Ctx::eval(&set, &Route::Uniform(0));
+    let prepared = |tokens: usize| {
+        let ids = vec![3; tokens];
+        let positions: Vec<u32> = (0..tokens as u32).collect();
+        let batch = TokenBatch { ids: &ids, positions: &positions, bounds: &[0, tokens], types: &[] };
+        model.prepare(batch, &ctx).map(|_| ()).map_err(|e| e.to_string())
+    };
+    assert_eq!(prepared(4), Ok(()));
+    assert!(prepared(5).unwrap_err().contains("data.max_length = 4"));
+}
+
 #[test]
 fn of_encoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});

@@ -242,7 +242,8 @@ pub(super) fn write_setup(out: &Path, adapter: &AdapterFolder, labels: &[String]
         parts.push((name.clone(), write::Files::of(&part, family, &name)?));
     }
     let is_head = |key: &str| !key.contains(".adapters.") && !is_of_fusion(key);
-    let head = adapter.part(adapter.config().clone(), |key| is_head(key).then(|| key.to_owned()));
+    let of_part = Map::from_iter([("peft_type".to_owned(), BOTTLENECK.into())]);
+    let head = adapter.part(AdapterConfig::new(of_part)?, |key| is_head(key).then(|| key.to_owned()));
     let head = write::Files::of(&head, family, "head")?;
     let about = About { hidden_size: parts.iter().find_map(|(_, files)| files.hidden_size), family, model };
     let task = adapter.config().get("task_type").and_then(Value::as_str).unwrap_or("CAUSAL_LM").to_owned();
