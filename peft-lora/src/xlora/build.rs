@@ -13,6 +13,23 @@ use super::classifier::{Classifier, Shape};
 use super::files::expert_part;
 use super::{Expert, XLoraConfig, XLoraLinear};
 
+/// Layers in the order in which PEFT numbers them, in which transformers makes them: that of the pass, but that Phi-3's `o_proj` is made
+/// before its `qkv_proj`.
+fn in_pefts_order<T>(layers: BTreeMap<SiteId, T>, base: &dyn BaseModel) -> Vec<(SiteId, T)> {
+    let mut layers: Vec<(SiteId, T)> = layers.into_iter().collect();
+    let attention = |layers: &[(SiteId, T)], i: usize, name: &str| {
+        let site = layers.get(i).and_then(|(site, _)| base.sites().get(*site));
+        site.and_then(|site| site.path.strip_suffix(name)).map(str::to_owned)
+    };
+    for i in 1..layers.len() {
+        let first = attention(&layers, i - 1, ".qkv_proj");
+        if first.is_some() && first == attention(&layers, i, ".o_proj") {
+            layers.swap(i - 1, i);
+        }
+    }
+    layers
+}
+
 impl XLoraConfig {
     /// Makes the adapter that this config describes on `base`, of `experts` in the order of their numbers, which are LoRA adapters for
     /// the same base. The classifier starts from `seed`.
@@ -53,7 +70,7 @@ impl XLoraConfig {
         let mut adapter = Adapter::new(self.to_adapter_config(hidden, configs.collect()), base.sites());
         adapter.set_first_pass();
         classifier.parameters().for_each(|parameter| adapter.add_shared(parameter.clone()));
-        for (layer, (site, experts)) in layers.into_iter().enumerate() {
+        for (layer, (site, experts)) in in_pefts_order(layers, base).into_iter().enumerate() {
             if !self.trains_experts {
                 experts.iter().flat_map(|e| [&e.a, &e.b]).for_each(|parameter| adapter.add_fixed(parameter.clone()));
             }
