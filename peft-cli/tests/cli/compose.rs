@@ -86,7 +86,10 @@ fn experts_are_weighed_resumed_and_written_with_their_mixture() {
     assert!(eval_loss(&dir, &model, Some("mixed/checkpoints/step-10")) != loss, "two steps change nothing");
     let experts = ["mixed/0", "mixed/1"].map(|expert| eval_loss(&dir, &model, Some(expert)));
     assert!(experts.iter().all(|alone| (alone - loss).abs() > 1e-4), "{loss} and {experts:?}");
-    train(&dir, "again", "init_from = \"mixed\"", &["--set", "train.optimizer=mezo"]).ok();
+    let mezo = |name: &str, method: &str| train(&dir, name, method, &["--set", "train.optimizer=mezo"]);
+    mezo("again", "type = \"xlora\"\nadapters = {0 = \"mixed/0\", 1 = \"first-elsewhere\"}").ok();
+    mezo("wrong", "type = \"xlora\"\nadapters = [\"mixed/0\", \"first-elsewhere\"]\nxlora_depth = 2")
+        .fails(&["xlora_dropout_p", "without dropout"]);
 
     let prompt = ["--prompt", "the", "--max-new-tokens", "4"];
     let generate = |more: &[&str]| dir.run(&[&["generate", "--model", &model], more, &prompt].concat());

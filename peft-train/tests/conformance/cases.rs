@@ -146,7 +146,7 @@ static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
 });
 
 /// Folders of LoRA adapters at layers of which some are the same.
-static EXPERTS: LazyLock<[PathBuf; 3]> = LazyLock::new(|| {
+static EXPERTS: LazyLock<[PathBuf; 4]> = LazyLock::new(|| {
     let lora = |name, r: usize, alpha: usize, targets: Value| {
         let method = json!({"r": r, "lora_alpha": alpha, "target_modules": targets, "init_lora_weights": false});
         part(name, &method)
@@ -155,6 +155,7 @@ static EXPERTS: LazyLock<[PathBuf; 3]> = LazyLock::new(|| {
         lora("first", 3, 6, json!(["q_proj", "down_proj"])),
         lora("second", 2, 4, json!(["q_proj", "v_proj"])),
         lora("third", 4, 4, json!("all-linear")),
+        lora("head", 2, 4, json!(["v_proj", "lm_head"])),
     ]
 });
 
@@ -412,7 +413,7 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"type": "composition", "setup": "average", "weights": [3, 1],
                 "adapters": [PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}]}),
         ),
-        case("xlora", UNTIED, json!({"type": "xlora", "adapters": *EXPERTS})),
+        case("xlora", UNTIED, json!({"type": "xlora", "adapters": EXPERTS[..3]})),
         case(
             "xlora, layer by layer, deep, dropout",
             BIASED,
@@ -422,10 +423,14 @@ pub(crate) fn cases() -> Vec<Case> {
         case(
             "xlora, two of three, trained experts, saved norm",
             TIED,
-            json!({"type": "xlora", "adapters": *EXPERTS, "top_k_lora": 2, "enable_softmax_topk": true,
+            json!({"type": "xlora", "adapters": EXPERTS[..3], "top_k_lora": 2, "enable_softmax_topk": true,
                 "use_trainable_adapters": true, "modules_to_save": ["norm"]}),
         ),
-        case("xlora, no softmax", UNTIED, json!({"type": "xlora", "adapters": [EXPERTS[0]], "enable_softmax": false})),
+        case(
+            "xlora, one expert without a softmax, at the tied head too",
+            TIED,
+            json!({"type": "xlora", "adapters": [EXPERTS[3]], "enable_softmax": false}),
+        ),
         case(
             "bottleneck, gated",
             UNTIED,
