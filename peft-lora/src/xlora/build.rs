@@ -9,7 +9,7 @@ use peft_core::{
 };
 use serde_json::Value;
 
-use super::classifier::{Classifier, Shape};
+use super::classifier::Classifier;
 use super::files::expert_part;
 use super::{Expert, XLoraConfig, XLoraLinear};
 
@@ -42,7 +42,9 @@ impl XLoraConfig {
                 "an encoder–decoder has two last hidden states, and X-LoRA reads that of the tokens that it changes";
             return Err(Error::msg(message));
         }
-        let hidden = self.hidden_size(base)?;
+        if experts.len() != self.folders().len() {
+            return Err(Error::config("adapters", format!("are {}, not {}", self.folders().len(), experts.len())));
+        }
         let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
         let heads: BTreeSet<usize> = match base.task() {
             Task::Classification { .. } => selection.saved.iter().flat_map(|saved| saved.members.clone()).collect(),
@@ -57,17 +59,10 @@ impl XLoraConfig {
                 layers.entry(site).or_default().push(expert);
             }
         }
-        let shape = Shape {
-            hidden,
-            depth: self.depth,
-            width: self.width,
-            dropout: self.dropout,
-            experts: experts.len(),
-            layers: self.layerwise.then_some(layers.len()),
-        };
+        let shape = self.shape(base, self.layerwise.then_some(layers.len()))?;
         let classifier = Arc::new(Classifier::new(shape, self.weighing, seed, base.device())?);
         let configs = experts.iter().map(|expert| Value::Object(expert.config.clone()));
-        let mut adapter = Adapter::new(self.to_adapter_config(hidden, configs.collect()), base.sites());
+        let mut adapter = Adapter::new(self.to_adapter_config(shape.hidden, configs.collect()), base.sites());
         adapter.set_first_pass();
         classifier.parameters().for_each(|parameter| adapter.add_shared(parameter.clone()));
         for (layer, (site, experts)) in in_pefts_order(layers, base).into_iter().enumerate() {
