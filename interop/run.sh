@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py, combine.py, foreign.py and llm_adapters.py too, and interop/adapterhub.py, which compares with AdapterHub's
+# without options of that, interop/inits.py, combine.py, foreign.py, llm_adapters.py and xlora.py too, and interop/adapterhub.py, which compares with AdapterHub's
 # package.
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
@@ -36,5 +36,6 @@ if [ $# = 0 ]; then
     "$python" interop/combine.py "$program" --seed "$seed"
     "$python" interop/foreign.py "$program" --seed "$seed"
     "$python" interop/llm_adapters.py "$program" --seed "$seed"
+    "$python" interop/xlora.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
 fi

@@ -83,5 +83,6 @@ LEFT_OUT = {
     "cpt": "it is for a few examples in the prompt",
     "fusion": "it is made of adapters of other tasks",
     "composition": "it is made of other adapters",
+    "xlora": "it is made of other adapters",
     "union": "it is made of other methods",
 }

@@ -249,6 +249,7 @@ impl Config {
             Self::Reft(config) => selected(config.build(base, 0, report)?),
             Self::Compose(config) => selected(config.build(base, 0, report)?),
             Self::XLora(config) => {
+                config.stored(base)?.iter().try_for_each(|tensor| files.check_one(tensor))?;
                 let expert = |keys| Ok(LoraConfig::from_adapter_config(keys)?.build(base, 0, report)?.adapter);
                 let experts = config.expert_configs()?.into_iter().map(expert).collect::<Result<Vec<_>>>()?;
                 selected(config.build(base, &experts, 0, report)?)

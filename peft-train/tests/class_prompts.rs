@@ -18,7 +18,7 @@ use peft_train::{checkpoint, methods, token_losses};
 use serde_json::{Value, json};
 
 use self::model_support::encoders::{FAMILIES, LENGTHS, batch, encoder, row};
-use self::model_support::{adapter, moved};
+use self::model_support::{adapter, mixture, moved};
 
 /// A decoder with a class head; GPT-2's has a table of positions.
 fn decoder(model_type: &str) -> Decoder {
@@ -102,7 +102,13 @@ fn a_prompt_of_the_embeddings_of_tokens_is_those_tokens() {
     }
 }
 
+/// These adapters, and experts that are made of the last, which is a LoRA.
 fn mixed_is_single(name: &str, model: &impl Segmented, batch: &Batch, adapters: &[Value]) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut other = adapters.last().unwrap().clone();
+    other["r"] = json!(3);
+    let experts = [adapters.last().unwrap().clone(), other];
+    let adapters = &[adapters, &[mixture(model, &experts, dir.path())]].concat();
     let named = adapters.iter().enumerate();
     let set = named.fold(AdapterSet::empty(), |set, (i, m)| set.with(i.to_string(), moved(model, m)));
     for shift in 0..=adapters.len() {

@@ -13,13 +13,13 @@ use peft_core::kernels::{
     self,
     testing::{close, randn},
 };
-use peft_core::{Adapter, AdapterSet, Ctx, ReadRows, Route, Segmented, StepRng, TokenBatch};
+use peft_core::{Adapter, AdapterSet, Ctx, ReadRows, Route, Segmented, StepRng, TokenBatch, first_pass};
 use peft_models::config::{DecoderConfig, EncoderConfig};
 use peft_models::source::{Placement, RandomSource};
 use peft_models::{Decoder, Encoder};
 use serde_json::{Value, json};
 
-use self::model_support::moved;
+use self::model_support::{mixture, moved};
 
 /// Three sequences, and of them rows of the first and the last.
 const BOUNDS: [usize; 4] = [0, 5, 6, 9];
@@ -55,6 +55,9 @@ fn both(model: &impl Segmented, adapters: &[Arc<Adapter>], route: &Route) {
     let ctx = Ctx::train(&set, route, StepRng::default());
     let ids: Vec<u32> = (0..9).map(|i| (i * 5 + 3) % 37).collect();
     let batch = TokenBatch { ids: &ids, positions: &[0, 1, 2, 3, 4, 0, 0, 1, 2], bounds: &BOUNDS, types: &[] };
+    let first = first_pass(model, batch, &ctx).unwrap();
+    assert_eq!(first.is_some(), adapters.iter().any(|adapter| adapter.first_pass()));
+    let ctx = Ctx { first: first.as_ref(), ..ctx };
     let input = model.prepare(batch, &ctx).unwrap();
     let hidden = candle_core::Var::from_tensor(&model.embed(batch, &ctx.untracked()).unwrap()).unwrap();
     let (read, last) = (ReadRows::new(READ.to_vec(), &ctx).unwrap(), model.num_blocks() - 1);
@@ -104,8 +107,11 @@ fn of_decoders() {
     }
     check(
         &decoder(&json!({"model_type": "gpt_neox", "rotary_pct": 1.0})),
-        &[lora, json!({"type": "ln", "target_modules": ["post_attention_layernorm"]})],
+        &[lora.clone(), json!({"type": "ln", "target_modules": ["post_attention_layernorm"]})],
     );
+    let (model, dir) = (decoder(&json!({})), tempfile::tempdir().unwrap());
+    let experts = [lora.clone(), json!({"r": 3, "target_modules": ["o_proj", "down_proj"]})];
+    check(&model, &[mixture(&model, &experts, dir.path()), lora]);
 }
 
 /// A prefix that takes no positions lies in no window.
@@ -128,7 +134,8 @@ fn rows_longer_than_a_window_behind_such_a_prefix_are_refused() {
 #[test]
 fn of_encoders() {
     let lora = json!({"type": "lora", "r": 2, "target_modules": "all-linear"});
-    check(&encoder(), &[lora, json!({"type": "ia3"})]);
-    let whole = json!({"type": "union", "methods": [{"r": 2, "target_modules": ["query"], "use_gating": true}]});
-    check(&encoder(), &[gated(), whole]);
+    check(&encoder(), &[lora.clone(), json!({"type": "ia3"})]);
+    let (model, dir) = (encoder(), tempfile::tempdir().unwrap());
+    let experts = [lora.clone(), json!({"r": 3, "target_modules": ["output.dense"]})];
+    check(&model, &[mixture(&model, &experts, dir.path()), lora]);
 }

@@ -1,4 +1,4 @@
-//! Adapters made of others: `fusion`, `composition`, `union`, and `compose`.
+//! Adapters made of others: `fusion`, `composition`, `xlora`, `union`, and `compose`.
 
 use serde_json::json;
 
@@ -63,6 +63,54 @@ fn a_fusion_is_trained_resumed_and_exchanged() {
     std::fs::remove_dir_all(dir.path("hub/b")).unwrap();
     let eval = |adapter: &str| dir.run(&["eval", "--model", &model, "--adapter", adapter, "--data", "rows.jsonl"]);
     eval("hub/fusion").fails(&["`b` is missing", "hub"]);
+}
+
+#[test]
+fn experts_are_weighed_resumed_and_written_with_their_mixture() {
+    let (dir, model) = (two(), base().display().to_string());
+    train(&dir, "first", "r = 4\ntarget_modules = [\"q_proj\", \"down_proj\"]", &[]).ok();
+    train(&dir, "second", "r = 2\ntarget_modules = \"all-linear\"\nlora_dropout = 0.1", &[]).ok();
+    let xlora = "type = \"xlora\"\nadapters = [\"first\", \"second\"]\nxlora_depth = 2\nxlora_size = 8";
+    train(&dir, "mixed", xlora, &[]).ok();
+    // Half of the run again from its checkpoint: the same bits.
+    let whole = dir.read("mixed/adapter_model.safetensors");
+    std::fs::remove_dir_all(dir.path("mixed/checkpoints/step-12")).ok();
+    std::fs::remove_file(dir.path("mixed/adapter_model.safetensors")).unwrap();
+    train(&dir, "mixed", xlora, &["--resume"]).ok();
+    assert!(dir.read("mixed/adapter_model.safetensors") == whole, "a resumed mixture differs");
+    for (expert, folder) in [("first", "mixed/0"), ("second", "mixed/1")] {
+        assert_eq!(eval_loss(&dir, &model, Some(expert)), eval_loss(&dir, &model, Some(folder)), "{expert}");
+        std::fs::rename(dir.path(expert), dir.path(&format!("{expert}-elsewhere"))).unwrap();
+    }
+    let loss = eval_loss(&dir, &model, Some("mixed"));
+    assert!(eval_loss(&dir, &model, Some("mixed/checkpoints/step-10")) != loss, "two steps change nothing");
+    let experts = ["mixed/0", "mixed/1"].map(|expert| eval_loss(&dir, &model, Some(expert)));
+    assert!(experts.iter().all(|alone| (alone - loss).abs() > 1e-4), "{loss} and {experts:?}");
+    let mezo = |name: &str, method: &str| train(&dir, name, method, &["--set", "train.optimizer=mezo"]);
+    mezo("again", "type = \"xlora\"\nadapters = {0 = \"mixed/0\", 1 = \"first-elsewhere\"}").ok();
+    mezo("wrong", "type = \"xlora\"\nadapters = [\"mixed/0\", \"first-elsewhere\"]\nxlora_depth = 2")
+        .fails(&["xlora_dropout_p", "without dropout"]);
+
+    let prompt = ["--prompt", "the", "--max-new-tokens", "4"];
+    let generate = |more: &[&str]| dir.run(&[&["generate", "--model", &model], more, &prompt].concat());
+    generate(&["--adapter", "mixed", "--adapter", "mixed/0"]).ok();
+    let facts = dir.run(&["inspect", "mixed", "--json"]).json();
+    assert_eq!((&facts["method"], &facts["ranks"]), (&json!("XLORA"), &json!([2, 4])), "{facts}");
+    let merge = dir.run(&["merge", "--model", &model, "--adapter", "mixed", "--output", "merged"]);
+    merge.fails(&["cannot be merged", "combine"]);
+    std::fs::remove_dir_all(dir.path("mixed/1")).unwrap();
+    dir.run(&["eval", "--model", &model, "--adapter", "mixed", "--data", "rows.jsonl"])
+        .fails(&["no folder `1`", "mixed"]);
+
+    let wrong = "type = \"xlora\"\nadapters = [\"first-elsewhere\", \"a\"]";
+    train(&dir, "wrong", wrong, &[]).fails(&["BOTTLENECK", "LoRA adapters"]);
+    train(&dir, "dora", "r = 2\ntarget_modules = [\"q_proj\"]\nuse_dora = true", &[]).ok();
+    let dora = "type = \"xlora\"\nadapters = [\"first-elsewhere\", \"dora\"]";
+    train(&dir, "wrong", dora, &[]).fails(&["expert 1", "q_proj", "DoRA"]);
+    let union =
+        "type = \"union\"\nmethods = [{type = \"xlora\", adapters = [\"first-elsewhere\", \"second-elsewhere\"]}]";
+    train(&dir, "wrong", union, &[]).fails(&["XLORA", "first pass"]);
+    assert!(!dir.path("wrong").join("adapter_config.json").exists());
 }
 
 #[test]

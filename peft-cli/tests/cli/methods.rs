@@ -81,7 +81,7 @@ fn rows_name_their_tasks() {
     train(&dir, "r = 2");
     let eval = ["eval", "--model", &model, "--data", "rows.jsonl", "--adapter", "out", "--task-id", "0"];
     dir.run(&eval).fails(&["--task-id", "every task"]);
-    train_on_rows(&dir, "type = \"xlora\"").fails(&["X-LoRA"]);
+    train_on_rows(&dir, "type = \"xlora\"").fails(&["adapters", "folders of LoRA adapters"]);
 }
 
 #[test]

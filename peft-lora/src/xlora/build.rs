@@ -9,9 +9,26 @@ use peft_core::{
 };
 use serde_json::Value;
 
-use super::classifier::{Classifier, Shape};
+use super::classifier::Classifier;
 use super::files::expert_part;
 use super::{Expert, XLoraConfig, XLoraLinear};
+
+/// Layers in the order in which PEFT numbers them, in which transformers makes them: that of the pass, but that Phi-3's `o_proj` is made
+/// before its `qkv_proj`.
+fn in_pefts_order<T>(layers: BTreeMap<SiteId, T>, base: &dyn BaseModel) -> Vec<(SiteId, T)> {
+    let mut layers: Vec<(SiteId, T)> = layers.into_iter().collect();
+    let attention = |layers: &[(SiteId, T)], i: usize, name: &str| {
+        let site = layers.get(i).and_then(|(site, _)| base.sites().get(*site));
+        site.and_then(|site| site.path.strip_suffix(name)).map(str::to_owned)
+    };
+    for i in 1..layers.len() {
+        let first = attention(&layers, i - 1, ".qkv_proj");
+        if first.is_some() && first == attention(&layers, i, ".o_proj") {
+            layers.swap(i - 1, i);
+        }
+    }
+    layers
+}
 
 impl XLoraConfig {
     /// Makes the adapter that this config describes on `base`, of `experts` in the order of their numbers, which are LoRA adapters for
@@ -25,7 +42,9 @@ impl XLoraConfig {
                 "an encoder–decoder has two last hidden states, and X-LoRA reads that of the tokens that it changes";
             return Err(Error::msg(message));
         }
-        let hidden = self.hidden_size(base)?;
+        if experts.len() != self.folders().len() {
+            return Err(Error::config("adapters", format!("are {}, not {}", self.folders().len(), experts.len())));
+        }
         let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
         let heads: BTreeSet<usize> = match base.task() {
             Task::Classification { .. } => selection.saved.iter().flat_map(|saved| saved.members.clone()).collect(),
@@ -40,20 +59,13 @@ impl XLoraConfig {
                 layers.entry(site).or_default().push(expert);
             }
         }
-        let shape = Shape {
-            hidden,
-            depth: self.depth,
-            width: self.width,
-            dropout: self.dropout,
-            experts: experts.len(),
-            layers: self.layerwise.then_some(layers.len()),
-        };
+        let shape = self.shape(base, self.layerwise.then_some(layers.len()))?;
         let classifier = Arc::new(Classifier::new(shape, self.weighing, seed, base.device())?);
         let configs = experts.iter().map(|expert| Value::Object(expert.config.clone()));
-        let mut adapter = Adapter::new(self.to_adapter_config(hidden, configs.collect()), base.sites());
+        let mut adapter = Adapter::new(self.to_adapter_config(shape.hidden, configs.collect()), base.sites());
         adapter.set_first_pass();
         classifier.parameters().for_each(|parameter| adapter.add_shared(parameter.clone()));
-        for (layer, (site, experts)) in layers.into_iter().enumerate() {
+        for (layer, (site, experts)) in in_pefts_order(layers, base).into_iter().enumerate() {
             if !self.trains_experts {
                 experts.iter().flat_map(|e| [&e.a, &e.b]).for_each(|parameter| adapter.add_fixed(parameter.clone()));
             }

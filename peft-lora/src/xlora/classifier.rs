@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::{self, Activation, Stream};
-use peft_core::{Ctx, Parameter, Result, Role, SiteId};
+use peft_core::{Ctx, ExpectedTensor, Parameter, Result, Role, SiteId};
 
 /// What PEFT calls the classifier's layers.
 pub(super) const NAME: &str = "base_model.internal_xlora_classifier.layers";
@@ -48,11 +48,25 @@ pub(super) struct Classifier {
     weighing: Weighing,
 }
 
+impl Shape {
+    /// What stands in front of a tensor's kind in the name of linear layer `i`: PEFT counts activations and dropout among the layers.
+    fn name(&self, i: usize) -> String {
+        format!("{NAME}.{}", i * if self.dropout > 0.0 { 3 } else { 2 })
+    }
+
+    /// The weights of all linear layers but the last, whose sizes are the config's alone.
+    pub(super) fn inner(&self) -> Vec<ExpectedTensor> {
+        let inner = (0..self.depth.saturating_sub(1)).map(|i| {
+            let inp = if i == 0 { self.hidden } else { self.width };
+            ExpectedTensor::required(format!("{}.weight", self.name(i)), [self.width, inp])
+        });
+        inner.collect()
+    }
+}
+
 impl Classifier {
     /// One that starts as torch's linear layers do, from the numbers of `seed`.
     pub(super) fn new(shape: Shape, weighing: Weighing, seed: u64, device: &Device) -> Result<Self> {
-        // Numbers in torch's `Sequential`, in which activations and dropout count.
-        let stride = if shape.dropout > 0.0 { 3 } else { 2 };
         let layer = |i: usize| {
             let inp = if i == 0 { shape.hidden } else { shape.width };
             let out = if i + 1 == shape.depth { shape.experts * shape.layers.unwrap_or(1) } else { shape.width };
@@ -62,8 +76,8 @@ impl Classifier {
             let weight = Tensor::from_vec(start(0, out * inp), (out, inp), &Device::Cpu)?.to_device(device)?;
             let bias = Tensor::from_vec(start(1, out), out, &Device::Cpu)?.to_device(device)?;
             Ok([
-                Parameter::new(format!("{NAME}.{}.weight", i * stride), &weight, Role::Plain)?,
-                Parameter::new(format!("{NAME}.{}.bias", i * stride), &bias, Role::NoDecay)?,
+                Parameter::new(format!("{}.weight", shape.name(i)), &weight, Role::Plain)?,
+                Parameter::new(format!("{}.bias", shape.name(i)), &bias, Role::NoDecay)?,
             ])
         };
         Ok(Self {

@@ -1,11 +1,11 @@
 //! X-LoRA's config, with PEFT's keys and defaults (`peft/tuners/xlora/config.py`, 0.21.2).
 
 use peft_core::config_keys::{completed, peft_defaults};
-use peft_core::{BaseModel, ConfigKeys, Error, Result, TargetSpec, task_keys};
+use peft_core::{BaseModel, ConfigKeys, Error, ExpectedTensor, Result, TargetSpec, task_keys};
 use serde_json::{Map, Value, json};
 
 use super::PEFT_TYPE;
-use super::classifier::Weighing;
+use super::classifier::{Shape, Weighing};
 
 /// The experts by number: folders in a recipe, names of folders in a file.
 const ADAPTERS: &str = "adapters";
@@ -24,9 +24,9 @@ pub struct XLoraConfig {
     /// The experts' folders, in order.
     folders: Vec<String>,
     pub(super) weighing: Weighing,
-    pub(super) depth: usize,
-    pub(super) width: usize,
-    pub(super) dropout: f32,
+    depth: usize,
+    width: usize,
+    dropout: f32,
     /// Whether each layer has weights of its own.
     pub(super) layerwise: bool,
     pub(super) trains_experts: bool,
@@ -96,7 +96,7 @@ impl XLoraConfig {
                 softmax_of_top: keys.flag(SOFTMAX_OF_TOP, false)?,
             },
             depth: keys.count("xlora_depth", 64)?.unwrap_or(1),
-            width: keys.count("xlora_size", 1 << 20)?.unwrap_or(2048),
+            width: keys.count("xlora_size", 65_536)?.unwrap_or(2048),
             dropout: dropout as f32,
             layerwise: keys.flag("layerwise_scalings", false)?,
             trains_experts: keys.flag("use_trainable_adapters", false)?,
@@ -152,8 +152,23 @@ impl XLoraConfig {
         Self::read(raw)
     }
 
+    /// What the file of an adapter for `base` has to hold at least, before anything of a size that the config says is made.
+    ///
+    /// # Errors
+    /// A config for another model.
+    pub fn stored(&self, base: &dyn BaseModel) -> Result<Vec<ExpectedTensor>> {
+        Ok(self.shape(base, None)?.inner())
+    }
+
+    /// The shape of the classifier, which has weights of its own for each of `layers`.
+    pub(super) fn shape(&self, base: &dyn BaseModel, layers: Option<usize>) -> Result<Shape> {
+        let hidden = self.hidden_size(base)?;
+        let (depth, width, dropout, experts) = (self.depth, self.width, self.dropout, self.folders.len());
+        Ok(Shape { hidden, depth, width, dropout, experts, layers })
+    }
+
     /// The width of the hidden states.
-    pub(super) fn hidden_size(&self, base: &dyn BaseModel) -> Result<usize> {
+    fn hidden_size(&self, base: &dyn BaseModel) -> Result<usize> {
         let Some(dims) = base.prompt_dims() else {
             let message =
                 format!("cannot be told: X-LoRA reads hidden states, and a `{}` has none here", base.model_type());

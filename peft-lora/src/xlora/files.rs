@@ -46,7 +46,9 @@ pub fn with_experts(files: AdapterFolder) -> Result<AdapterFolder> {
             return Err(Error::file(&folder, message));
         }
         configs.push(Value::Object(expert.config().map().clone()));
-        parts.push(expert.part(expert.config().clone(), |key| Some(in_memory(key, number))));
+        // PEFT saves the base's head, too, where an expert acts on it.
+        let named = |key: &str| (!key.ends_with(".base_layer.weight")).then(|| in_memory(key, number));
+        parts.push(expert.part(expert.config().clone(), named));
     }
     let mut config = files.config().clone();
     config.set(EXPERTS, configs);

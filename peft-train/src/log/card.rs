@@ -106,9 +106,11 @@ impl ModelCard<'_> {
         } else {
             ""
         };
+        // PEFT's X-LoRA has no cache.
+        let cache = if self.facts.method == "xlora" { "model.config.use_cache = False\n" } else { "" };
         format!(
             "from peft import PeftModel\nfrom transformers import {class}, AutoTokenizer\n\n\
-             model = {class}.from_pretrained({model})\nmodel = PeftModel.from_pretrained(model, \".\")\n\
+             model = {class}.from_pretrained({model})\n{cache}model = PeftModel.from_pretrained(model, \".\")\n\
              tokenizer = AutoTokenizer.from_pretrained({model})\n{more}"
         )
     }

@@ -19,7 +19,7 @@ pub(crate) struct Case {
     pub(crate) shape: Shape,
     /// Ends of parameter names of which differences of the loss say another thing: their gradient leaves a path out on
     /// purpose (DoRA's norm is a constant to A and B), or a step moves them over kinks (two layers of ReLU on a few units) or to another
-    /// choice (VB-LoRA's vectors with the largest logits).
+    /// choice (VB-LoRA's vectors with the largest logits, X-LoRA's experts).
     pub(crate) partial_gradient: &'static [&'static str],
     /// What does not hold for it, or not quite; everything else does.
     pub(crate) answers: Vec<(Property, Answer)>,
@@ -43,6 +43,7 @@ const BIASED: Shape = Shape { tied: false, attention_bias: true };
 const RELU: &[&str] =
     &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
+const EXPERT: &[&str] = &["classifier.layers.0.weight", "classifier.layers.0.bias"];
 const DORA: &[&str] = &["lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"];
 
 fn case(name: &'static str, shape: Shape, method: Value) -> Case {
@@ -64,6 +65,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
         || (of(&["fourierft"]) && !is("init_weights", json!(true)));
     if of(&["fusion", "composition", "union"]) {
         not(Property::Fresh, Answer::Never("it is what its parts are"));
+    } else if of(&["xlora"]) {
+        not(Property::Fresh, Answer::Never("its experts act from the first step on"));
     } else if random {
         not(Property::Fresh, Answer::Never("it starts from small random values, as its authors have it"));
     } else if ["init_lora_weights", "init_ia3_weights", "init_weights"].iter().any(|key| is(key, json!(false))) {
@@ -78,11 +81,17 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     let dora = is("use_dora", json!(true));
     let mlp = of(&["p_tuning"]) && !is("encoder_reparameterization_type", json!("LSTM"));
     let chooses = of(&["vblora"]) && method.get("topk") != method.get("num_vectors");
-    let (partial_gradient, why) = match (dora, mlp, chooses) {
-        (true, ..) => (DORA, "the norm in DoRA is a constant to A and B, as in the paper; the magnitude is compared"),
-        (_, true, _) => (RELU, "but for layers under a ReLU of few units, over whose kinks a difference steps"),
-        (.., true) => (CHOICE, "but for the logits that choose vectors, whose choice a difference changes"),
-        _ => (&[][..], ""),
+    let chooses_experts = of(&["xlora"]) && method.get("top_k_lora").is_some();
+    let (partial_gradient, why) = if dora {
+        (DORA, "the norm in DoRA is a constant to A and B, as in the paper; the magnitude is compared")
+    } else if mlp {
+        (RELU, "but for layers under a ReLU of few units, over whose kinks a difference steps")
+    } else if chooses {
+        (CHOICE, "but for the logits that choose vectors, whose choice a difference changes")
+    } else if chooses_experts {
+        (EXPERT, "but for the classifier that chooses experts, whose choice a difference changes")
+    } else {
+        (&[][..], "")
     };
     if !partial_gradient.is_empty() {
         not(Property::Gradient, Answer::Partly(why));
@@ -103,6 +112,8 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
             Property::Merged,
             Answer::Never("those of its parts that could be are merged by themselves; `merge` refuses"),
         );
+    } else if of(&["xlora"]) {
+        not(Property::Merged, Answer::Never("it weighs its experts anew for every token; `merge` refuses"));
     } else if of(&["poly"]) {
         not(Property::Merged, Answer::Partly("as one of its tasks"));
     } else if is("add_biases", json!(true)) {
@@ -118,17 +129,34 @@ fn case(name: &'static str, shape: Shape, method: Value) -> Case {
     Case { name, method, shape, partial_gradient, answers }
 }
 
-/// Folders of bottleneck adapters that others are made of.
-static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
+/// The folder of a trained adapter that others are made of.
+fn part(name: &str, method: &Value) -> PathBuf {
     let model = base(UNTIED, Kind::F32);
+    // Each process its own, since several may run at once.
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
+    write_adapter_files(&folder, &trained(crate::create(method, &model, 7).unwrap(), 8).unwrap()).unwrap();
+    folder
+}
+
+/// Folders of bottleneck adapters.
+static PARTS: LazyLock<[PathBuf; 2]> = LazyLock::new(|| {
     [("one", "gelu"), ("other", "tanh")].map(|(name, non_linearity)| {
-        // Each process its own, since several may run at once.
-        let folder =
-            PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("parts-{}", std::process::id())).join(name);
-        let method = bottleneck("seq_bn", json!({"non_linearity": non_linearity, "init_weights": "houlsby"}));
-        write_adapter_files(&folder, &trained(crate::create(&method, &model, 7).unwrap(), 8).unwrap()).unwrap();
-        folder
+        part(name, &bottleneck("seq_bn", json!({"non_linearity": non_linearity, "init_weights": "houlsby"})))
     })
+});
+
+/// Folders of LoRA adapters at layers of which some are the same.
+static EXPERTS: LazyLock<[PathBuf; 4]> = LazyLock::new(|| {
+    let lora = |name, r: usize, alpha: usize, targets: Value| {
+        let method = json!({"r": r, "lora_alpha": alpha, "target_modules": targets, "init_lora_weights": false});
+        part(name, &method)
+    };
+    [
+        lora("first", 3, 6, json!(["q_proj", "down_proj"])),
+        lora("second", 2, 4, json!(["q_proj", "v_proj"])),
+        lora("third", 4, 4, json!("all-linear")),
+        lora("head", 2, 4, json!(["v_proj", "lm_head"])),
+    ]
 });
 
 /// Wide enough that the small models have more than one unit in the bottleneck.
@@ -384,6 +412,24 @@ pub(crate) fn cases() -> Vec<Case> {
             BIASED,
             json!({"type": "composition", "setup": "average", "weights": [3, 1],
                 "adapters": [PARTS[0], {"reduction_factor": 4, "non_linearity": "tanh"}]}),
+        ),
+        case("xlora", UNTIED, json!({"type": "xlora", "adapters": EXPERTS[..3]})),
+        case(
+            "xlora, layer by layer, deep, dropout",
+            BIASED,
+            json!({"type": "xlora", "adapters": {"0": EXPERTS[1], "1": EXPERTS[0]}, "layerwise_scalings": true, "xlora_depth": 3,
+                "xlora_size": 24, "xlora_dropout_p": 0.3, "softmax_temperature": 0.5, "global_scaling_weight": 2.0}),
+        ),
+        case(
+            "xlora, two of three, trained experts, saved norm",
+            TIED,
+            json!({"type": "xlora", "adapters": EXPERTS[..3], "top_k_lora": 2, "enable_softmax_topk": true,
+                "use_trainable_adapters": true, "modules_to_save": ["norm"]}),
+        ),
+        case(
+            "xlora, one expert without a softmax, at the tied head too",
+            TIED,
+            json!({"type": "xlora", "adapters": [EXPERTS[3]], "enable_softmax": false}),
         ),
         case(
             "bottleneck, gated",

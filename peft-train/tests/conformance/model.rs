@@ -8,7 +8,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor};
 use peft_core::kernels::FrozenWeight;
 use peft_core::kernels::testing::randn;
-use peft_core::{Adapter, AdapterSet, ByTask, Ctx, Result, Route, Segmented, TokenBatch};
+use peft_core::{Adapter, AdapterSet, ByTask, Ctx, Result, Route, Segmented, TokenBatch, first_pass};
 use peft_models::Decoder;
 use peft_models::config::DecoderConfig;
 use peft_models::merge::Merged;
@@ -146,6 +146,8 @@ pub(crate) fn sequence(batch: &Batch, i: usize) -> Batch {
 pub(crate) fn logits(model: &Decoder, batch: &Batch, ctx: &Ctx<'_>) -> Result<Tensor> {
     let tokens =
         TokenBatch { ids: &batch.input_ids, positions: &batch.position_ids, bounds: &batch.bounds, types: &[] };
+    let first = first_pass(model, tokens, ctx)?;
+    let ctx = &Ctx { first: first.as_ref(), ..*ctx };
     let by_task = ByTask::of(&batch.bounds, &batch.tasks, ctx)?;
     let ctx = &by_task.as_ref().map_or(*ctx, |by_task| by_task.ctx(ctx));
     let input = model.prepare(tokens, ctx)?;

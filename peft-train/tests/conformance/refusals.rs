@@ -99,6 +99,53 @@ fn a_llama_adapter_for_another_model_is_refused() {
 }
 
 #[test]
+fn a_mixture_that_is_not_whole_is_refused() {
+    let model = base(Default::default(), Kind::F32);
+    let dir = tempfile::tempdir().unwrap();
+    let folders = ["a", "b"].map(|name| dir.path().join(name));
+    for folder in &folders {
+        let method = json!({"r": 2, "target_modules": ["q_proj"], "init_lora_weights": false});
+        write_adapter_files(folder, &create(&method, &model, 1).unwrap()).unwrap();
+    }
+    let method = json!({"type": "xlora", "adapters": folders, "xlora_depth": 3, "xlora_size": 4});
+    let adapter = create(&method, &model, 1).unwrap();
+    for (key, value, expect) in [
+        ("xlora_size", json!(65_536), "layers.0.weight is [4, 32], expected [65536, 32]"),
+        ("xlora_depth", json!(64), "layers.6.weight is [2, 4], expected [4, 4]"),
+        ("xlora_dropout_p", json!(0.0), "missing: base_model.internal_xlora_classifier.layers.2.weight"),
+        ("layerwise_scalings", json!(true), "[2, 4], expected [4, 4]"),
+        ("hidden_size", json!(16), "this model's is 32"),
+        ("adapters", json!({"0": "0"}), "[2, 4], expected [1, 4]"),
+        ("adapters", json!({"0": "0", "1": "1", "2": "2"}), "no folder `2`"),
+        ("adapters", json!({"law": "0", "code": "1"}), "numbers them"),
+        ("scaling_pass_value", json!(0.5), "scaling_pass_value"),
+        ("modules_to_save", json!(["norm"]), "missing: base_model.model.model.norm.weight"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        write_adapter_files(dir.path(), &adapter).unwrap();
+        edit_config(dir.path(), key, value);
+        let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+        assert!(text.contains(expect), "{key}: {text}\nlacks {expect}");
+    }
+    // As PEFT writes it.
+    let dir = tempfile::tempdir().unwrap();
+    write_adapter_files(dir.path(), &adapter).unwrap();
+    let weights = dir.path().join("adapter_model.safetensors");
+    let file = peft_core::SafetensorsFile::open(&weights).unwrap();
+    let kept: Vec<_> = file.names().filter(|name| !name.contains(".0.")).map(str::to_owned).collect();
+    let kept: Vec<_> = kept.into_iter().map(|name| (file.tensor(&name, &Device::Cpu).unwrap(), name)).collect();
+    peft_core::write_safetensors(&weights, kept.iter().map(|(t, name)| (name.as_str(), t)), &Default::default())
+        .unwrap();
+    let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+    assert!(text.contains("layers.0.weight") && text.contains("PEFT up to 0.21"), "{text}");
+    // An expert of another rank than its config says.
+    write_adapter_files(dir.path(), &adapter).unwrap();
+    edit_config(&dir.path().join("1"), "r", json!(3));
+    let text = methods::open(dir.path(), &model).unwrap_err().to_string();
+    assert!(text.contains("q_proj.expert_1.lora_A.weight") && text.contains("expected [3, 32]"), "{text}");
+}
+
+#[test]
 fn recipes_that_no_method_can_follow_name_the_key() {
     let model = base(Default::default(), Kind::F32);
     for (method, expect) in [

@@ -6,14 +6,16 @@
 
 pub(crate) mod encoders;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Tensor;
 use peft_core::kernels::testing::randn;
 use peft_core::{Adapter, AdapterSet, Ctx, Parameter, Route, Segmented, StepRng};
+use peft_train::checkpoint::write_adapter_files;
 use peft_train::data::Batch;
 use peft_train::{Checkpointing, Grads, forward_backward, methods};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub(crate) fn adapter(model: &impl Segmented, method: &Value) -> Adapter {
     methods::create(method.as_object().unwrap(), model, 1).unwrap().adapter
@@ -26,6 +28,16 @@ pub(crate) fn moved(model: &impl Segmented, method: &Value) -> Arc<Adapter> {
         p.set(&(p.value() + randn(i as u64, p.value().dims().to_vec(), 0.2).unwrap()).unwrap()).unwrap();
     }
     Arc::new(adapter)
+}
+
+/// X-LoRA over `experts`, LoRA adapters whose folders are made in `dir`.
+pub(crate) fn mixture(model: &impl Segmented, experts: &[Value], dir: &Path) -> Value {
+    let folders = experts.iter().enumerate().map(|(i, expert)| {
+        let folder = dir.join(i.to_string());
+        write_adapter_files(&folder, &moved(model, expert)).unwrap();
+        folder
+    });
+    json!({"type": "xlora", "xlora_dropout_p": 0.0, "adapters": folders.collect::<Vec<_>>()})
 }
 
 /// The gradient of each parameter.

@@ -40,7 +40,13 @@ pub(super) fn check(adapter: &Adapter, method: &str, kind: OptimizerKind) -> Res
 /// A dropout that is not 0 in a config or in those of its parts.
 fn dropout(config: &Map<String, Value>) -> Option<(&str, &Value)> {
     let on = |v: &Value| v.as_f64().is_some_and(|p| p > 0.0);
-    let drops = |key: &str| key.ends_with("dropout") || ["stochastic_depth", "dropout_prob"].contains(&key);
+    // X-LoRA's is between the layers of its classifier.
+    let deep = config.get("xlora_depth").and_then(Value::as_u64).is_some_and(|depth| depth > 1);
+    let drops = |key: &str| {
+        key.ends_with("dropout")
+            || ["stochastic_depth", "dropout_prob"].contains(&key)
+            || (key == "xlora_dropout_p" && deep)
+    };
     config.iter().find_map(|(key, value)| match value {
         Value::Object(part) => dropout(part),
         Value::Array(parts) => parts.iter().filter_map(Value::as_object).find_map(dropout),

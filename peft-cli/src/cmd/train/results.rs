@@ -83,12 +83,15 @@ impl Finished<'_> {
     pub(super) fn write(&self, output: &Path, samples: &[Sample]) -> Result<()> {
         write_result(self.files, self.model, &self.adapter, &self.facts.method, output)?;
         let (title, recipe) = (open::title(output), self.recipe.to_toml());
+        // PEFT's X-LoRA has no place for layers that are trained whole.
+        let has_whole = self.adapter.config.get("modules_to_save").is_some_and(|names| !names.is_null());
         let card = ModelCard {
             title: &title,
             facts: &self.facts,
             recipe: &recipe,
             samples,
-            loads_in_peft: METHODS.iter().any(|m| m.name == self.facts.method && m.is_in_peft()),
+            loads_in_peft: METHODS.iter().any(|m| m.name == self.facts.method && m.is_in_peft())
+                && !(has_whole && self.facts.method == "xlora"),
         };
         card.write(&output.join("README.md"))?;
         let metrics = read_metrics(&output.join(RunLogger::METRICS))?;
