@@ -375,7 +375,8 @@ impl Loop {
             let unwritten = place.shared.and_then(|key| Some((key, self.shared.get(&key).filter(|s| !s.written)?)));
             if let (Some((key, shared)), Some(slot)) = (unwritten, slot)
                 && !written.contains(&key)
-                && let Some(VirtualModule::Prompt(module)) = shared.adapter.adapter().virtual_tokens().map(|t| &t.module)
+                && let Some(VirtualModule::Prompt(module)) =
+                    shared.adapter.adapter().virtual_tokens().map(|t| &t.module)
             {
                 let (set, route) = (AdapterSet::empty(), Route::Base);
                 let embeddings = module.embeddings(&Ctx::eval(&set, &route))?;
