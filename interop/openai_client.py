@@ -128,6 +128,7 @@ def main():
     error("no message", openai.BadRequestError, 400, "messages", lambda: client.chat.completions.create(model="base", messages=[]))
     error("tools", openai.BadRequestError, 400, "tools", lambda: client.chat.completions.create(
         model="base", messages=messages, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}]))
+    error("a long body", openai.APIStatusError, 413, "body_too_large", lambda: create(model="base", prompt="x" * 3_000_000))
     stranger = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="sk-wrong", max_retries=0)
     error("a wrong key", openai.AuthenticationError, 401, "invalid_api_key", lambda: stranger.models.list())
 

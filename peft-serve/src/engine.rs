@@ -98,8 +98,14 @@ impl Loop {
         commands: mpsc::UnboundedReceiver<Command>,
         counters: Arc<Counters>,
     ) -> Result<Self> {
-        let EngineOptions { max_rows, cache_tokens, prefill_tokens, .. } = options;
-        for (name, n) in [("max_rows", max_rows), ("cache_tokens", cache_tokens), ("prefill_tokens", prefill_tokens)] {
+        let EngineOptions { max_rows, cache_tokens, prefill_tokens, queue, .. } = options;
+        let sizes = [
+            ("max_rows", max_rows),
+            ("cache_tokens", cache_tokens),
+            ("prefill_tokens", prefill_tokens),
+            ("queue", queue),
+        ];
+        for (name, n) in sizes {
             if n == 0 {
                 return Err(Error::config(name, "is 0, so nothing could run"));
             }
