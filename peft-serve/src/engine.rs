@@ -228,8 +228,8 @@ impl Loop {
 
     /// The virtual tokens of an adapter, with one more user; nothing while there is no room for them.
     fn share(&mut self, adapter: &Arc<Generation>, regime: Vec<usize>) -> Result<Option<u64>> {
-        let known = |s: &&mut Shared| Arc::ptr_eq(&s.adapter, adapter) && s.regime == regime;
-        if let Some((key, shared)) = self.shared.iter_mut().map(|(k, s)| (*k, s)).find(|(_, s)| known(&s)) {
+        let known = |s: &Shared| Arc::ptr_eq(&s.adapter, adapter) && s.regime == regime;
+        if let Some((key, shared)) = self.shared.iter_mut().map(|(k, s)| (*k, s)).find(|(_, s)| known(s)) {
             shared.users += 1;
             return Ok(Some(key));
         }

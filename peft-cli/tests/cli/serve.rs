@@ -99,7 +99,7 @@ fn what_cannot_be_served_is_refused_before_it_listens() {
     serve(&["--adapter-dir", "nowhere"]).fails(&["nowhere"]);
     serve(&["--max-batch", "0"]).fails(&["max_rows"]);
     serve(&["--host", "no.such.host.invalid"]).fails(&["cannot listen", "no.such.host.invalid"]);
-    serve(&["--port", "99999"]).misused(&["99999"]);
+    dir.run(&["serve", "--model", &model, "--port", "99999"]).misused(&["99999"]);
     dir.train(&[]).ok();
     serve(&["--adapter", "a/b=out"]).fails(&["a/b"]);
     serve(&["--name", "x", "--adapter", "x=out"]).fails(&["`x`", "--name"]);
