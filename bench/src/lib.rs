@@ -17,6 +17,7 @@ pub mod growth;
 pub mod methods_picture;
 pub mod naive;
 pub mod ours;
+pub mod serve;
 pub mod shape;
 mod style;
 

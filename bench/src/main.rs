@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use peft_bench::growth::{self, GrowthOptions};
-use peft_bench::{Settings, decode, methods_picture, naive, ours, shape};
+use peft_bench::{Settings, decode, methods_picture, naive, ours, serve, shape};
 use peft_core::kernels;
 use peft_models::ModelFiles;
 
@@ -28,10 +28,25 @@ enum What {
     Naive(StepArgs),
     /// Greedy tokens after prompts, by the base alone or beside an adapter
     Decode(DecodeArgs),
+    /// Many adapters in one batch beside one, switching and loading: ratios of one run
+    Serve(ServeArgs),
     /// How a step's speed and memory grow, one dimension at a time: tables on stdout, pictures in a folder
     Growth(GrowthArgs),
     /// A picture of what bench/methods measured: accuracy over trained parameters
     MethodsPicture(MethodsPictureArgs),
+}
+
+#[derive(Debug, Args)]
+struct ServeArgs {
+    /// A model folder or a .gguf file
+    #[arg(long)]
+    model: PathBuf,
+    /// Tokens that each row writes
+    #[arg(long, default_value_t = 32)]
+    new_tokens: usize,
+    /// How often everything is measured, in turn
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
 }
 
 #[derive(Debug, Args)]
@@ -151,6 +166,7 @@ fn main() -> Result<()> {
                 Some(adapter) => decode::with_adapter(&files, adapter, &prompts, args.new_tokens, args.stored),
             }
         })?,
+        What::Serve(args) => serve::run(&args.model, args.new_tokens, args.rounds)?,
         What::Growth(GrowthArgs { model, out, only, rounds, up_to }) => {
             return growth::run(&GrowthOptions { model, out, only, rounds, up_to });
         }

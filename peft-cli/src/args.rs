@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write text with a model, with or without an adapter
     Generate(GenerateArgs),
+    /// Answer OpenAI's completions and chats over HTTP, each request through its own adapter
+    Serve(ServeArgs),
     /// Write a complete model with one or more adapters merged into it
     Merge(MergeArgs),
     /// Make one adapter of several: a weighted sum of what they change
@@ -185,6 +187,76 @@ pub(crate) struct GenerateArgs {
     /// Print the result as JSON instead of streaming the text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Answer OpenAI's completions and chats over HTTP, each request through its own adapter.
+///
+/// `model` of a request names an adapter, or the base. Requests of all adapters share batches; adapters are published and unloaded
+/// while the server runs. docs/serving.md has the API, the limits, and what is not there.
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// An adapter folder or hub id with its name, `name=PATH`; without one, that of the folder. It is opened at once. Give it for each
+    #[arg(long, value_name = "NAME=PATH")]
+    pub(crate) adapter: Vec<String>,
+    /// A folder whose folders are adapters, called as they are; each is opened on its first use
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter_dir: Option<PathBuf>,
+    /// What the base model is called; left out, the name of its file or folder
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Address to listen on; 0.0.0.0 is all
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 is any that is free
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// A key of who may ask; give it for each. Without one, everybody may
+    #[arg(long, env = "PEFT_API_KEY", hide_env_values = true, value_delimiter = ',')]
+    pub(crate) api_key: Vec<String>,
+    /// The key of who may publish and unload adapters; without one, nobody may
+    #[arg(long, env = "PEFT_ADMIN_KEY", hide_env_values = true)]
+    pub(crate) admin_key: Option<String>,
+    /// MiB of adapters in memory; beyond, those that were used longest ago wait on disk. Left out, all stay
+    #[arg(long, value_name = "MIB")]
+    pub(crate) adapter_memory: Option<u64>,
+    /// Sequences in a batch, at most
+    #[arg(long, default_value_t = 16)]
+    pub(crate) max_batch: usize,
+    /// Tokens that the cache of keys and values holds, of all sequences together
+    #[arg(long, default_value_t = 16_384)]
+    pub(crate) cache_tokens: usize,
+    /// Tokens of prompts that one step reads, at most
+    #[arg(long, default_value_t = 256)]
+    pub(crate) prefill_tokens: usize,
+    /// Sequences that wait for a place in the batch, at most; more are refused with status 429
+    #[arg(long, default_value_t = 256)]
+    pub(crate) queue: usize,
+    /// Tokens of a text, its prompt among them; left out, the model's positions
+    #[arg(long)]
+    pub(crate) context: Option<usize>,
+    /// Tokens of an answer, at most
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) max_tokens: usize,
+    /// KiB of a request's body, at most
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) max_body: usize,
+    /// Seconds for a whole request, at most
+    #[arg(long, default_value_t = 300)]
+    pub(crate) timeout: u64,
+    /// How the log is written to stderr; RUST_LOG says what of
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log: LogFormat,
+}
+
+/// How a log is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// Lines for people
+    Text,
+    /// An object a line
+    Json,
 }
 
 #[derive(Debug, ClapArgs)]

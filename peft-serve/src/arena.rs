@@ -78,7 +78,7 @@ mod tests {
                     assert!(held.iter().all(|h| h.end <= region.start || region.end <= h.start || region.is_empty()));
                     held.push(region);
                 } else {
-                    let mut rows = vec![false; 100];
+                    let mut rows = [false; 100];
                     held.iter().for_each(|h| rows[h.clone()].fill(true));
                     let longest = rows.split(|taken| *taken).map(<[bool]>::len).max().unwrap();
                     assert!(longest < n, "a gap of {longest} was not found for {n}");

@@ -98,8 +98,14 @@ impl Loop {
         commands: mpsc::UnboundedReceiver<Command>,
         counters: Arc<Counters>,
     ) -> Result<Self> {
-        let EngineOptions { max_rows, cache_tokens, prefill_tokens, .. } = options;
-        for (name, n) in [("max_rows", max_rows), ("cache_tokens", cache_tokens), ("prefill_tokens", prefill_tokens)] {
+        let EngineOptions { max_rows, cache_tokens, prefill_tokens, queue, .. } = options;
+        let sizes = [
+            ("max_rows", max_rows),
+            ("cache_tokens", cache_tokens),
+            ("prefill_tokens", prefill_tokens),
+            ("queue", queue),
+        ];
+        for (name, n) in sizes {
             if n == 0 {
                 return Err(Error::config(name, "is 0, so nothing could run"));
             }
@@ -229,8 +235,8 @@ impl Loop {
     fn share(&mut self, adapter: &Arc<Generation>, regime: Vec<usize>) -> Result<Option<u64>> {
         // A gate makes them another thing for each sequence.
         let gated = adapter.adapter().virtual_tokens().is_some_and(VirtualTokens::is_gated);
-        let known = |s: &&mut Shared| !gated && Arc::ptr_eq(&s.adapter, adapter) && s.regime == regime;
-        if let Some((key, shared)) = self.shared.iter_mut().map(|(k, s)| (*k, s)).find(|(_, s)| known(&s)) {
+        let known = |s: &Shared| !gated && Arc::ptr_eq(&s.adapter, adapter) && s.regime == regime;
+        if let Some((key, shared)) = self.shared.iter_mut().map(|(k, s)| (*k, s)).find(|(_, s)| known(s)) {
             shared.users += 1;
             return Ok(Some(key));
         }

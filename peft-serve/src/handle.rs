@@ -260,23 +260,55 @@ impl Answer {
     /// # Errors
     /// Why the text could not go on.
     pub async fn complete(mut self) -> Result<Complete, String> {
-        let mut all =
-            Complete { ids: Vec::new(), text: String::new(), logprobs: Vec::new(), reason: FinishReason::Stop };
+        let mut all = Complete::default();
         while let Some(event) = self.next().await {
-            match event {
-                Event::Token(token) => {
-                    all.ids.push(token.id);
-                    all.text.push_str(&token.text);
-                    all.logprobs.extend(token.logprobs);
-                }
-                Event::Finished(end) => {
-                    all.text.push_str(&end.text);
-                    return Ok(Complete { reason: end.reason, ..all });
-                }
-                Event::Failed(message) => return Err(message),
+            if all.take(event)? {
+                return Ok(all);
             }
         }
-        Err("the engine has stopped".into())
+        Err(GONE.into())
+    }
+
+    /// As [`Answer::complete`], for a thread that may wait; not for one of an async runtime.
+    ///
+    /// # Errors
+    /// Why the text could not go on.
+    pub fn complete_blocking(mut self) -> Result<Complete, String> {
+        let mut all = Complete::default();
+        while let Some(event) = self.events.blocking_recv() {
+            if all.take(event)? {
+                return Ok(all);
+            }
+        }
+        Err(GONE.into())
+    }
+}
+
+const GONE: &str = "the engine has stopped";
+
+impl Default for Complete {
+    fn default() -> Self {
+        Self { ids: Vec::new(), text: String::new(), logprobs: Vec::new(), reason: FinishReason::Stop }
+    }
+}
+
+impl Complete {
+    /// Adds what an event says. Whether it was the last.
+    fn take(&mut self, event: Event) -> Result<bool, String> {
+        match event {
+            Event::Token(token) => {
+                self.ids.push(token.id);
+                self.text.push_str(&token.text);
+                self.logprobs.extend(token.logprobs);
+                Ok(false)
+            }
+            Event::Finished(end) => {
+                self.text.push_str(&end.text);
+                self.reason = end.reason;
+                Ok(true)
+            }
+            Event::Failed(message) => Err(message),
+        }
     }
 }
 

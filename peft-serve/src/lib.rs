@@ -13,6 +13,8 @@ mod arena;
 mod content;
 mod engine;
 mod handle;
+#[cfg(feature = "http")]
+pub mod http;
 mod registry;
 mod request;
 mod row;

@@ -15,6 +15,7 @@ mod inspect;
 mod merge;
 mod methods;
 mod replay;
+mod serve;
 mod train;
 
 /// Runs the command.
@@ -24,6 +25,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Replay(a) => replay::run(&a),
         Command::Eval(a) => eval::run(&a),
         Command::Generate(a) => generate::run(&a),
+        Command::Serve(a) => serve::run(&a),
         Command::Merge(a) => merge::run(&a),
         Command::Combine(a) => combine::run(&a),
         Command::Compose(a) => compose::run(&a),

@@ -11,4 +11,5 @@ mod methods;
 mod mezo;
 mod resume;
 mod road;
+mod serve;
 mod wrong_input;

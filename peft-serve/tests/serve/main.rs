@@ -3,4 +3,6 @@
 
 mod base;
 mod engine;
+#[cfg(feature = "http")]
+mod http;
 mod registry;

@@ -378,7 +378,8 @@ fn without_dropout(method: &Value) -> Option<Value> {
     let mut found = false;
     let mut off = |table: &mut Value| {
         // PEFT counts dropout among a classifier's layers, so that without any they are called otherwise.
-        let off = ["lora_dropout", "dropout", "adapter_dropout", "stochastic_depth", "dropout_prob"].map(|key| (key, 0.0));
+        let off =
+            ["lora_dropout", "dropout", "adapter_dropout", "stochastic_depth", "dropout_prob"].map(|key| (key, 0.0));
         for (key, other) in off.into_iter().chain([("xlora_dropout_p", 0.1)]) {
             if let Some(p) = table.get_mut(key).filter(|p| p.as_f64().is_some_and(|p| p > 0.0)) {
                 *p = json!(other);

@@ -1,0 +1,466 @@
+//! The server on a loopback port: what clients get, whatever they send.
+
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use peft_models::Decoder;
+use peft_models::generate::GenerateOptions;
+use peft_models::tokenizer::Tokenizer;
+use peft_serve::http::{Parts, Server, ServerOptions};
+use peft_serve::{Engine, EngineOptions, Registry};
+use serde_json::{Value, json};
+
+use crate::base::{alone, base_with, kinds, registry, write};
+
+const ADMIN: &str = "admin-key";
+
+/// A running server with two adapters, `style` and `other`, which goes down with it.
+struct Running {
+    address: SocketAddr,
+    dir: tempfile::TempDir,
+    model: Arc<Decoder>,
+    tokenizer: Arc<Tokenizer>,
+    registry: Arc<Registry>,
+    engine: Engine,
+    stop: Option<tokio::sync::oneshot::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// One id a byte, and `<eos>` at 0.
+fn tokenizer(folder: &Path) -> Tokenizer {
+    let mut alphabet: Vec<char> = ('!'..='~').chain('\u{a1}'..='\u{ac}').chain('\u{ae}'..='\u{ff}').collect();
+    alphabet.extend((0x100..0x144).filter_map(char::from_u32));
+    let mut vocab = serde_json::Map::new();
+    vocab.insert("<eos>".into(), 0.into());
+    vocab.extend(alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), (i + 1).into())));
+    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+        "added_tokens": [{"id": 0, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false,
+                          "normalized": false, "special": true}],
+        "pre_tokenizer": level, "decoder": level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
+    });
+    std::fs::write(folder.join("tokenizer.json"), file.to_string()).unwrap();
+    let config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"});
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+    Tokenizer::from_folder(folder).unwrap()
+}
+
+impl Running {
+    fn start(change: impl FnOnce(&mut ServerOptions, &mut EngineOptions)) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let tokenizer = Arc::new(tokenizer(dir.path()));
+        let model = base_with(json!({"vocab_size": 257, "max_position_embeddings": 2048}));
+        let registry = Arc::new(registry(&model, None));
+        for (name, seed) in [("style", 1), ("other", 2)] {
+            registry.load(name, &write(&dir.path().join(name), &kinds()[0].1, &model, seed)).unwrap();
+        }
+        let mut options = ServerOptions { admin_key: Some(ADMIN.into()), ..ServerOptions::new("base") };
+        let mut engine_options =
+            EngineOptions { max_rows: 4, cache_tokens: 8192, queue: 8, ..EngineOptions::default() };
+        change(&mut options, &mut engine_options);
+        let engine = Engine::start(model.clone(), Some(tokenizer.clone()), engine_options).unwrap();
+        let parts = Parts {
+            engine: engine.clone(),
+            registry: registry.clone(),
+            tokenizer: tokenizer.clone(),
+            chat: Some(Box::new(|messages, _| {
+                let mut text = String::new();
+                for m in messages {
+                    if m["role"] == "unheard-of" {
+                        return Err("the template knows no such role".into());
+                    }
+                    writeln!(text, "{}: {}", m["role"].as_str().unwrap(), m["content"].as_str().unwrap()).unwrap();
+                }
+                Ok(text)
+            })),
+            locate: Box::new(|path| Ok(PathBuf::from(path))),
+        };
+        let server = Server::new(parts, options);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (stop, stopped) = tokio::sync::oneshot::channel();
+        let thread = std::thread::spawn(move || {
+            runtime.block_on(server.serve(listener, async { drop(stopped.await) })).unwrap();
+        });
+        Self { address, dir, model, tokenizer, registry, engine, stop: Some(stop), thread: Some(thread) }
+    }
+
+    /// Sends bytes as they are, and reads until the server closes.
+    fn raw(&self, bytes: &[u8]) -> String {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        // A server that has seen enough closes before all is written.
+        let _ = stream.write_all(bytes);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
+    }
+
+    fn send(&self, method: &str, path: &str, key: Option<&str>, body: &str) -> (u16, String) {
+        let key = key.map(|key| format!("Authorization: Bearer {key}\r\n")).unwrap_or_default();
+        let answer = self.raw(
+            format!(
+                "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{key}Content-Length: {}\r\n\r\n{body}",
+                body.len()
+            )
+            .as_bytes(),
+        );
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+        (status, if chunked { dechunk(body) } else { body.to_owned() })
+    }
+
+    fn post(&self, path: &str, body: &Value) -> (u16, Value) {
+        let (status, body) = self.send("POST", path, Some(ADMIN), &body.to_string());
+        (status, serde_json::from_str(&body).unwrap_or_else(|e| panic!("{e}: {body}")))
+    }
+
+    /// The events of a stream, without the last one, `[DONE]`.
+    fn events(&self, path: &str, body: &Value) -> Vec<Value> {
+        let (status, body) = self.send("POST", path, Some(ADMIN), &body.to_string());
+        assert_eq!(status, 200, "{body}");
+        let data: Vec<&str> = body.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(data.last(), Some(&"[DONE]"), "{body}");
+        data[..data.len() - 1].iter().map(|d| serde_json::from_str(d).unwrap()).collect()
+    }
+
+    /// What the model alone writes behind a text.
+    fn expected(&self, adapter: Option<&str>, prompt: &str, max_new_tokens: usize) -> String {
+        let leased = adapter.map(|name| self.registry.lease(name).unwrap());
+        let ids = self.tokenizer.encode(prompt, true).unwrap();
+        let options = GenerateOptions { max_new_tokens, stop: vec![0], ..GenerateOptions::default() };
+        let written = alone(&self.model, leased.as_ref().map(|a| a.adapter()), &ids, &options);
+        self.tokenizer.decode(&written, true).unwrap()
+    }
+
+    fn finish(mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+        self.thread.take().unwrap().join().unwrap();
+        assert!(!self.engine.is_running());
+        let stats = self.engine.stats();
+        assert_eq!((stats.waiting, stats.running, stats.cache_used), (0, 0, 0), "{stats:?}");
+    }
+
+    fn wait_until(&self, what: &str, holds: impl Fn(&peft_serve::EngineStats) -> bool) {
+        let began = Instant::now();
+        while !holds(&self.engine.stats()) {
+            assert!(began.elapsed() < Duration::from_secs(20), "{what}: {:?}", self.engine.stats());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+fn dechunk(mut body: &str) -> String {
+    let mut whole = String::new();
+    while let Some((size, rest)) = body.split_once("\r\n") {
+        let size = usize::from_str_radix(size, 16).unwrap();
+        whole.push_str(&rest[..size]);
+        body = rest[size..].strip_prefix("\r\n").unwrap();
+    }
+    whole
+}
+
+fn error(answer: &(u16, Value)) -> (u16, String) {
+    let error = &answer.1["error"];
+    assert!(error["message"].is_string() && error["type"].is_string(), "{answer:?}");
+    (answer.0, format!("{} {} {}", error["param"], error["code"], error["message"]))
+}
+
+const COMPLETIONS: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
+
+#[test]
+fn each_model_writes_what_it_writes_alone_whole_and_in_pieces() {
+    let server = Running::start(|_, _| {});
+    for (name, adapter) in [("base", None), ("style", Some("style")), ("other", Some("other"))] {
+        let request = json!({"model": name, "prompt": "Once upon", "max_tokens": 12, "temperature": 0});
+        let want = server.expected(adapter, "Once upon", 12);
+        let (status, answer) = server.post(COMPLETIONS, &request);
+        assert_eq!((status, answer["choices"][0]["text"].as_str().unwrap()), (200, want.as_str()), "{answer}");
+        assert_eq!((&answer["object"], &answer["model"]), (&json!("text_completion"), &json!(name)));
+        let usage = &answer["usage"];
+        assert_eq!((usage["prompt_tokens"].as_u64(), usage["completion_tokens"].as_u64()), (Some(9), Some(12)));
+
+        let mut request = request.clone();
+        request["stream"] = true.into();
+        request["stream_options"] = json!({"include_usage": true});
+        let mut events = server.events(COMPLETIONS, &request);
+        assert_eq!(events.pop().unwrap()["usage"], *usage);
+        let pieces: Vec<&Value> = events.iter().map(|e| &e["choices"][0]).collect();
+        assert_eq!(pieces.iter().map(|p| p["text"].as_str().unwrap()).collect::<String>(), want);
+        assert_eq!(pieces.last().unwrap()["finish_reason"], "length");
+        assert!(pieces.len() > 3, "{events:?}");
+    }
+    assert_ne!(server.expected(Some("style"), "Once upon", 12), server.expected(None, "Once upon", 12));
+
+    let messages = json!([{"role": "system", "content": "Be brief."},
+                          {"role": "user", "content": [{"type": "text", "text": "Hi "}, {"type": "text", "text": "you"}]}]);
+    let request = json!({"model": "style", "messages": messages, "max_tokens": 9, "temperature": 0});
+    let want = server.expected(Some("style"), "system: Be brief.\nuser: Hi you\n", 9);
+    let (status, answer) = server.post(CHAT, &request);
+    let message = &answer["choices"][0]["message"];
+    assert_eq!(
+        (status, &message["role"], message["content"].as_str().unwrap()),
+        (200, &json!("assistant"), want.as_str())
+    );
+    let mut request = request;
+    request["stream"] = true.into();
+    let events = server.events(CHAT, &request);
+    assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    let text = |e: &Value| e["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(events.iter().map(text).collect::<String>(), want);
+    assert_eq!(events[0]["object"], "chat.completion.chunk");
+    server.finish();
+}
+
+#[test]
+fn choices_stops_and_log_probabilities() {
+    let server = Running::start(|_, _| {});
+    let whole = server.expected(None, "abc", 20);
+    // A stop string from the middle of the text, which is not in what is written.
+    let middle: String = whole.chars().skip(6).take(2).collect();
+    let at = whole.find(&middle).unwrap();
+    let request =
+        json!({"model": "base", "prompt": "abc", "max_tokens": 20, "temperature": 0, "stop": [middle, "never"]});
+    let (_, answer) = server.post(COMPLETIONS, &request);
+    let choice = &answer["choices"][0];
+    assert_eq!((choice["text"].as_str().unwrap(), &choice["finish_reason"]), (&whole[..at], &json!("stop")));
+    let mut streamed = request.clone();
+    streamed["stream"] = true.into();
+    let events = server.events(COMPLETIONS, &streamed);
+    assert_eq!(events.iter().map(|e| e["choices"][0]["text"].as_str().unwrap()).collect::<String>(), &whole[..at]);
+
+    let request = json!({"model": "base", "prompt": ["abc", [67, 68]], "n": 2, "max_tokens": 5, "temperature": 1.2, "top_k": 40,
+                         "seed": 5, "logprobs": 2});
+    let (status, answer) = server.post(COMPLETIONS, &request);
+    assert_eq!((status, answer["choices"].as_array().map(Vec::len)), (400, None), "a mixed list: {answer}");
+    let request = json!({"model": "base", "prompt": ["abc", "de"], "n": 2, "max_tokens": 5, "temperature": 1.2, "top_k": 40,
+                         "seed": 5, "logprobs": 2});
+    let (_, answer) = server.post(COMPLETIONS, &request);
+    let (_, again) = server.post(COMPLETIONS, &request);
+    assert_eq!(answer["choices"], again["choices"], "a seed repeats");
+    let choices = answer["choices"].as_array().unwrap();
+    assert_eq!(choices.iter().map(|c| c["index"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert_ne!(choices[0]["text"], choices[1]["text"]);
+    let logprobs = &choices[0]["logprobs"];
+    for key in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(logprobs[key].as_array().unwrap().len(), 5, "{key}");
+    }
+    let request = json!({"model": "base", "messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "logprobs": true,
+                         "top_logprobs": 4, "temperature": 0});
+    let (_, answer) = server.post(CHAT, &request);
+    let content = answer["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len(), 3);
+    for token in content {
+        let top = token["top_logprobs"].as_array().unwrap();
+        assert_eq!((top.len(), &top[0]["logprob"]), (4, &token["logprob"]));
+        assert!(token["logprob"].as_f64().unwrap() < 0.0);
+    }
+    server.finish();
+}
+
+#[test]
+fn what_is_wrong_is_said_with_its_status_and_field() {
+    let server = Running::start(|options, _| {
+        options.api_keys = vec!["one".into(), "two".into()];
+        options.max_body = 4096;
+        options.max_tokens = 64;
+    });
+    let prompt = |more: Value| {
+        let mut body = json!({"model": "base", "prompt": "a"});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        error(&server.post(COMPLETIONS, &body))
+    };
+    for (more, status, names) in [
+        (json!({"model": "stile"}), 404, "did you mean `style`"),
+        (json!({"max_tokens": 0}), 400, "max_tokens"),
+        (json!({"max_tokens": 65}), 400, "max_tokens"),
+        (json!({"max_tokens": -1}), 400, "max_tokens"),
+        (json!({"temperature": -0.5}), 400, "temperature"),
+        (json!({"top_p": 0}), 400, "top_p"),
+        (json!({"prompt": ""}), 400, "prompt"),
+        (json!({"prompt": [300]}), 400, "vocabulary"),
+        (json!({"prompt": 3}), 400, "prompt"),
+        (json!({"prompt": null}), 400, "prompt"),
+        (json!({"n": 0}), 400, "`n`"),
+        (json!({"n": 99}), 400, "`n`"),
+        (json!({"logprobs": 21}), 400, "logprobs"),
+        (json!({"stop": [""]}), 400, "stop"),
+        (json!({"logit_bias": {"x": 1}}), 400, "logit_bias"),
+        (json!({"best_of": 2}), 400, "best_of"),
+        (json!({"prompt": "x".repeat(3000)}), 400, "max_tokens"),
+    ] {
+        let (got, message) = prompt(more.clone());
+        assert!(got == status && message.contains(names), "{more}: {got} {message}");
+    }
+    let chat = |messages: Value| error(&server.post(CHAT, &json!({"model": "base", "messages": messages})));
+    for (messages, names) in [
+        (json!([]), "messages"),
+        (json!("hi"), "messages"),
+        (json!([3]), "messages[0]"),
+        (json!([{"role": "user"}]), "messages[0].content"),
+        (json!([{"role": "user", "content": "a"}, {"content": "a"}]), "messages[1].role"),
+        (json!([{"role": "user", "content": [{"type": "image_url"}]}]), "messages[0].content[0]"),
+        (json!([{"role": "unheard-of", "content": "a"}]), "no such role"),
+    ] {
+        let (got, message) = chat(messages.clone());
+        assert!(got == 400 && message.contains(names), "{messages}: {got} {message}");
+    }
+    let status = |method: &str, path: &str, key: Option<&str>, body: &str| server.send(method, path, key, body).0;
+    let good = json!({"model": "base", "prompt": "a", "max_tokens": 1}).to_string();
+    assert_eq!(status("POST", COMPLETIONS, Some("one"), &good), 200);
+    assert_eq!(status("POST", COMPLETIONS, None, &good), 401);
+    assert_eq!(status("POST", COMPLETIONS, Some("three"), &good), 401);
+    assert_eq!(status("GET", "/v1/models", Some("three"), ""), 401);
+    assert_eq!(status("POST", COMPLETIONS, Some("one"), "{"), 400);
+    assert_eq!(status("POST", COMPLETIONS, Some("one"), &" ".repeat(5000)), 413);
+    assert_eq!(status("GET", COMPLETIONS, Some("one"), ""), 405);
+    assert_eq!(status("GET", "/v1/nothing", Some("one"), ""), 404);
+    // Without a length that says so before.
+    let chunk = format!("{:x}\r\n{}\r\n", 5000, " ".repeat(5000));
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer one\r\n";
+    assert!(
+        server.raw(format!("{head}Transfer-Encoding: chunked\r\n\r\n{chunk}0\r\n\r\n").as_bytes()).contains(" 413 ")
+    );
+    assert!(server.raw(b"\x16\x03\x01 this is no HTTP\r\n\r\n").contains(" 400 "));
+    assert_eq!(status("POST", COMPLETIONS, Some("one"), &good), 200);
+    server.finish();
+}
+
+#[test]
+fn adapters_come_and_go_behind_the_admin_key() {
+    let server = Running::start(|options, _| options.api_keys = vec!["user".into()]);
+    let third = write(&server.dir.path().join("third"), &kinds()[11].1, &server.model, 5);
+    let publish = json!({"name": "third", "path": third}).to_string();
+    let status = |method: &str, path: &str, key: Option<&str>, body: &str| server.send(method, path, key, body).0;
+    for key in [None, Some("user"), Some("guess")] {
+        assert_eq!(status("POST", "/v1/adapters", key, &publish), 401);
+        assert_eq!(status("DELETE", "/v1/adapters/style", key, ""), 401);
+        assert_eq!(status("GET", "/v1/adapters", key, ""), 401);
+    }
+    let (got, adapter) = server.post("/v1/adapters", &json!({"name": "third", "path": third}));
+    assert_eq!((got, adapter["hash"].as_str().map(str::len)), (200, Some(64)), "{adapter}");
+    let request = json!({"model": "third", "prompt": "abc", "max_tokens": 6, "temperature": 0});
+    let want = server.expected(Some("third"), "abc", 6);
+    assert_eq!(server.post(COMPLETIONS, &request).1["choices"][0]["text"].as_str().unwrap(), want);
+    let models: Value = serde_json::from_str(&server.send("GET", "/v1/models", Some("user"), "").1).unwrap();
+    let ids: Vec<&str> = models["data"].as_array().unwrap().iter().map(|m| m["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["base", "other", "style", "third"]);
+    assert_eq!(status("GET", "/v1/models/third", Some("user"), ""), 200);
+
+    // What cannot be published leaves what is there.
+    let weights = third.join("adapter_model.safetensors");
+    let bytes = std::fs::read(&weights).unwrap();
+    let broken = server.dir.path().join("broken");
+    crate::registry::copy(&third, &broken);
+    std::fs::write(broken.join("adapter_model.safetensors"), &bytes[..bytes.len() - 9]).unwrap();
+    let wider = base_with(json!({"vocab_size": 257, "hidden_size": 48, "num_attention_heads": 6}));
+    let foreign = write(&server.dir.path().join("foreign"), &kinds()[0].1, &wider, 1);
+    for (name, path, field) in [
+        ("third", broken.display().to_string(), "path"),
+        ("third", foreign.display().to_string(), "path"),
+        ("third", "/nowhere".into(), "path"),
+        ("a/b", third.display().to_string(), "name"),
+        ("base", third.display().to_string(), "name"),
+    ] {
+        let (got, message) = error(&server.post("/v1/adapters", &json!({"name": name, "path": path})));
+        assert!(got == 400 && message.starts_with(&format!("\"{field}\"")), "{name} {path}: {got} {message}");
+    }
+    for (body, field) in [(json!({"name": "x"}), "path"), (json!({"name": 1, "path": "x"}), "name"), (json!([]), "")] {
+        let (got, message) = error(&server.post("/v1/adapters", &body));
+        assert!(got == 400 && message.contains(field), "{body}: {message}");
+    }
+    assert_eq!(server.post(COMPLETIONS, &request).1["choices"][0]["text"].as_str().unwrap(), want);
+    assert_eq!(status("DELETE", "/v1/adapters/third", Some(ADMIN), ""), 200);
+    assert_eq!(status("DELETE", "/v1/adapters/third", Some(ADMIN), ""), 404);
+    let (got, message) = error(&server.post(COMPLETIONS, &request));
+    assert!(got == 404 && message.contains("model_not_found"), "{message}");
+    // A registered adapter whose files are bad is the server's failure, not the caller's.
+    server.registry.register([("bad".to_string(), broken)]).unwrap();
+    assert_eq!(server.post(COMPLETIONS, &json!({"model": "bad", "prompt": "a"})).0, 503);
+    server.finish();
+    let closed = Running::start(|options, _| options.admin_key = None);
+    assert_eq!(closed.send("POST", "/v1/adapters", Some(ADMIN), &publish).0, 403);
+    closed.finish();
+}
+
+/// Clients that go away, that are too many, that are slow, and a server that goes down while it answers.
+#[test]
+fn clients_that_vanish_wait_or_dawdle_cost_the_others_nothing() {
+    let server = Running::start(|options, engine| {
+        (engine.max_rows, engine.queue) = (1, 1);
+        options.timeout = Duration::from_secs(20);
+    });
+    let long = |stream: bool| {
+        // No end token, or the text would be over too soon.
+        json!({"model": "style", "prompt": "abc", "max_tokens": 1000, "temperature": 0, "stream": stream,
+               "logit_bias": {"0": -1e6}})
+        .to_string()
+    };
+    let open = |body: &str| {
+        let mut stream = TcpStream::connect(server.address).unwrap();
+        let head = format!("POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        stream
+    };
+    let running = open(&long(true));
+    server.wait_until("one runs", |s| s.running == 1);
+    let waiting = open(&long(false));
+    server.wait_until("one waits", |s| s.waiting == 1);
+    let (got, message) = error(&server.post(COMPLETIONS, &json!({"model": "base", "prompt": "a"})));
+    assert!(got == 429 && message.contains("queue_full"), "{message}");
+    drop((running, waiting));
+    server.wait_until("both are forgotten", |s| s.running + s.waiting == 0 && s.cancelled == 2);
+    // A client that sends half a body and waits has no place in the batch.
+    let mut half = TcpStream::connect(server.address).unwrap();
+    half.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{\"model\":").unwrap();
+    let short = json!({"model": "base", "prompt": "a", "max_tokens": 3});
+    assert_eq!(server.post(COMPLETIONS, &short).0, 200);
+    let metrics = server.send("GET", "/metrics", None, "").1;
+    for line in [
+        "peft_sequences_cancelled_total 2",
+        "peft_adapters_registered 2",
+        "peft_http_requests_total{route=\"/v1/completions\",status=\"429\"} 1",
+        "peft_first_token_seconds_count",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+    assert_eq!(server.send("GET", "/health", None, "").0, 200);
+    drop(half);
+    // It is finished before the server is.
+    let mut last = open(&long(false).replace("1000", "300"));
+    server.wait_until("it runs", |s| s.running == 1);
+    server.finish();
+    let mut answer = String::new();
+    last.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 OK") && answer.contains("\"completion_tokens\":300"), "{answer}");
+}
+
+#[test]
+fn what_takes_too_long_is_over() {
+    let server = Running::start(|options, _| options.timeout = Duration::from_millis(150));
+    let body = json!({"model": "base", "prompt": "abc", "max_tokens": 1000, "logit_bias": {"0": -1e6}});
+    let (got, message) = error(&server.post(COMPLETIONS, &body));
+    assert!(got == 408 && message.contains("timeout"), "{got} {message}");
+    let mut streamed = body;
+    streamed["stream"] = true.into();
+    let (status, text) = server.send("POST", COMPLETIONS, None, &streamed.to_string());
+    let last = text.lines().filter_map(|l| l.strip_prefix("data: ")).next_back().unwrap_or_default();
+    assert!(status == 200 && last.contains("timeout_error"), "{text}");
+    let mut half = TcpStream::connect(server.address).unwrap();
+    half.write_all(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{").unwrap();
+    let mut answer = String::new();
+    half.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 408 "), "{answer}");
+    server.wait_until("none is left", |s| s.running + s.waiting == 0 && s.cancelled == 2);
+    server.finish();
+}
