@@ -22,7 +22,7 @@ pub enum AnyModel {
     /// An encoder with a class head.
     Encoder(Encoder),
     /// An encoder–decoder with a language model head.
-    EncoderDecoder(EncoderDecoder),
+    EncoderDecoder(Box<EncoderDecoder>),
 }
 
 /// What the blocks of an [`AnyModel`] need of a batch.

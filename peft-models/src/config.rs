@@ -29,7 +29,7 @@ mod seq2seq;
 mod seq2seq_layout;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
-pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, RopeRule, Switch, WindowRule};
+pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, IsOf, RopeRule, Switch, WindowRule};
 pub(crate) use gguf::GgufDescription;
 pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;

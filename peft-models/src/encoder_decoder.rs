@@ -148,7 +148,9 @@ impl EncoderDecoder {
         let embed = l.embedding(&format!("{body}shared"), vocab, dim)?;
         let encoder = Stack::load(&mut l, c, &format!("{body}encoder"), 1, false)?;
         let decoder = Stack::load(&mut l, c, &format!("{body}decoder"), 1 + c.encoder_layers, true)?;
-        refuse_logits_bias(source, vocab)?;
+        if let Some(name) = c.family.layout.logits_bias.filter(|name| source.contains(name)) {
+            refuse_logits_bias(source.weight(name, (1, vocab))?, name)?;
+        }
         let own = match source.contains("lm_head.weight") {
             true => Some(source.weight("lm_head.weight", (vocab, dim))?),
             false => None,
@@ -355,17 +357,10 @@ impl EncoderDecoder {
     }
 }
 
-/// Refuses a bias of the logits, which BART's files have room for and which is zero in all that are known.
-fn refuse_logits_bias(source: &dyn WeightSource, vocab: usize) -> Result<()> {
-    const NAME: &str = "final_logits_bias";
-    if !source.contains(NAME) {
-        return Ok(());
-    }
-    let bias = source.weight(NAME, (1, vocab))?.to_dense(DType::F32)?;
-    if bias.abs()?.max_all()?.to_scalar::<f32>()? == 0.0 {
-        return Ok(());
-    }
-    Err(Error::msg(format!("`{NAME}` is not zero, which is not supported")))
+/// Refuses a bias of the logits that does something; in all files that are known it is zero.
+fn refuse_logits_bias(bias: FrozenWeight, name: &str) -> Result<()> {
+    let largest = bias.to_dense(DType::F32)?.abs()?.max_all()?.to_scalar::<f32>()?;
+    if largest == 0.0 { Ok(()) } else { Err(Error::msg(format!("`{name}` is not zero, which is not supported"))) }
 }
 
 fn is_same(a: &FrozenWeight, b: &FrozenWeight) -> Result<bool> {

@@ -215,7 +215,7 @@ impl ModelFiles {
             ModelConfig::Decoder(c) => Decoder::load((**c).clone(), source, placement).map(AnyModel::Decoder),
             ModelConfig::Encoder(c) => Encoder::load((**c).clone(), source, placement, seed).map(AnyModel::Encoder),
             ModelConfig::Seq2Seq(c) => {
-                EncoderDecoder::load((**c).clone(), source, placement).map(AnyModel::EncoderDecoder)
+                EncoderDecoder::load((**c).clone(), source, placement).map(Box::new).map(AnyModel::EncoderDecoder)
             }
         }
     }

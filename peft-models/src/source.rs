@@ -217,7 +217,12 @@ pub struct RandomSource {
 
 impl WeightSource for RandomSource {
     fn contains(&self, name: &str) -> bool {
-        name != "lm_head.weight" || self.untied_head
+        match name {
+            "lm_head.weight" => self.untied_head,
+            // BART's, which is not a parameter.
+            "final_logits_bias" => false,
+            _ => true,
+        }
     }
 
     fn weight(&self, name: &str, (out, inp): (usize, usize)) -> Result<FrozenWeight> {

@@ -49,7 +49,7 @@ fn classes_are_read_and_written_by_number() {
 #[test]
 fn what_cannot_be_honoured_is_an_error_with_its_key() {
     for (changes, wanted) in [
-        (json!({"model_type": "brt"}), vec!["model_type", "did you mean `bert`"]),
+        (json!({"model_type": "bertt"}), vec!["model_type", "did you mean `bert`"]),
         (json!({"hidden_size": 13}), vec!["hidden_size", "multiple", "3"]),
         (json!({"hidden_size": null}), vec!["`hidden_size` is missing"]),
         (json!({"num_attention_heads": 0}), vec!["num_attention_heads", "outside"]),

@@ -87,6 +87,9 @@ pub struct RopeRule {
     pub skipped: Option<(&'static str, &'static str, usize)>,
 }
 
+/// Whether a `config.json` is a variant's.
+pub type IsOf = fn(&Map<String, Value>) -> bool;
+
 /// What a model family's files leave unsaid: its layout, the defaults of absent keys (those of its transformers configuration
 /// class), and the optional features whose keys the family understands. Keys that transformers ignores for a family are
 /// ignored here too.
@@ -95,7 +98,7 @@ pub struct Family {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
     /// Where models of this type are made in several ways: which `config.json`s have this one. The first that takes a file reads it.
-    pub variant: Option<fn(&Map<String, Value>) -> bool>,
+    pub variant: Option<IsOf>,
     /// The causal language model class in transformers, for the `architectures` of a written `config.json`.
     pub architecture: &'static str,
     /// Its GGUF files, where they are read and written.

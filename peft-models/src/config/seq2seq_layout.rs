@@ -42,6 +42,8 @@ pub struct Seq2SeqLayout {
     pub embedding_norm: Option<&'static str>,
     /// The norm behind the last block, in a stack.
     pub final_norm: Option<&'static str>,
+    /// A bias of the logits, `[1, vocab]`, that files have room for.
+    pub logits_bias: Option<&'static str>,
 }
 
 pub(super) const T5: Seq2SeqLayout = Seq2SeqLayout {
@@ -61,6 +63,7 @@ pub(super) const T5: Seq2SeqLayout = Seq2SeqLayout {
     positions: None,
     embedding_norm: None,
     final_norm: Some("final_layer_norm"),
+    logits_bias: None,
 };
 
 pub(super) const BART: Seq2SeqLayout = Seq2SeqLayout {
@@ -77,4 +80,5 @@ pub(super) const BART: Seq2SeqLayout = Seq2SeqLayout {
     positions: Some(("embed_positions", 2)),
     embedding_norm: Some("layernorm_embedding"),
     final_norm: None,
+    logits_bias: Some("final_logits_bias"),
 };

@@ -43,6 +43,10 @@ pub(super) async fn read<T: DeserializeOwned>(
 
 /// JSON to a value; the error names the field.
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // serde reads a list as an object's values in order.
+    if bytes.trim_ascii_start().starts_with(b"[") {
+        return Err(ApiError::invalid("", "the body is a list; it has to be an object with `model` and more"));
+    }
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut reader).map_err(|e| {
         let path = e.path().to_string();
