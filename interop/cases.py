@@ -109,7 +109,7 @@ MODELS = {
     "t5_unscaled": dict(family="t5", feed_forward_proj="gated-silu", tie_word_embeddings=False, relative_attention_num_buckets=12),
     "mt5": dict(family="mt5", d_kv=7),
     "bart": dict(family="bart"),
-    "bart_scaled": dict(family="bart", scale_embedding=True, decoder_layers=3, activation_function="relu"),
+    "bart_scaled": dict(family="bart", scale_embedding=True, encoder_layers=1, decoder_layers=1, activation_function="relu"),
 }
 
 # configuration and class in transformers, and what every model of the family has
