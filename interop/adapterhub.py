@@ -54,6 +54,7 @@ from adapters.methods import modeling
 from check import Short, near, train
 from safetensors.torch import load_file, save_file
 from tally import Tally, options
+from training import same_weights, steps
 
 STEPS, BATCH_ROWS, LEARNING_RATE = 5, 4, 2e-3
 LOGITS = 6
@@ -183,22 +184,6 @@ def of_theirs(base, load=None, config=None):
     return model.eval()
 
 
-def steps(model, rows, alone, penalty=None):
-    """Losses of training; with `alone` no row is padded, since padding is a part of what a gate is the mean of. `penalty` gives what
-    is minimised with the loss."""
-    # An intervention that no position has gets no gradient.
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    for step in range(STEPS):
-        batch = rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS]
-        sums = [cases.summed_loss(model, part) for part in ([[row] for row in batch] if alone else [batch])]
-        loss, count = sum(loss for loss, _ in sums), sum(count for _, count in sums)
-        (loss / count + (penalty() if penalty else 0)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        yield loss.item() / count
-
-
 def single_labels(row, model):
     """Copies of a row where one label counts, each another: their losses are the logits of one place but for a constant."""
     if cases.has_classes(model):
@@ -244,7 +229,7 @@ def check(cli, base, rows, rows_file, config, out):
     alone = is_reft or any(part.use_gating or isinstance(part, PrefixTuningConfig) for part in parts(config))
     changes = any(getattr(part, "stochastic_depth", 0) or not getattr(part, "flat", True) for part in parts(config))
     if not changes:
-        for step, (got, want) in enumerate(zip(ours, steps(model, rows, alone), strict=True)):
+        for step, (got, want) in enumerate(zip(ours, steps(model, rows, STEPS, BATCH_ROWS, LEARNING_RATE, alone=alone), strict=True)):
             near(f"loss of step {step}", got, want, 1e-4)
 
     if model.config.model_type == "t5" and isinstance(config, LoRAConfig):
@@ -317,7 +302,8 @@ def check_setup(cli, base, rows, rows_file, setup, fusion, out):
             near("loss with adapters beside", cli.eval(base, rows_file, beside / "fusion")["loss"], want, 1e-5)
         ours = out / "trained"
         losses = train(cli, ours, f"init_from = {json.dumps(str(saved))}", STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
-        expected = steps(model, rows, False, model.base_model.get_fusion_regularization_loss if fusion.regularization else None)
+        penalty = model.base_model.get_fusion_regularization_loss if fusion.regularization else None
+        expected = steps(model, rows, STEPS, BATCH_ROWS, LEARNING_RATE, penalty=penalty)
         for step, (got, expect) in enumerate(zip(losses, expected, strict=True)):
             near(f"loss of step {step}", got, expect, 1e-4)
         near("loss of what was trained", cli.eval(base, rows_file, ours)["loss"], cases.mean_loss(model, rows), 1e-4)
@@ -328,16 +314,6 @@ def check_setup(cli, base, rows, rows_file, setup, fusion, out):
         near("loss in adapters", cases.mean_loss(loaded, rows), cli.eval(base, rows_file, ours)["loss"], 1e-5)
     cli.run("convert", "--adapter", converted, "--to", "peft", "--output", out / "back")
     near("loss of what came back", cli.eval(base, rows_file, out / "back")["loss"], cli.eval(base, rows_file, ours)["loss"], 1e-6)
-
-
-def same_weights(start, ours, theirs):
-    norm = lambda tensors: sum(value.pow(2).sum().item() for value in tensors) ** 0.5
-    if start.keys() != ours.keys():
-        raise Short(f"tensors {sorted(start.keys() ^ ours.keys())} are not in both files")
-    moved = norm(theirs[key] - value for key, value in start.items())
-    apart = norm(theirs[key] - value for key, value in ours.items())
-    if not apart <= 0.02 * moved:
-        raise Short(f"training moved the parameters by {moved:.4f} there, and ours are {apart:.4f} apart from them")
 
 
 def check_preset(cli, base, rows, rows_file, name, config, out):

@@ -17,6 +17,7 @@ import torch
 from check import near, train
 from safetensors.torch import save_file
 from tally import Tally, options
+from training import steps
 
 STEPS, BATCH_ROWS, LEARNING_RATE, SIZE = 5, 4, 2e-3, 6
 SERIES = dict(target_modules=["gate_proj", "up_proj", "down_proj"], use_parallel_adapter=False, scaling=1.0, non_linearity="tanh")
@@ -73,13 +74,9 @@ def check(cli, base, rows, rows_file, config, out):
     near("loss", cli.eval(base, rows_file, out / "theirs")["loss"], cases.mean_loss(model, rows), 1e-5)
     method = f"init_from = {json.dumps(str(out / 'theirs'))}"
     ours = train(cli, out / "trained", method, STEPS, BATCH_ROWS, LEARNING_RATE, base=base, rows=rows_file)
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    for step, got in enumerate(ours):
-        loss, count = cases.summed_loss(model, rows[step * BATCH_ROWS : (step + 1) * BATCH_ROWS])
-        near(f"loss of step {step}", got, loss.item() / count, 1e-4)
-        (loss / count).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    theirs = steps(model, rows, STEPS, BATCH_ROWS, LEARNING_RATE, trained)
+    for step, (got, want) in enumerate(zip(ours, theirs, strict=True)):
+        near(f"loss of step {step}", got, want, 1e-4)
     near("loss after training", cli.eval(base, rows_file, out / "trained")["loss"], cases.mean_loss(model, rows), 1e-4)
 
 

@@ -16,6 +16,7 @@ use self::block::Block;
 use self::source::BodySource;
 use crate::config::{DecoderConfig, Norm, RopeConfig};
 use crate::kv_cache::LayerCache;
+use crate::learned_positions::{LearnedPositions, check_length};
 use crate::loader::Loader;
 use crate::rope::RopeTable;
 use crate::source::{Placement, WeightSource};
@@ -34,7 +35,7 @@ pub struct Decoder {
     /// What embeddings are multiplied with, `[hidden]`.
     embedding_scale: Option<Tensor>,
     /// Learned positions.
-    positions: Option<FrozenEmbedding>,
+    positions: Option<LearnedPositions>,
     blocks: Vec<Block>,
     norm: FrozenNorm,
     head: FrozenLinear,
@@ -124,7 +125,8 @@ impl Decoder {
             false => None,
         };
         let positions = layout.positions.map(|name| {
-            l.embedding(&format!("{body}.{name}"), c.max_position_embeddings + layout.position_offset, dim)
+            let path = format!("{body}.{name}");
+            LearnedPositions::load(&mut l, &path, c.max_position_embeddings, layout.position_offset, dim)
         });
 
         let mut blocks = Vec::with_capacity(c.num_hidden_layers);
@@ -193,7 +195,7 @@ impl Decoder {
     pub fn nbytes(&self) -> usize {
         let head = if self.tied { 0 } else { self.head.weight().nbytes() };
         let blocks: usize = self.blocks.iter().flat_map(Block::linears).map(|l| l.weight().nbytes()).sum();
-        let positions = self.positions.as_ref().map_or(0, |p| p.weight().nbytes());
+        let positions = self.positions.as_ref().map_or(0, |p| p.table().weight().nbytes());
         self.embed.weight().nbytes() + positions + blocks + head
     }
 
@@ -205,9 +207,14 @@ impl Decoder {
         let linear = |l: &FrozenLinear| size(l.weight()) + vector(l.bias());
         let norm = |n: &FrozenNorm| n.weight().elem_count() + vector(n.bias());
         let head = if self.tied { 0 } else { linear(&self.head) };
-        let tables = [&self.embed].into_iter().chain(&self.positions).map(|e| size(e.weight())).sum::<usize>();
+        let tables = self.tables().map(|e| size(e.weight())).sum::<usize>();
         let norms = self.blocks.iter().flat_map(Block::norms).chain([&self.norm]).map(norm).sum::<usize>();
         tables + head + norms + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
+    }
+
+    /// The embedding, and the table of positions.
+    fn tables(&self) -> impl Iterator<Item = &FrozenEmbedding> {
+        std::iter::once(&self.embed).chain(self.positions.as_ref().map(LearnedPositions::table))
     }
 
     /// What rotary frequencies depend on in a pass whose longest sequence has `length` positions, virtual ones among them
@@ -240,12 +247,7 @@ impl Decoder {
     ) -> Result<DecoderInput> {
         let c = &self.config;
         let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        if let Some(most) = c.learned_positions().filter(|most| longest > *most) {
-            return Err(Error::msg(format!(
-                "a sequence of {longest} tokens (virtual ones among them) is longer than the model's {most} positions; cut rows \
-                 to data.max_length = {most} or less"
-            )));
-        }
+        check_length(longest, c.learned_positions())?;
         if let Some(window) = c.layer_kinds.iter().filter_map(|kind| kind.window).min() {
             check_window(window, &sequences, &virtual_rows)?;
         }
@@ -287,10 +289,10 @@ impl Decoder {
     /// # Errors
     /// When a position is outside the model's table or a tensor operation fails.
     pub fn add_positions(&self, rows: Tensor, positions: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        let Some(table) = &self.positions else { return Ok(rows) };
-        let offset = self.config.family.layout.position_offset as u32;
-        let in_table: Vec<u32> = positions.iter().map(|p| p + offset).collect();
-        Ok(kernels::add(&rows, &table.forward(&in_table, ctx)?)?)
+        match &self.positions {
+            Some(learned) => learned.add_to(&rows, positions, ctx),
+            None => Ok(rows),
+        }
     }
 
     /// Runs block `i` with its keys and values appended to `cache`.
@@ -328,7 +330,7 @@ impl BaseModel for Decoder {
     }
 
     fn layer(&self, site: SiteId) -> Result<BaseLayer<'_>> {
-        let mut tables = [&self.embed].into_iter().chain(&self.positions);
+        let mut tables = self.tables();
         let found = if let Some(table) = tables.find(|e| e.site() == site) {
             Some(BaseLayer::Embedding(table))
         } else if self.norm.site() == site {

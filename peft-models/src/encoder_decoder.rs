@@ -24,6 +24,7 @@ use self::block::{Block, Encoded, norm};
 use self::sources::{halves, span};
 use crate::config::Seq2SeqConfig;
 use crate::kv_cache::LayerCache;
+use crate::learned_positions::{LearnedPositions, check_length};
 use crate::loader::Loader;
 use crate::prompted::Prompted;
 use crate::source::{Placement, WeightSource};
@@ -55,7 +56,7 @@ pub struct EncoderDecoder {
 #[derive(Debug)]
 struct Stack {
     /// Learned positions.
-    positions: Option<FrozenEmbedding>,
+    positions: Option<LearnedPositions>,
     embedding_norm: Option<FrozenNorm>,
     bias: Option<RelativeBias>,
     blocks: Vec<Block>,
@@ -106,7 +107,7 @@ impl Stack {
         l.segment = 0;
         let positions = match (layout.positions, c.learned_positions()) {
             (Some((name, offset)), Some(most)) => {
-                Some(l.embedding(&format!("{path}.{name}"), most + offset, c.hidden_size)?)
+                Some(LearnedPositions::load(l, &format!("{path}.{name}"), most, offset, c.hidden_size)?)
             }
             _ => None,
         };
@@ -130,7 +131,7 @@ impl Stack {
     }
 
     fn tables(&self) -> impl Iterator<Item = &FrozenEmbedding> {
-        self.positions.iter().chain(self.bias.as_ref().map(RelativeBias::table))
+        self.positions.iter().map(LearnedPositions::table).chain(self.bias.as_ref().map(RelativeBias::table))
     }
 }
 
@@ -302,7 +303,7 @@ impl EncoderDecoder {
         let rows = VirtualRows::new(VirtualSpans::of(&bounds, ctx)?, None, None);
         let (own, cross) = (self.own_attention(true, own), self.cross_attention(cross));
         let last = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        self.check_length(last)?;
+        check_length(last, self.config.learned_positions())?;
         let mut hidden = self.embedded(&self.decoder, self.embed_tokens(ids, ctx)?, positions, ctx)?;
         let blocks = self.decoder.blocks.iter().zip(&sources.keys_values).zip(caches).enumerate();
         for (layer, ((block, keys_values), cache)) in blocks {
@@ -335,24 +336,12 @@ impl EncoderDecoder {
 
     /// What goes into the first block of `stack`: `rows` with their learned positions, and the norm behind them.
     fn embedded(&self, stack: &Stack, mut rows: Tensor, positions: &[u32], ctx: &Ctx<'_>) -> Result<Tensor> {
-        if let (Some(table), Some((_, offset))) = (&stack.positions, self.config.family.layout.positions) {
-            let in_table: Vec<u32> = positions.iter().map(|p| p + offset as u32).collect();
-            rows = kernels::add(&rows, &table.forward(&in_table, ctx)?)?;
+        if let Some(learned) = &stack.positions {
+            rows = learned.add_to(&rows, positions, ctx)?;
         }
         match &stack.embedding_norm {
             Some(norm) => norm.forward(&rows, ctx),
             None => Ok(rows),
-        }
-    }
-
-    /// Refuses sequences that are longer than the tables of learned positions.
-    fn check_length(&self, length: usize) -> Result<()> {
-        match self.config.learned_positions() {
-            Some(most) if length > most => Err(Error::msg(format!(
-                "a sequence of {length} tokens (virtual ones among them) is longer than the model's {most} positions; cut rows \
-                 to data.max_length = {most} or less"
-            ))),
-            _ => Ok(()),
         }
     }
 }
@@ -471,7 +460,7 @@ impl Segmented for EncoderDecoder {
             let (mut in_target, mut in_source) = (Vec::new(), Vec::new());
             for (i, (own, source)) in targets.iter().zip(of_batch.rows()).enumerate() {
                 let before = of_batch.prefix_positions(i);
-                self.check_length((before + own.len()).max(source.len()))?;
+                check_length((before + own.len()).max(source.len()), self.config.learned_positions())?;
                 in_target.extend((before as u32..).take(own.len()));
                 in_source.extend(0..source.len() as u32);
             }

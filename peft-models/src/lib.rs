@@ -12,6 +12,7 @@ mod encoder_decoder;
 pub mod generate;
 pub mod gguf;
 mod kv_cache;
+mod learned_positions;
 mod loader;
 pub mod merge;
 mod mlp;

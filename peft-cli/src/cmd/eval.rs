@@ -8,9 +8,10 @@ use peft_core::{AdapterSet, BaseModel, Ctx, Route, Segmented, Task};
 use peft_models::{AnyModel, Decoder, ModelFiles};
 use peft_train::data::{Choices, DataSpec, Dataset, EncodeOptions, Format, TextTokenizer};
 use peft_train::{
-    OfAdapter, class_labels, evaluate_choices, evaluate_classes, evaluate_dataset, evaluate_each, methods,
+    Confusion, Measured, OfAdapter, class_labels, evaluate_choices, evaluate_classes, evaluate_dataset, evaluate_each,
+    methods,
 };
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use crate::args::EvalArgs;
 use crate::open;
@@ -77,11 +78,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let loss = measured.nll / measured.counted as f64;
     let accuracy = measured.hits as f64 / measured.counted as f64;
     if args.json {
-        let result = json!({
-            "loss": loss, "perplexity": loss.exp(), "tokens": measured.counted, "examples": data.len(),
-            "token_accuracy": accuracy
-        });
-        out!("{result}");
+        out!("{}", json!(result(&measured, None, data.len())));
     } else {
         out!("loss            {loss:.6}");
         out!("perplexity      {:.4}", loss.exp());
@@ -111,6 +108,27 @@ fn settle_classes(args: &EvalArgs, files: &mut ModelFiles, folders: &[PathBuf]) 
     Ok(())
 }
 
+/// What `--json` says of a data set of so many rows, `examples`.
+fn result(measured: &Measured, confusion: Option<&Confusion>, examples: usize) -> Map<String, Value> {
+    let loss = measured.nll / measured.counted as f64;
+    let mut result = Map::new();
+    let mut set = |key: &str, value: Value| result.insert(key.to_owned(), value);
+    set("loss", json!(loss));
+    set("perplexity", json!(loss.exp()));
+    set("tokens", json!(measured.counted));
+    set("examples", json!(examples));
+    match confusion {
+        Some(confusion) => {
+            set("accuracy", json!(confusion.accuracy()));
+            set("f1", json!(confusion.macro_f1()));
+        }
+        None => {
+            set("token_accuracy", json!(measured.hits as f64 / measured.counted as f64));
+        }
+    }
+    result
+}
+
 /// What each of several adapters gives on the same rows.
 fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &AdapterSet) -> Result<()> {
     let classes = match model.task() {
@@ -122,26 +140,22 @@ fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &Adapter
     for (name, OfAdapter { measured, confusion }) in set.names().zip(&found) {
         let (counted, hits) = (measured.counted, measured.hits);
         let loss = measured.nll / counted as f64;
-        let mut result = json!({
-            "adapter": name, "loss": loss, "perplexity": loss.exp(), "tokens": counted, "examples": data.len()
-        });
         let line = match confusion {
             Some(confusion) => {
                 let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
-                result["accuracy"] = accuracy.into();
-                result["f1"] = f1.into();
                 format!("accuracy {:.2} % ({hits} of {counted} rows), f1 {f1:.4}", 100.0 * accuracy)
             }
             None => {
                 let accuracy = hits as f64 / counted as f64;
-                result["token_accuracy"] = accuracy.into();
                 format!("perplexity {:.4}, token accuracy {:.2} %", loss.exp(), 100.0 * accuracy)
             }
         };
         if !args.json {
             out!("{name}: loss {loss:.6}, {line}");
         }
-        results.push(result);
+        let mut of_adapter = Map::from_iter([("adapter".into(), name.into())]);
+        of_adapter.extend(result(measured, confusion.as_ref(), data.len()));
+        results.push(of_adapter);
     }
     if args.json {
         out!("{}", json!({"results": results}));
@@ -155,11 +169,7 @@ fn classified(args: &EvalArgs, model: &AnyModel, data: &Dataset, classes: usize,
     let loss = measured.nll / measured.counted as f64;
     let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
     if args.json {
-        let result = json!({
-            "loss": loss, "perplexity": loss.exp(), "tokens": measured.counted, "examples": data.len(),
-            "accuracy": accuracy, "f1": f1
-        });
-        out!("{result}");
+        out!("{}", json!(result(&measured, Some(&confusion), data.len())));
     } else {
         out!("loss      {loss:.6} a row");
         out!("accuracy  {:.2} % ({} of {} rows)", 100.0 * accuracy, measured.hits, measured.counted);

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use crate::byte_tokenizer::write_tokenizer;
 use serde_json::{Value, json};
 
 /// What a run of the program left behind.
@@ -158,27 +159,6 @@ pub fn config(hidden_size: usize) -> String {
         "initializer_range": 0.1, "tie_word_embeddings": false, "eos_token_id": 0, "torch_dtype": "float32"
     })
     .to_string()
-}
-
-/// A byte-level tokenizer without merges: one id a byte, and `<eos>` at 0.
-pub fn write_tokenizer(folder: &Path) {
-    let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
-    alphabet.sort_unstable();
-    let mut vocab = serde_json::Map::new();
-    vocab.insert("<eos>".into(), 0.into());
-    vocab.extend(alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), (i + 1).into())));
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-        "added_tokens": [{"id": 0, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false,
-                          "normalized": false, "special": true}],
-        "pre_tokenizer": level, "decoder": level,
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
-    });
-    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"});
-    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
 }
 
 /// Pretrains a tiny model in `dir` and gives its folder.

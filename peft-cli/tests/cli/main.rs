@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod blackbox;
+mod byte_tokenizer;
 mod combine;
 mod compose;
 mod endpoint;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use peft_serve::{Engine, EngineOptions, Registry};
 use serde_json::{Value, json};
 
 use crate::base::{alone, base_with, kinds, registry, write};
+use crate::byte_tokenizer::write_tokenizer;
 
 const ADMIN: &str = "admin-key";
 
@@ -30,32 +31,11 @@ struct Running {
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
-/// One id a byte, and `<eos>` at 0.
-fn tokenizer(folder: &Path) -> Tokenizer {
-    let mut alphabet: Vec<char> = ('!'..='~').chain('\u{a1}'..='\u{ac}').chain('\u{ae}'..='\u{ff}').collect();
-    alphabet.extend((0x100..0x144).filter_map(char::from_u32));
-    let mut vocab = serde_json::Map::new();
-    vocab.insert("<eos>".into(), 0.into());
-    vocab.extend(alphabet.iter().enumerate().map(|(i, c)| (c.to_string(), (i + 1).into())));
-    let level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let file = json!({
-        "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-        "added_tokens": [{"id": 0, "content": "<eos>", "single_word": false, "lstrip": false, "rstrip": false,
-                          "normalized": false, "special": true}],
-        "pre_tokenizer": level, "decoder": level,
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []}
-    });
-    std::fs::write(folder.join("tokenizer.json"), file.to_string()).unwrap();
-    let config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"});
-    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
-    Tokenizer::from_folder(folder).unwrap()
-}
-
 impl Running {
     fn start(change: impl FnOnce(&mut ServerOptions, &mut EngineOptions)) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let tokenizer = Arc::new(tokenizer(dir.path()));
+        write_tokenizer(dir.path());
+        let tokenizer = Arc::new(Tokenizer::from_folder(dir.path()).unwrap());
         let model = base_with(json!({"vocab_size": 257, "max_position_embeddings": 2048}));
         let registry = Arc::new(registry(&model, None));
         for (name, seed) in [("style", 1), ("other", 2)] {

@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::expect_used, missing_docs)]
 
 mod base;
+#[cfg(feature = "http")]
+#[path = "../../../peft-cli/tests/cli/byte_tokenizer.rs"]
+mod byte_tokenizer;
 mod engine;
 #[cfg(feature = "http")]
 mod http;
