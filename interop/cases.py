@@ -304,7 +304,7 @@ VARIANTS |= {
 
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_"))],
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_", "bart_", "falcon_"))],
     "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prefix_save", "prompt", "prompt_save", "p_tuning", "ln", "trainable_tokens"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix", "adaption_prompt"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected", "adaption_prompt"],
