@@ -215,6 +215,9 @@ pub(crate) struct ServeArgs {
     /// A key of who may ask; give it for each. Without one, everybody may
     #[arg(long, env = "PEFT_API_KEY", hide_env_values = true, value_delimiter = ',')]
     pub(crate) api_key: Vec<String>,
+    /// A TOML file of keys with the models that each may ask for (docs/serving.md)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key_file: Option<PathBuf>,
     /// The key of who may publish and unload adapters; without one, nobody may
     #[arg(long, env = "PEFT_ADMIN_KEY", hide_env_values = true)]
     pub(crate) admin_key: Option<String>,

@@ -204,11 +204,6 @@ impl Loop {
     /// Room in the cache for a request and its adapter's virtual tokens; nothing while there is none.
     fn place(&mut self, job: &Job) -> Result<Option<(Range<usize>, Option<u64>)>> {
         let virtual_tokens = job.request.adapter.as_ref().map_or(0, |a| a.virtual_tokens());
-        if job.request.adapter.as_ref().is_some_and(|a| a.adapter().first_pass()) {
-            return Err(Error::msg(
-                "its adapter reads a first pass over the base, which is not served yet; generate makes one",
-            ));
-        }
         if job.rows() + virtual_tokens > self.arena.capacity() {
             return Err(Error::msg("the request is longer than the cache"));
         }

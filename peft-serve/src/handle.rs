@@ -158,6 +158,11 @@ impl Engine {
         if request.max_tokens == 0 {
             return invalid("max_tokens", "is 0: there is nothing to write".into());
         }
+        if let Some(adapter) = request.adapter.as_ref().filter(|a| a.adapter().first_pass()) {
+            let name = adapter.name();
+            let message = format!("`{name}` reads a first pass over the base, which is not served; generate makes one");
+            return invalid("model", message);
+        }
         let virtual_tokens = request.adapter.as_ref().map_or(0, |a| a.virtual_tokens());
         let wanted = request.prompt.len().saturating_add(virtual_tokens).saturating_add(request.max_tokens);
         if wanted > self.context_length() {

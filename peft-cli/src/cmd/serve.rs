@@ -1,5 +1,7 @@
 //! `peft-cli serve`: adapters on one base over HTTP.
 
+mod keys;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,6 +19,7 @@ use crate::args::ServeArgs;
 use crate::open;
 
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    let api_keys = keys::read(args)?;
     let files = open::model(&args.model.model)?;
     let tokenizer = Arc::new(files.tokenizer()?);
     let placement = open::placement(&args.model.device, &args.model.dtype)?;
@@ -42,7 +45,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let locate = |spec: &str| open::adapter(spec).map_err(|e| format!("{e:#}"));
     let parts = Parts { engine, registry: registry.clone(), tokenizer, chat, locate: Box::new(locate) };
     let options = ServerOptions {
-        api_keys: args.api_key.clone(),
+        api_keys,
         admin_key: args.admin_key.clone(),
         max_body: args.max_body.saturating_mul(1024),
         max_tokens: args.max_tokens,

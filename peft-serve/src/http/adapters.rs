@@ -27,9 +27,11 @@ fn adapter(shared: &Shared, listed: &Listed) -> Value {
 
 /// `GET /v1/models`
 pub(super) async fn models(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Result<Response, ApiError> {
-    shared.check_user(&headers)?;
+    let access = shared.keys.check_user(&headers)?;
     let adapters = shared.parts.registry.list();
-    let data: Vec<Value> = [base(&shared)].into_iter().chain(adapters.iter().map(|a| adapter(&shared, a))).collect();
+    let adapters = adapters.iter().filter(|a| access.has(&a.name)).map(|a| adapter(&shared, a));
+    let base = access.has(&shared.options.model).then(|| base(&shared));
+    let data: Vec<Value> = base.into_iter().chain(adapters).collect();
     Ok(answer_json(StatusCode::OK, &json!({"object": "list", "data": data})))
 }
 
@@ -39,13 +41,13 @@ pub(super) async fn model(
     Path(name): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    shared.check_user(&headers)?;
+    shared.keys.check_user(&headers)?.check(&name)?;
     if name == shared.options.model {
         return Ok(answer_json(StatusCode::OK, &base(&shared)));
     }
     match shared.parts.registry.get(&name) {
         Some(listed) => Ok(answer_json(StatusCode::OK, &adapter(&shared, &listed))),
-        None => Err(ApiError::not_found(format!("no model is called `{name}`"), Some("model_not_found"))),
+        None => Err(ApiError::no_model(&name)),
     }
 }
 
@@ -58,7 +60,7 @@ fn detailed(listed: &Listed) -> Value {
 
 /// `GET /v1/adapters`
 pub(super) async fn list(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Result<Response, ApiError> {
-    shared.check_admin(&headers)?;
+    shared.keys.check_admin(&headers)?;
     let data: Vec<Value> = shared.parts.registry.list().iter().map(detailed).collect();
     Ok(answer_json(StatusCode::OK, &json!({"object": "list", "data": data})))
 }
@@ -72,7 +74,7 @@ struct Publish {
 
 /// `POST /v1/adapters`
 pub(super) async fn publish(State(shared): State<Arc<Shared>>, request: Request) -> Result<Response, ApiError> {
-    shared.check_admin(request.headers())?;
+    shared.keys.check_admin(request.headers())?;
     let (parts, body) = request.into_parts();
     let Publish { name, path } = body::read(&parts.headers, body, &shared.options).await?;
     if name == shared.options.model {
@@ -102,7 +104,7 @@ pub(super) async fn unload(
     Path(name): Path<String>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    shared.check_admin(&headers)?;
+    shared.keys.check_admin(&headers)?;
     if !shared.parts.registry.unload(&name) {
         return Err(ApiError::not_found(format!("no adapter is called `{name}`"), Some("model_not_found")));
     }

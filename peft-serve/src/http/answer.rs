@@ -29,12 +29,12 @@ pub(super) async fn chat(State(shared): State<Arc<Shared>>, request: Request) ->
 pub(super) type Choices = SelectAll<BoxStream<'static, (usize, Event)>>;
 
 async fn respond(shared: Arc<Shared>, request: Request, kind: Kind) -> Result<Response, ApiError> {
-    shared.check_user(request.headers())?;
+    let access = shared.keys.check_user(request.headers())?;
     let began = Instant::now();
     let (parts, body) = request.into_parts();
     let fields: Fields = body::read(&parts.headers, body, &shared.options).await?;
     let asking = shared.clone();
-    let asked = tokio::task::spawn_blocking(move || asking.ask(&fields, kind).map(|asked| (asked, fields)));
+    let asked = tokio::task::spawn_blocking(move || asking.ask(&fields, kind, &access).map(|asked| (asked, fields)));
     let (asked, fields) = asked.await.map_err(|_| ApiError::internal("the prompt could not be prepared"))??;
     let Asked { requests, prompt_tokens } = asked;
     let mut choices: Choices = SelectAll::new();

@@ -46,6 +46,12 @@ impl ApiError {
         Self::new(StatusCode::NOT_FOUND, "invalid_request_error", code, message)
     }
 
+    /// 404 for a model that is not there, or not there for who asks.
+    pub(super) fn no_model(name: &str) -> Self {
+        let message = format!("no model that you may ask for is called `{name}`");
+        Self { param: Some("model".into()), ..Self::not_found(message, Some("model_not_found")) }
+    }
+
     /// 405.
     pub(super) fn method(message: String) -> Self {
         Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", None, message)

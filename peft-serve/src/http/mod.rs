@@ -6,6 +6,7 @@ mod adapters;
 mod answer;
 mod body;
 mod error;
+mod keys;
 mod metrics;
 mod prompt;
 mod stream;
@@ -19,15 +20,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use peft_models::tokenizer::Tokenizer;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 use tokio::net::TcpListener;
 
 pub use self::error::ApiError;
+pub use self::keys::ApiKey;
+use self::keys::Keys;
 use self::metrics::Metrics;
 use crate::handle::Engine;
 use crate::registry::Registry;
@@ -45,7 +47,7 @@ pub struct ServerOptions {
     /// What the base model is called.
     pub model: String,
     /// Keys of who may ask; none lets everybody.
-    pub api_keys: Vec<String>,
+    pub api_keys: Vec<ApiKey>,
     /// The key of who may publish and unload adapters, and do all else; without one nobody may.
     pub admin_key: Option<String>,
     /// Bytes of a body, at most.
@@ -136,6 +138,7 @@ impl Server {
             .route("/v1/adapters/{name}", delete(adapters::unload))
             .route("/health", get(health))
             .route("/metrics", get(metrics))
+            .route("/openapi.json", get(openapi))
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(axum::middleware::from_fn_with_state(shared.clone(), count))
@@ -177,57 +180,7 @@ impl Server {
     }
 }
 
-/// Digests of the keys: comparing them takes the same time wherever two differ.
-struct Keys {
-    api: Vec<[u8; 32]>,
-    admin: Option<[u8; 32]>,
-}
-
-fn digest(key: &str) -> [u8; 32] {
-    Sha256::digest(key.as_bytes()).into()
-}
-
-impl Keys {
-    fn of(options: &ServerOptions) -> Self {
-        let api = options.api_keys.iter().map(|key| digest(key)).collect();
-        Self { api, admin: options.admin_key.as_deref().map(digest) }
-    }
-
-    fn given(headers: &HeaderMap) -> Option<[u8; 32]> {
-        let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
-        let (scheme, key) = value.split_once(' ')?;
-        scheme.eq_ignore_ascii_case("bearer").then(|| digest(key.trim()))
-    }
-}
-
 impl Shared {
-    /// Refuses who may not ask.
-    fn check_user(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        if self.keys.api.is_empty() {
-            return Ok(());
-        }
-        let given =
-            Keys::given(headers).ok_or_else(|| ApiError::key("an API key is missing: Authorization: Bearer …"))?;
-        match self.keys.api.contains(&given) || self.keys.admin == Some(given) {
-            true => Ok(()),
-            false => Err(ApiError::key("this API key is not known here")),
-        }
-    }
-
-    /// Refuses who may not change the adapters.
-    fn check_admin(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let Some(admin) = self.keys.admin else {
-            return Err(ApiError::forbidden(
-                "the server was started without an admin key, so its adapters stay as they are",
-            ));
-        };
-        match Keys::given(headers) {
-            Some(given) if given == admin => Ok(()),
-            Some(_) => Err(ApiError::key("this is not the admin key")),
-            None => Err(ApiError::key("the admin key is missing: Authorization: Bearer …")),
-        }
-    }
-
     fn next_request(&self) -> u64 {
         self.requests.fetch_add(1, Ordering::Relaxed)
     }
@@ -254,6 +207,11 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
         Ok(text) => ([(header::CONTENT_TYPE, kind)], text).into_response(),
         Err(e) => ApiError::internal(format!("metrics: {e}")).into_response(),
     }
+}
+
+/// What clients and their generators read about all of this.
+async fn openapi() -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], include_str!("openapi.json")).into_response()
 }
 
 async fn not_found(request: Request) -> ApiError {

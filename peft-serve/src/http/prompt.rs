@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value, json};
 
 use super::body::{Fields, Prompt};
+use super::keys::Access;
 use super::{ApiError, Shared};
 use crate::registry::Generation;
 use crate::request::Request;
@@ -28,9 +29,9 @@ const COMPLETION_TOKENS: usize = 16;
 
 impl Shared {
     /// Opens the adapter, if need be, and tokenises the prompts; it may take a while.
-    pub(super) fn ask(&self, fields: &Fields, kind: Kind) -> Result<Asked, ApiError> {
+    pub(super) fn ask(&self, fields: &Fields, kind: Kind, access: &Access) -> Result<Asked, ApiError> {
         fields.check()?;
-        let adapter = self.adapter(&fields.model)?;
+        let adapter = self.adapter(&fields.model, access)?;
         let (n, stop, logprobs) = (fields.choices()?, fields.stop()?, fields.logprobs()?);
         let sampling = fields.sampling(RandomState::new().hash_one(self.started))?;
         let prompts = match kind {
@@ -63,11 +64,12 @@ impl Shared {
         Ok(Asked { requests, prompt_tokens: prompts.iter().map(Vec::len).sum() })
     }
 
-    fn adapter(&self, model: &str) -> Result<Option<Arc<Generation>>, ApiError> {
+    fn adapter(&self, model: &str, access: &Access) -> Result<Option<Arc<Generation>>, ApiError> {
+        access.check(model)?;
         if model == self.options.model {
             return Ok(None);
         }
-        Ok(Some(self.parts.registry.lease(model)?))
+        self.parts.registry.lease(model).map(Some).map_err(|e| access.tell(e))
     }
 
     fn max_tokens(&self, fields: &Fields, kind: Kind, before: usize) -> Result<usize, ApiError> {

@@ -250,14 +250,19 @@ async fn a_text_ends_where_it_was_asked_to_and_says_how_likely_it_was() {
 
 #[tokio::test]
 async fn what_cannot_be_is_refused_by_its_field() {
-    let engine = Engine::start(base(), None, options()).unwrap();
+    let (model, dir) = (base(), tempfile::tempdir().unwrap());
+    let engine = Engine::start(model.clone(), None, options()).unwrap();
     let good = || Request::new(vec![1, 2], 5);
+    let expert = write(dir.path(), &kinds()[0].1, &model, 1);
+    let mixture = trained(&json!({"type": "xlora", "adapters": [&expert, &expert]}), &model, 1);
+    let mixture = Arc::new(Generation::of("mixture", Arc::new(mixture)).unwrap());
     let wrong = [
         ("prompt", Request { prompt: vec![], ..good() }),
         ("prompt", Request { prompt: vec![71], ..good() }),
         ("max_tokens", Request { max_tokens: 0, ..good() }),
         ("max_tokens", Request { max_tokens: 255, ..good() }),
         ("max_tokens", Request { max_tokens: usize::MAX, ..good() }),
+        ("model", Request { adapter: Some(mixture), ..good() }),
         ("stop", Request { stop: vec!["x".into()], ..good() }),
         ("stop", Request { stop: vec![String::new()], ..good() }),
         ("temperature", Request { sampling: Sampling { temperature: f32::NAN, ..Sampling::default() }, ..good() }),
