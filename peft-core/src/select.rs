@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::python_regex::PythonRegex;
 use crate::select_missed::Missed;
 use crate::select_modules::Modules;
+use crate::select_parameters::{parameter_key, select_parameters};
 pub use crate::select_saved::{minimal_target_modules, saved_target_modules};
 use crate::select_spec::{TargetModules, TargetSpec};
 
@@ -23,16 +24,22 @@ pub enum ModuleKind {
     Embedding,
     /// A layer norm or RMS norm.
     Norm,
+    /// A router of experts, a module of its own kind in transformers.
+    Router,
+    /// The weights of experts: in transformers a parameter and no module, found by `target_parameters` alone.
+    Experts,
     /// Any other module, containers included.
     Other,
 }
 
 impl ModuleKind {
-    fn noun(self) -> &'static str {
+    pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::Linear => "a linear layer",
             Self::Embedding => "an embedding",
             Self::Norm => "a norm",
+            Self::Router => "a router of experts",
+            Self::Experts => "the weights of experts",
             Self::Other => "not a layer with a weight matrix",
         }
     }
@@ -130,6 +137,8 @@ impl std::fmt::Display for UnmatchedPattern {
 pub struct Selection {
     /// Adapted modules in the order of the candidates.
     pub sites: Vec<SelectedSite>,
+    /// Weights adapted through `target_parameters`, in the order of the candidates.
+    pub parameters: Vec<SelectedSite>,
     /// Modules that are trained whole.
     pub saved: Vec<SavedModule>,
     /// Hits per pattern, in the order of the config; `all-linear` is one pattern.
@@ -235,6 +244,32 @@ impl LayerFilter {
     }
 }
 
+/// Whether a spec with a regular expression matches a name: PEFT's `check_target_module_exists`, which it asks about names that are
+/// no module's as well.
+///
+/// # Errors
+/// A pattern that is not a valid Python regular expression.
+pub fn target_matches(spec: &TargetSpec, name: &str) -> Result<bool> {
+    let find = |key: &'static str, modules: &Option<TargetModules>| -> Result<bool> {
+        let Some(modules) = modules else { return Ok(false) };
+        for (_, matcher) in matchers(key, modules, BTreeSet::new)? {
+            if matcher.find(name)? != Found::No {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    if find("exclude_modules", &spec.exclude_modules)? {
+        return Ok(false);
+    }
+    for saved in &spec.modules_to_save {
+        if PythonRegex::match_within("modules_to_save", r"(^|.*\.)", saved, r"($|\..*)")?.is_match(name)? {
+            return Ok(false);
+        }
+    }
+    find("target_modules", &spec.target_modules)
+}
+
 /// The modules that `spec` selects among `candidates`.
 ///
 /// # Errors
@@ -243,7 +278,9 @@ impl LayerFilter {
 /// all. `target_modules: null` has to be filled in before ([`TargetSpec::fill_default_targets`]).
 pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRules<'_>) -> Result<Selection> {
     spec.validate()?;
-    let Some(target_modules) = &spec.target_modules else {
+    let none = TargetModules::Names(Vec::new());
+    let parameters_only = (!spec.target_parameters.is_empty()).then_some(&none);
+    let Some(target_modules) = spec.target_modules.as_ref().or(parameters_only) else {
         return Err(Error::config(
             "target_modules",
             "is not given; name the modules to adapt, for example [\"q_proj\", \"v_proj\"] or \"all-linear\"",
@@ -268,6 +305,11 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
     let mut layers_seen = BTreeSet::new();
     let mut chosen: Vec<usize> = Vec::new();
     for (position, path) in modules.paths().enumerate() {
+        // PEFT knows no such module. What a user names is refused below, with the reason.
+        let is_parameter = candidates.get(position).is_some_and(|c| c.kind == ModuleKind::Experts);
+        if is_parameter && rules.unmatched == Unmatched::Report {
+            continue;
+        }
         // PEFT looks at the name alone first, so excluding and guarding go over containers too.
         let mut kept_out = false;
         for (hits, (_, matcher)) in exclude_hits.iter_mut().zip(&excludes) {
@@ -339,24 +381,26 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
         }
     }
     out.saved = saved_modules(spec, &modules, &mut out.hits, &mut missed);
-    let sites: Vec<&str> = chosen.iter().filter_map(|index| candidates.get(*index)).map(|c| c.path).collect();
+    let parameters = select_parameters(spec, candidates, rules, &mut out.hits, &mut missed)?;
+    let keys = parameters.iter().filter_map(|index| candidates.get(*index)).map(parameter_key).collect::<Vec<_>>();
+    let sites = chosen.iter().filter_map(|index| candidates.get(*index)).map(|c| c.path);
+    let sites: Vec<&str> = sites.chain(keys.iter().map(String::as_str)).collect();
     let ranks = pattern_values("rank_pattern", &spec.rank_pattern, &sites, &mut out.hits, &mut missed)?;
     let alphas = pattern_values("alpha_pattern", &spec.alpha_pattern, &sites, &mut out.hits, &mut missed)?;
-    out.sites = chosen
-        .iter()
-        .zip(ranks.into_iter().zip(alphas))
-        .map(|(index, (rank, alpha))| SelectedSite { index: *index, rank, alpha })
-        .collect();
+    let selected =
+        |(index, (rank, alpha)): (&usize, (Option<usize>, Option<f64>))| SelectedSite { index: *index, rank, alpha };
+    out.sites = chosen.iter().chain(&parameters).zip(ranks.into_iter().zip(alphas)).map(selected).collect();
+    out.parameters = out.sites.split_off(chosen.len());
 
     let list = missed.list;
     if rules.unmatched == Unmatched::Error && !list.is_empty() {
         return Err(Error::Unmatched { patterns: list });
     }
-    if out.sites.is_empty() {
+    if out.sites.is_empty() && out.parameters.is_empty() {
         return Err(nothing_selected(spec, &list));
     }
     for saved in &out.saved {
-        if let Some(site) = out.sites.iter().find(|site| saved.members.contains(&site.index)) {
+        if let Some(site) = out.sites.iter().chain(&out.parameters).find(|site| saved.members.contains(&site.index)) {
             let path = candidates.get(site.index).map_or("", |candidate| candidate.path);
             return Err(Error::site(
                 path,
@@ -487,7 +531,10 @@ fn unsupported(rules: &SelectRules<'_>, pattern: &str, path: &str, kind: ModuleK
 }
 
 fn nothing_selected(spec: &TargetSpec, missed: &[UnmatchedPattern]) -> Error {
-    if let Some(first) = missed.iter().find(|pattern| matches!(pattern.key, "target_modules" | "layers_to_transform")) {
+    if let Some(first) = missed
+        .iter()
+        .find(|pattern| matches!(pattern.key, "target_modules" | "target_parameters" | "layers_to_transform"))
+    {
         return Error::Unmatched { patterns: vec![first.clone()] };
     }
     let message = match &spec.target_modules {

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::Activation;
+use super::experts::ExpertsRule;
 use super::layout::{self, DecoderLayout};
 
 /// How a family's GGUF files differ from its folders.
@@ -55,6 +56,11 @@ pub enum WindowRule {
     Everywhere {
         /// The window where the key is absent.
         default: Option<usize>,
+    },
+    /// All, where `use_sliding_window` is set.
+    Switched {
+        /// The window where the key is absent.
+        default: usize,
     },
     /// Those that `layer_types` names. Without it, where `use_sliding_window` is set, the ones from `max_window_layers` on.
     Upper,
@@ -115,6 +121,8 @@ pub struct Family {
     pub mlp_bias: Switch,
     /// Sliding windows.
     pub window: WindowRule,
+    /// Mixtures of experts, where the family has them.
+    pub experts: Option<ExpertsRule>,
     /// Rotary embeddings, where the family has them.
     pub rope: Option<RopeRule>,
     /// `attn_logit_softcapping` and `final_logit_softcapping` where they are absent; `None` where the family has no caps.
@@ -193,6 +201,7 @@ const LLAMA: Family = Family {
     output_bias: ATTENTION_BIAS,
     mlp_bias: Switch::Key("mlp_bias", false),
     window: WindowRule::Never,
+    experts: None,
     rope: Some(ROPE),
     softcaps: None,
     query_pre_attn_scalar: None,
@@ -248,6 +257,85 @@ const QWEN3: Family = Family {
     output_bias: ATTENTION_BIAS,
     head_dim: Some(128),
     ..QWEN2
+};
+
+const MIXTRAL: Family = Family {
+    model_type: "mixtral",
+    architecture: "MixtralForCausalLM",
+    gguf: None,
+    layout: layout::MIXTRAL,
+    window: WindowRule::Everywhere { default: None },
+    experts: Some(ExpertsRule {
+        width: None,
+        num_experts: 8,
+        num_experts_per_tok: 2,
+        norm_topk_prob: None,
+        dense_layers: false,
+        shared: None,
+    }),
+    rope: Some(RopeRule { theta: 1_000_000.0, ..ROPE }),
+    norm_eps: 1e-5,
+    ..MISTRAL
+};
+
+const QWEN2_MOE: Family = Family {
+    model_type: "qwen2_moe",
+    architecture: "Qwen2MoeForCausalLM",
+    gguf: None,
+    layout: layout::QWEN2_MOE,
+    qkv_bias: Switch::Key("qkv_bias", true),
+    window: WindowRule::Never,
+    experts: Some(ExpertsRule {
+        width: Some(("moe_intermediate_size", 1408)),
+        num_experts: 60,
+        num_experts_per_tok: 4,
+        norm_topk_prob: Some("norm_topk_prob"),
+        dense_layers: true,
+        shared: Some(("shared_expert_intermediate_size", 5632)),
+    }),
+    fixed: &[("use_sliding_window", false)],
+    num_key_value_heads: Some(16),
+    ..QWEN2
+};
+
+const QWEN3_MOE: Family = Family {
+    model_type: "qwen3_moe",
+    architecture: "Qwen3MoeForCausalLM",
+    gguf: None,
+    layout: layout::QWEN3_MOE,
+    window: WindowRule::Switched { default: 4096 },
+    experts: Some(ExpertsRule {
+        width: Some(("moe_intermediate_size", 768)),
+        num_experts: 128,
+        num_experts_per_tok: 8,
+        norm_topk_prob: Some("norm_topk_prob"),
+        dense_layers: true,
+        shared: None,
+    }),
+    head_dim: None,
+    num_key_value_heads: Some(4),
+    ..QWEN3
+};
+
+const OLMOE: Family = Family {
+    model_type: "olmoe",
+    architecture: "OlmoeForCausalLM",
+    gguf: None,
+    layout: layout::OLMOE,
+    mlp_bias: Switch::Never,
+    experts: Some(ExpertsRule {
+        width: None,
+        num_experts: 64,
+        num_experts_per_tok: 8,
+        norm_topk_prob: Some("norm_topk_prob"),
+        dense_layers: false,
+        shared: None,
+    }),
+    norm_eps: 1e-5,
+    max_position_embeddings: 4096,
+    bos_token_id: None,
+    eos_token_id: Some(50_279),
+    ..LLAMA
 };
 
 const PHI3: Family = Family {
@@ -498,6 +586,10 @@ pub const FAMILIES: &[Family] = &[
     MISTRAL,
     QWEN2,
     QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
     PHI3,
     GEMMA,
     GEMMA2,
