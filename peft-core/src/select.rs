@@ -300,14 +300,17 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
     let layers = LayerFilter::new(spec)?;
 
     let mut target_hits = vec![Hits::default(); targets.len()];
+    let mut names_experts = vec![false; targets.len()];
     let mut exclude_hits = vec![Hits::default(); excludes.len()];
     let mut layer_hits = vec![0usize; layers.as_ref().map_or(0, |layers| layers.indices.len())];
     let mut layers_seen = BTreeSet::new();
     let mut chosen: Vec<usize> = Vec::new();
     for (position, path) in modules.paths().enumerate() {
-        // PEFT knows no such module. What a user names is refused below, with the reason.
-        let is_parameter = candidates.get(position).is_some_and(|c| c.kind == ModuleKind::Experts);
-        if is_parameter && rules.unmatched == Unmatched::Report {
+        // PEFT knows no such module.
+        if candidates.get(position).is_some_and(|c| c.kind == ModuleKind::Experts) {
+            for ((_, matcher), named) in targets.iter().zip(&mut names_experts) {
+                *named = *named || matcher.find(path)? != Found::No;
+            }
             continue;
         }
         // PEFT looks at the name alone first, so excluding and guarding go over containers too.
@@ -360,10 +363,10 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
 
     let mut out = Selection::default();
     let mut missed = Missed { modules: &modules, list: Vec::new() };
-    for ((pattern, matcher), hits) in targets.iter().zip(&target_hits) {
+    for (((pattern, matcher), hits), experts) in targets.iter().zip(&target_hits).zip(&names_experts) {
         out.hits.push(PatternHits { key: "target_modules", pattern: pattern.clone(), hits: hits.decisive });
         if hits.candidates + hits.containers == 0 {
-            missed.target(pattern, matcher);
+            if *experts { missed.experts(pattern) } else { missed.target(pattern, matcher) }
         }
     }
     if let Some(layers) = &layers {

@@ -53,6 +53,11 @@ impl Missed<'_> {
         self.push(key, name, format!("matches no weight of the model{near}"));
     }
 
+    pub(crate) fn experts(&mut self, pattern: &str) {
+        let advice = "names the weights of experts, which are parameters and no module: LoRA adapts them through `target_parameters`";
+        self.push("target_modules", pattern, advice.to_owned());
+    }
+
     pub(crate) fn target(&mut self, pattern: &str, matcher: &Matcher) {
         match matcher {
             Matcher::Name(_) => self.name("target_modules", pattern, "matches no module"),

@@ -62,7 +62,9 @@ impl LoraConfig {
     /// # Errors
     /// One of gate and up without the other.
     pub(crate) fn for_experts(&self, base: &dyn BaseModel) -> Result<Cow<'_, Self>> {
-        if !base.sites().iter().any(|site| matches!(site.kind, SiteKind::Experts { .. })) {
+        let has_experts = base.sites().iter().any(|site| matches!(site.kind, SiteKind::Experts { .. }));
+        // PEFT's table has the types that are like `qwen2_moe`, and not itself.
+        if !has_experts || base.model_type() == "qwen2_moe" {
             return Ok(Cow::Borrowed(self));
         }
         let old = if base.model_type() == "mixtral" { MIXTRAL } else { OTHERS };
