@@ -109,7 +109,7 @@ impl LoraConfig {
     }
 
     /// Rank and alpha of `count` layers in one parameter.
-    fn widen(&self, count: usize, keys: &mut Map<String, Value>) {
+    pub(crate) fn widen(&self, count: usize, keys: &mut Map<String, Value>) {
         let pattern = format!(r".*\.{FUSED}");
         let alpha = self.lora_alpha * count as f64;
         // Whole numbers stay whole, as PEFT writes them.

@@ -262,3 +262,66 @@ fn files_for_other_experts_are_refused() {
     assert!(text.contains("mlp.experts.base_layer.lora_A.weight"), "{text}");
     assert_eq!(adapter.parameters().first().unwrap().value().dtype(), DType::F32);
 }
+
+/// An adapter of PEFT's before transformers 5: layers of each expert, under Mixtral's old names.
+#[test]
+fn adapters_on_layers_of_single_experts_are_read() {
+    let mixtral = model("mixtral");
+    for (rslora, parts) in [(false, vec!["w1", "w2", "w3"]), (true, vec!["w1", "w3"]), (false, vec!["w2"])] {
+        let (r, alpha) = (2usize, 6.0f64);
+        let scale = if rslora { alpha / (r as f64).sqrt() } else { alpha / r as f64 };
+        let mut old = BTreeMap::new();
+        let mut changed = tensors(&mixtral);
+        for (seed, name) in tensors(&mixtral).keys().enumerate().map(|(i, name)| (i as u64, name.clone())) {
+            let Some(path) = name.strip_suffix(".weight").filter(|p| parts.iter().any(|part| p.ends_with(part))) else {
+                continue;
+            };
+            let (out, inp) = changed[&name].dims2().unwrap();
+            let (a, b) = (randn(seed, (r, inp), 0.3).unwrap(), randn(500 + seed, (out, r), 0.3).unwrap());
+            let whole = (&changed[&name] + (b.matmul(&a).unwrap() * scale).unwrap()).unwrap();
+            changed.insert(name.clone(), whole);
+            old.insert(format!("base_model.model.{path}.lora_A.weight"), a);
+            old.insert(format!("base_model.model.{path}.lora_B.weight"), b);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("adapter_model.safetensors");
+        let save = |tensors: &BTreeMap<String, Tensor>| {
+            write_safetensors(&file, tensors.iter().map(|(name, t)| (name.as_str(), t)), &BTreeMap::new()).unwrap();
+        };
+        save(&old);
+        let mut config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha,
+            "use_rslora": rslora, "target_modules": parts, "base_model_name_or_path": "mixtral"});
+        let write_config = |config: &Value| {
+            std::fs::write(folder.path().join("adapter_config.json"), serde_json::to_vec(config).unwrap()).unwrap();
+        };
+        write_config(&config);
+        let adapter = Arc::new(methods::open(folder.path(), &mixtral).unwrap().adapter);
+        let got = logits(&mixtral, &AdapterSet::one("a", adapter), &Route::Uniform(0));
+        let dir = tempfile::tempdir().unwrap();
+        let source = SafetensorsSource::new(write(dir.path(), &changed), Placement::cpu(None));
+        let want = plain(&Decoder::load(mixtral.config().clone(), &source, &Placement::cpu(None)).unwrap());
+        close(&format!("{parts:?}"), &got, &want, 1e-4).unwrap();
+        assert!(close("base", &got, &plain(&mixtral), 1e-2).is_err());
+
+        let fails = |says: &str| {
+            let text = methods::open(folder.path(), &mixtral).unwrap_err().to_string();
+            assert!(text.contains(says), "{text}\nlacks {says}");
+        };
+        let last = old.keys().last().unwrap().clone();
+        let mut spoiled = old.clone();
+        spoiled.remove(&last);
+        save(&spoiled);
+        fails("factor of expert 3 is missing");
+        spoiled.retain(|name, _| !name.contains(".experts.1."));
+        save(&spoiled);
+        fails("expert");
+        spoiled = old.clone();
+        spoiled.insert(last.replace("lora_B.weight", "lora_magnitude_vector"), randn(1, 3, 1.0).unwrap());
+        save(&spoiled);
+        fails("plain factors");
+        save(&old);
+        config["alpha_pattern"] = json!({"w1": 3});
+        write_config(&config);
+        fails("alpha_pattern");
+    }
+}

@@ -40,7 +40,7 @@ impl Case {
 const UNTIED: Shape = Shape { tied: false, attention_bias: false, experts: false };
 const TIED: Shape = Shape { tied: true, ..UNTIED };
 const BIASED: Shape = Shape { attention_bias: true, ..UNTIED };
-const EXPERTS: Shape = Shape { experts: true, ..UNTIED };
+const MIXTURE: Shape = Shape { experts: true, ..UNTIED };
 const RELU: &[&str] =
     &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
@@ -215,17 +215,17 @@ pub(crate) fn cases() -> Vec<Case> {
         case("bias lora_only", BIASED, json!({"r": 4, "bias": "lora_only", "target_modules": ["k_proj", "o_proj"]})),
         case(
             "experts and router",
-            EXPERTS,
+            MIXTURE,
             json!({"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "rank_pattern": {"gate.weight": 1},
                 "target_parameters": ["gate_up_proj", "mlp.experts.down_proj", "gate.weight"]}),
         ),
         case(
             "some experts",
-            EXPERTS,
+            MIXTURE,
             json!({"r": 3, "target_parameters": ["layers.0.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj"],
                 "init_lora_weights": "gaussian", "use_rslora": true, "modules_to_save": ["mlp.gate"]}),
         ),
-        case("experts by their old names", EXPERTS, json!({"r": 2, "target_modules": "all-linear"})),
+        case("experts by their old names", MIXTURE, json!({"r": 2, "target_modules": "all-linear"})),
         case(
             "patterns",
             UNTIED,
@@ -259,7 +259,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("ia3", UNTIED, json!({"type": "ia3"})),
         case(
             "ia3 beside experts",
-            EXPERTS,
+            MIXTURE,
             json!({"type": "ia3", "target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
         ),
         case(
@@ -279,7 +279,7 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"type": "ia3", "target_modules": r".*\.1\..*_proj", "feedforward_modules": ".*(o|down)_proj",
                 "exclude_modules": ["q_proj"]}),
         ),
-        case("prefix beside experts", EXPERTS, json!({"type": "prefix", "num_virtual_tokens": 3})),
+        case("prefix beside experts", MIXTURE, json!({"type": "prefix", "num_virtual_tokens": 3})),
         case("prefix", UNTIED, json!({"type": "prefix", "num_virtual_tokens": 5})),
         case("prefix, zero", TIED, json!({"type": "prefix", "num_virtual_tokens": 1, "init_weights": "zero"})),
         case(
