@@ -69,6 +69,7 @@ pub mod python_regex;
 pub mod safetensors_file;
 pub mod select;
 pub mod select_defaults;
+mod select_layers;
 mod select_missed;
 mod select_modules;
 mod select_parameters;

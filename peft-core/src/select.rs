@@ -9,8 +9,10 @@ use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
 use crate::python_regex::PythonRegex;
+use crate::select_layers::LayerFilter;
 use crate::select_missed::Missed;
 use crate::select_modules::Modules;
+pub use crate::select_parameters::target_matches;
 use crate::select_parameters::{parameter_key, select_parameters};
 pub use crate::select_saved::{minimal_target_modules, saved_target_modules};
 use crate::select_spec::{TargetModules, TargetSpec};
@@ -157,7 +159,7 @@ pub(crate) enum Matcher {
 }
 
 #[derive(PartialEq, Clone, Copy)]
-enum Found {
+pub(crate) enum Found {
     No,
     Suffix,
     /// Through the full name or a regex: `layers_to_transform` does not apply.
@@ -165,7 +167,7 @@ enum Found {
 }
 
 impl Matcher {
-    fn find(&self, path: &str) -> Result<Found> {
+    pub(crate) fn find(&self, path: &str) -> Result<Found> {
         Ok(match self {
             Self::Name(name) if path == name => Found::Exact,
             Self::Name(name) if path.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.')) => {
@@ -190,7 +192,7 @@ impl Matcher {
     }
 }
 
-fn matchers(
+pub(crate) fn matchers(
     key: &str,
     modules: &TargetModules,
     all_linear: impl Fn() -> BTreeSet<String>,
@@ -207,67 +209,6 @@ fn matchers(
         TargetModules::Regex(pattern) => vec![(pattern.clone(), Matcher::Regex(PythonRegex::fullmatch(key, pattern)?))],
         TargetModules::AllLinear => vec![("all-linear".to_owned(), Matcher::Set(all_linear()))],
     })
-}
-
-/// `layers_to_transform` and `layers_pattern`, compiled.
-struct LayerFilter {
-    indices: Vec<i64>,
-    patterns: Vec<PythonRegex>,
-}
-
-impl LayerFilter {
-    fn new(spec: &TargetSpec) -> Result<Option<Self>> {
-        let Some(indices) = spec.layers_to_transform.as_ref().filter(|indices| !indices.is_empty()) else {
-            return Ok(None);
-        };
-        const KEY: &str = "layers_pattern";
-        let after = r"\.(?P<idx>\d+)\.";
-        let patterns = if spec.layers_pattern.is_empty() {
-            vec![PythonRegex::match_within(KEY, "", r".*?\.[^.]*\.(?P<idx>\d+)\.", "")?]
-        } else {
-            spec.layers_pattern
-                .iter()
-                .map(|pattern| PythonRegex::match_within(KEY, r"(?:^|.*?\.)", pattern, after))
-                .collect::<Result<_>>()?
-        };
-        Ok(Some(Self { indices: indices.clone(), patterns }))
-    }
-
-    /// Layer number of a module: the first number found by the first pattern that matches at all.
-    fn layer(&self, path: &str) -> Result<Option<i64>> {
-        for pattern in &self.patterns {
-            if let Some(index) = pattern.capture(path, "idx")? {
-                return Ok(index.and_then(|digits| digits.parse().ok()));
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// Whether a spec with a regular expression matches a name: PEFT's `check_target_module_exists`, which it asks about names that are
-/// no module's as well.
-///
-/// # Errors
-/// A pattern that is not a valid Python regular expression.
-pub fn target_matches(spec: &TargetSpec, name: &str) -> Result<bool> {
-    let find = |key: &'static str, modules: &Option<TargetModules>| -> Result<bool> {
-        let Some(modules) = modules else { return Ok(false) };
-        for (_, matcher) in matchers(key, modules, BTreeSet::new)? {
-            if matcher.find(name)? != Found::No {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    };
-    if find("exclude_modules", &spec.exclude_modules)? {
-        return Ok(false);
-    }
-    for saved in &spec.modules_to_save {
-        if PythonRegex::match_within("modules_to_save", r"(^|.*\.)", saved, r"($|\..*)")?.is_match(name)? {
-            return Ok(false);
-        }
-    }
-    find("target_modules", &spec.target_modules)
 }
 
 /// The modules that `spec` selects among `candidates`.

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
-use crate::select::{Candidate, ModuleKind, PatternHits, SelectRules};
+use crate::python_regex::PythonRegex;
+use crate::select::{Candidate, Found, ModuleKind, PatternHits, SelectRules, matchers};
 use crate::select_missed::Missed;
-use crate::select_spec::TargetSpec;
+use crate::select_spec::{TargetModules, TargetSpec};
 
 const KEY: &str = "target_parameters";
 
@@ -57,4 +58,30 @@ pub(crate) fn select_parameters(
         }
     }
     Ok(chosen)
+}
+
+/// Whether a spec with a regular expression matches a name: PEFT's `check_target_module_exists`, which it asks about names that are
+/// no module's as well.
+///
+/// # Errors
+/// A pattern that is not a valid Python regular expression.
+pub fn target_matches(spec: &TargetSpec, name: &str) -> Result<bool> {
+    let find = |key: &'static str, modules: &Option<TargetModules>| -> Result<bool> {
+        let Some(modules) = modules else { return Ok(false) };
+        for (_, matcher) in matchers(key, modules, BTreeSet::new)? {
+            if matcher.find(name)? != Found::No {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    };
+    if find("exclude_modules", &spec.exclude_modules)? {
+        return Ok(false);
+    }
+    for saved in &spec.modules_to_save {
+        if PythonRegex::match_within("modules_to_save", r"(^|.*\.)", saved, r"($|\..*)")?.is_match(name)? {
+            return Ok(false);
+        }
+    }
+    find("target_modules", &spec.target_modules)
 }

@@ -25,6 +25,7 @@ mod keys;
 mod labels;
 mod layer_kinds;
 mod layout;
+mod mixtures;
 mod model;
 mod seq2seq;
 mod seq2seq_layout;

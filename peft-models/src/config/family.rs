@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 use super::Activation;
 use super::experts::ExpertsRule;
 use super::layout::{self, DecoderLayout};
+use super::mixtures::{MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE};
 
 /// How a family's GGUF files differ from its folders.
 #[derive(Debug, Clone, Copy)]
@@ -178,7 +179,7 @@ const KEYS: DecoderKeys = DecoderKeys {
     max_position_embeddings: "max_position_embeddings",
 };
 
-const ROPE: RopeRule = RopeRule {
+pub(super) const ROPE: RopeRule = RopeRule {
     theta_key: "rope_theta",
     theta: 10_000.0,
     partial: None,
@@ -190,7 +191,7 @@ const ROPE: RopeRule = RopeRule {
 
 const ATTENTION_BIAS: Switch = Switch::Key("attention_bias", false);
 
-const LLAMA: Family = Family {
+pub(super) const LLAMA: Family = Family {
     model_type: "llama",
     variant: None,
     architecture: "LlamaForCausalLM",
@@ -221,7 +222,7 @@ const LLAMA: Family = Family {
     eos_token_id: Some(2),
 };
 
-const MISTRAL: Family = Family {
+pub(super) const MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
     qkv_bias: Switch::Never,
@@ -233,7 +234,7 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const QWEN2: Family = Family {
+pub(super) const QWEN2: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     gguf: Some(GgufFamily { architecture: "qwen2", permutes_qk: false }),
@@ -248,7 +249,7 @@ const QWEN2: Family = Family {
     ..LLAMA
 };
 
-const QWEN3: Family = Family {
+pub(super) const QWEN3: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
     gguf: Some(GgufFamily { architecture: "qwen3", permutes_qk: false }),
@@ -257,85 +258,6 @@ const QWEN3: Family = Family {
     output_bias: ATTENTION_BIAS,
     head_dim: Some(128),
     ..QWEN2
-};
-
-const MIXTRAL: Family = Family {
-    model_type: "mixtral",
-    architecture: "MixtralForCausalLM",
-    gguf: None,
-    layout: layout::MIXTRAL,
-    window: WindowRule::Everywhere { default: None },
-    experts: Some(ExpertsRule {
-        width: None,
-        num_experts: 8,
-        num_experts_per_tok: 2,
-        norm_topk_prob: None,
-        dense_layers: false,
-        shared: None,
-    }),
-    rope: Some(RopeRule { theta: 1_000_000.0, ..ROPE }),
-    norm_eps: 1e-5,
-    ..MISTRAL
-};
-
-const QWEN2_MOE: Family = Family {
-    model_type: "qwen2_moe",
-    architecture: "Qwen2MoeForCausalLM",
-    gguf: None,
-    layout: layout::QWEN2_MOE,
-    qkv_bias: Switch::Key("qkv_bias", true),
-    window: WindowRule::Never,
-    experts: Some(ExpertsRule {
-        width: Some(("moe_intermediate_size", 1408)),
-        num_experts: 60,
-        num_experts_per_tok: 4,
-        norm_topk_prob: Some("norm_topk_prob"),
-        dense_layers: true,
-        shared: Some(("shared_expert_intermediate_size", 5632)),
-    }),
-    fixed: &[("use_sliding_window", false)],
-    num_key_value_heads: Some(16),
-    ..QWEN2
-};
-
-const QWEN3_MOE: Family = Family {
-    model_type: "qwen3_moe",
-    architecture: "Qwen3MoeForCausalLM",
-    gguf: None,
-    layout: layout::QWEN3_MOE,
-    window: WindowRule::Switched { default: 4096 },
-    experts: Some(ExpertsRule {
-        width: Some(("moe_intermediate_size", 768)),
-        num_experts: 128,
-        num_experts_per_tok: 8,
-        norm_topk_prob: Some("norm_topk_prob"),
-        dense_layers: true,
-        shared: None,
-    }),
-    head_dim: None,
-    num_key_value_heads: Some(4),
-    ..QWEN3
-};
-
-const OLMOE: Family = Family {
-    model_type: "olmoe",
-    architecture: "OlmoeForCausalLM",
-    gguf: None,
-    layout: layout::OLMOE,
-    mlp_bias: Switch::Never,
-    experts: Some(ExpertsRule {
-        width: None,
-        num_experts: 64,
-        num_experts_per_tok: 8,
-        norm_topk_prob: Some("norm_topk_prob"),
-        dense_layers: false,
-        shared: None,
-    }),
-    norm_eps: 1e-5,
-    max_position_embeddings: 4096,
-    bos_token_id: None,
-    eos_token_id: Some(50_279),
-    ..LLAMA
 };
 
 const PHI3: Family = Family {
