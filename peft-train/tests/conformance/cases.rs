@@ -37,10 +37,12 @@ impl Case {
     }
 }
 
-const UNTIED: Shape = Shape { tied: false, attention_bias: false, experts: false };
+const UNTIED: Shape = Shape { tied: false, attention_bias: false, experts: 0 };
 const TIED: Shape = Shape { tied: true, ..UNTIED };
 const BIASED: Shape = Shape { attention_bias: true, ..UNTIED };
-const MIXTURE: Shape = Shape { experts: true, ..UNTIED };
+const MIXTURE: Shape = Shape { experts: 2, ..UNTIED };
+/// Without a choice, which a difference of what all tokens read would change.
+const ALL_EXPERTS: Shape = Shape { experts: 4, ..UNTIED };
 const RELU: &[&str] =
     &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
@@ -279,7 +281,7 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"type": "ia3", "target_modules": r".*\.1\..*_proj", "feedforward_modules": ".*(o|down)_proj",
                 "exclude_modules": ["q_proj"]}),
         ),
-        case("prefix beside experts", MIXTURE, json!({"type": "prefix", "num_virtual_tokens": 3})),
+        case("prefix beside experts", ALL_EXPERTS, json!({"type": "prefix", "num_virtual_tokens": 3})),
         case("prefix", UNTIED, json!({"type": "prefix", "num_virtual_tokens": 5})),
         case("prefix, zero", TIED, json!({"type": "prefix", "num_virtual_tokens": 1, "init_weights": "zero"})),
         case(

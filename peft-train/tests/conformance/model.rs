@@ -31,8 +31,8 @@ pub(crate) const KINDS: [Kind; 3] = [Kind::F32, Kind::Bf16, Kind::Q8];
 pub(crate) struct Shape {
     pub(crate) tied: bool,
     pub(crate) attention_bias: bool,
-    /// Mixtures of four experts, of which each token goes to two, in the place of MLPs.
-    pub(crate) experts: bool,
+    /// To how many of four experts each token goes, where mixtures stand in the place of MLPs.
+    pub(crate) experts: usize,
 }
 
 /// Random weights as a function of their names, or given ones.
@@ -93,11 +93,11 @@ pub(crate) fn config(shape: Shape) -> DecoderConfig {
     }) else {
         unreachable!()
     };
-    if shape.experts {
+    if shape.experts > 0 {
         map.insert("model_type".into(), "qwen3_moe".into());
         map.insert("moe_intermediate_size".into(), 32.into());
         map.insert("num_experts".into(), 4.into());
-        map.insert("num_experts_per_tok".into(), 2.into());
+        map.insert("num_experts_per_tok".into(), shape.experts.into());
     }
     DecoderConfig::from_hf_map(map, Path::new("config.json")).unwrap()
 }
