@@ -101,6 +101,14 @@ MODELS = {
     "falcon_grouped": dict(family="falcon", new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1, bias=True),
     "falcon_two_norms": dict(family="falcon", new_decoder_architecture=True, num_kv_heads=2, ffn_hidden_size=80),
     "qwen3_classes": dict(family="qwen3_classes"),
+    # mixtures of experts: more than a row reaches, layers without, weights that do not add up to one, a window
+    "mixtral": dict(family="mixtral", sliding_window=12),
+    "mixtral_fused": dict(family="mixtral", num_local_experts=3, num_experts_per_tok=3, tie_word_embeddings=True, file="fused"),
+    "qwen3_moe": dict(family="qwen3_moe", head_dim=16, num_hidden_layers=4, mlp_only_layers=[1], norm_topk_prob=True),
+    "qwen3_moe_sparse": dict(family="qwen3_moe", head_dim=16, decoder_sparse_step=2, num_experts=20, num_experts_per_tok=1, use_sliding_window=True, sliding_window=9),
+    "qwen2_moe": dict(family="qwen2_moe"),
+    "olmoe": dict(family="olmoe", norm_topk_prob=True),
+    "mixtral_classes": dict(family="mixtral_classes"),
     # encoder-decoders: heads that do not add up to the hidden size, stacks of unequal depth, distances beyond the last bucket
     "t5": dict(family="t5", d_kv=10, num_decoder_layers=3, relative_attention_num_buckets=8, relative_attention_max_distance=20),
     "t5_prompts": dict(family="t5", num_layers=3),
@@ -123,6 +131,11 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", dict(SHAPE, **DECODER)),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", dict(SHAPE, **DECODER)),
     "qwen3_classes": ("Qwen3Config", "Qwen3ForSequenceClassification", dict(SHAPE, **DECODER, head_dim=8, num_labels=3)),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(SHAPE, **DECODER, num_local_experts=6)),
+    "mixtral_classes": ("MixtralConfig", "MixtralForSequenceClassification", dict(SHAPE, **DECODER, num_local_experts=4, num_labels=3)),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", dict(SHAPE, **DECODER, moe_intermediate_size=20, num_experts=5, num_experts_per_tok=2)),
+    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", dict(SHAPE, **DECODER, moe_intermediate_size=20, shared_expert_intermediate_size=28, num_experts=5, num_experts_per_tok=3)),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", dict(SHAPE, **DECODER, num_experts=7, num_experts_per_tok=3)),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(SHAPE, **DECODER)),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", dict(SHAPE, **DECODER)),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", WINDOWED),
@@ -288,6 +301,22 @@ VARIANTS |= {
     "ia3_neox": ("IA3Config", dict(target_modules=["query_key_value", "dense_4h_to_h"], feedforward_modules=["dense_4h_to_h"])),
 }
 
+# On mixtures of experts. peft takes the old names of their layers for the parameters that hold them now.
+VARIANTS |= {
+    "moe_parameters": dict(r=3, lora_alpha=7, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], target_modules=["q_proj", "v_proj"]),
+    "moe_gate_up": dict(r=2, lora_alpha=5, use_rslora=True, target_parameters=["gate_up_proj"]),
+    "moe_down_and_router": dict(r=2, lora_alpha=6, target_parameters=["experts.down_proj", "gate.weight"], rank_pattern={"down_proj": 3, "gate.weight": 1}, alpha_pattern={r".*experts\.down_proj": 2}),
+    "moe_layer_weight": dict(r=2, target_parameters=["q_proj.weight", "layers.0.mlp.experts.down_proj"]),
+    "moe_regex": dict(r=2, target_modules=r".*\.(q_proj|down_proj|gate)"),
+    "moe_old_names": dict(r=2, lora_alpha=6, target_modules=["w1", "w2", "w3", "k_proj"]),
+    "moe_names": dict(r=2, lora_alpha=6, target_modules=MLP + ["gate", "o_proj"]),
+    "moe_save_router": dict(r=4, target_modules=ATTENTION, modules_to_save=["mlp.gate"]),
+    "moe_dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=ATTENTION),
+    "moe_ia3": ("IA3Config", dict(target_modules=ATTENTION, feedforward_modules=[])),
+    "moe_ln": ("LNTuningConfig", dict(target_modules=["input_layernorm", "post_attention_layernorm"])),
+    "moe_bias": dict(r=4, target_modules=["q_proj"], bias="all"),
+}
+
 # On the layers that T5 has.
 VARIANTS |= {
     "t5_lora": dict(r=4, lora_alpha=12, target_modules=["q", "k", "v", "o"]),
@@ -304,7 +333,7 @@ VARIANTS |= {
 
 # The plain model gets every variant; the others those that their peculiarity can spoil.
 PLAN = {
-    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_", "bart_", "falcon_"))],
+    "llama": [name for name in VARIANTS if not name.startswith(("bert_", "distilbert_", "any_", "gpt2_", "phi3_", "neox_", "ia3_neox", "head_norms", "t5_", "bart_", "falcon_", "moe_"))],
     "tied": ["lora", "all_linear", "dora", "tokens", "embeddings", "save_head", "save_embeddings", "ia3_defaults", "prefix", "prefix_save", "prompt", "prompt_save", "p_tuning", "ln", "trainable_tokens"],
     "biased": ["lora", "dora_all", "lora_bias", "bias_lora_only", "bias_all", "rank_pattern", "all_linear", "ia3", "ia3_random", "prefix", "adaption_prompt"],
     "mqa": ["all_linear", "dora", "prefix", "prefix_projected", "adaption_prompt"],
@@ -355,6 +384,13 @@ PLAN = {
     "mt5": ["default_targets", "all_linear", "ia3_defaults", "prompt"],
     "bart": ["default_targets", "all_linear", "any_dora", "bart_ia3", "bart_ln", "prefix", "prompt", "p_tuning"],
     "bart_scaled": ["all_linear", "prompt"],
+    "mixtral": ["all_linear", "moe_parameters", "moe_gate_up", "moe_down_and_router", "moe_layer_weight", "moe_regex", "moe_old_names", "moe_save_router", "moe_dora", "moe_bias", "moe_ia3", "ia3_defaults", "moe_ln", "prefix", "prompt"],
+    "mixtral_fused": ["all_linear", "moe_gate_up", "prompt"],
+    "mixtral_classes": ["all_linear", "moe_parameters", "prefix"],
+    "qwen3_moe": ["all_linear", "moe_parameters", "moe_down_and_router", "moe_regex", "moe_names", "moe_save_router", "moe_dora", "moe_ln", "prefix", "head_norms"],
+    "qwen3_moe_sparse": ["all_linear", "moe_gate_up", "moe_down_and_router", "prompt"],
+    "qwen2_moe": ["all_linear", "exclude", "moe_parameters", "moe_bias"],
+    "olmoe": ["all_linear", "moe_parameters", "moe_dora"],
 }
 
 
@@ -379,6 +415,9 @@ def make_model(name, folder):
     if file in ("bf16", "f16"):
         model.to(torch.bfloat16 if file == "bf16" else torch.float16)
     model.save_pretrained(folder, max_shard_size="60KB" if file == "sharded" else "1GB")
+    if file == "fused":
+        # As transformers has it in memory, with the experts of a layer in one tensor.
+        save_file({key: tensor.contiguous().clone() for key, tensor in model.state_dict().items() if key != "lm_head.weight"}, folder / "model.safetensors", metadata={"format": "pt"})
     if file == "untied":
         state = load_file(folder / "model.safetensors")
         state["lm_head.weight"] = 0.3 * torch.randn_like(state["shared.weight"])

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py, combine.py, foreign.py, llm_adapters.py and xlora.py too, interop/adapterhub.py, which compares with
+# without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py and xlora.py too, interop/adapterhub.py, which compares with
 # AdapterHub's package, interop/openai_client.py, which asks `peft-cli serve` with OpenAI's client, and
 # interop/openapi.py, which holds it against its own description.
 #
@@ -36,6 +36,7 @@ if [ $# = 0 ]; then
     "$python" interop/inits.py "$program" --seed "$seed"
     "$python" interop/combine.py "$program" --seed "$seed"
     "$python" interop/foreign.py "$program" --seed "$seed"
+    "$python" interop/experts.py "$program" --seed "$seed"
     "$python" interop/llm_adapters.py "$program" --seed "$seed"
     "$python" interop/xlora.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"

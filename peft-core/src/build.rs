@@ -24,9 +24,11 @@ pub struct Built {
 #[must_use]
 pub fn candidates(sites: &SiteTable) -> Vec<Candidate<'_>> {
     let kind = |site: &Site| match site.kind {
+        SiteKind::Linear { .. } if site.is_router => ModuleKind::Router,
         SiteKind::Linear { .. } => ModuleKind::Linear,
         SiteKind::Embedding { .. } => ModuleKind::Embedding,
         SiteKind::Norm { .. } => ModuleKind::Norm,
+        SiteKind::Experts { .. } => ModuleKind::Experts,
     };
     sites.iter().map(|s| Candidate { path: &s.path, kind: kind(s), is_output_head: s.is_output_head }).collect()
 }

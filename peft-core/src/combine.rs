@@ -293,6 +293,7 @@ fn base_value(key: &str, base: &dyn BaseModel) -> Result<Option<Tensor>> {
         (BaseLayer::Embedding(_), true) => None,
         (BaseLayer::Norm(norm), false) => Some(norm.weight().clone()),
         (BaseLayer::Norm(norm), true) => norm.bias().cloned(),
+        (BaseLayer::Experts(_), _) => None,
     })
 }
 

@@ -12,6 +12,7 @@ method and no model.
 
 mod build;
 mod ctx;
+mod experts;
 mod first_pass;
 mod gate;
 mod heads;
@@ -31,14 +32,15 @@ mod virtual_tokens;
 
 pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, task_keys};
 pub use ctx::{Ctx, Mode, Route, StepRng};
+pub use experts::FrozenExperts;
 pub use first_pass::first_pass;
 pub use gate::Gate;
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
-pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
+pub use module::{Delta, EmbeddingModule, ExpertsModule, FrozenLogits, NormModule, PeftModule};
 pub use param::{Parameter, Role};
 pub use read_rows::ReadRows;
-pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy};
+pub use saved::{TrainedEmbedding, TrainedLinear, TrainedNorm, trained_copy, untrained};
 pub use segmented::{BaseLayer, BaseModel, ClassToken, Segmented, Task, TokenBatch};
 pub use set::{Adapter, AdapterSet, Exported, SiteAdapter, SiteModule, UNION, UNION_PARTS};
 pub use site::{Site, SiteId, SiteKind, SiteTable, Stored};
@@ -67,8 +69,10 @@ pub mod python_regex;
 pub mod safetensors_file;
 pub mod select;
 pub mod select_defaults;
+mod select_layers;
 mod select_missed;
 mod select_modules;
+mod select_parameters;
 mod select_saved;
 pub mod select_spec;
 pub mod shard_writer;

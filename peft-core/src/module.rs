@@ -4,10 +4,11 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use peft_kernels::{LowRank, ServingForm};
+use peft_kernels::{ExpertPlan, LowRank, ServingForm};
 
 use crate::ctx::Ctx;
 use crate::error::Result;
+use crate::experts::FrozenExperts;
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::param::Parameter;
 
@@ -154,4 +155,22 @@ pub trait NormModule: Send + Sync + Debug {
     /// # Errors
     /// When a tensor operation fails.
     fn merge(&self, base: &FrozenNorm) -> Result<(Tensor, Option<Tensor>)>;
+}
+
+/// A trainable module on the weights of the experts of a mixture.
+pub trait ExpertsModule: Send + Sync + Debug {
+    /// Rows `[pairs, out]` for `x: [pairs, in]`, both sorted by expert as `plan` says.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn forward(&self, base: &FrozenExperts, x: &Tensor, plan: &Arc<ExpertPlan>, ctx: &Ctx<'_>) -> Result<Tensor>;
+
+    /// The trainable parameters, in the order in which they are stored.
+    fn parameters(&self) -> Vec<&Parameter>;
+
+    /// What merging adds to the weight of one expert, `[out, in]` in `f32`.
+    ///
+    /// # Errors
+    /// When a tensor operation fails.
+    fn delta(&self, expert: usize) -> Result<Tensor>;
 }

@@ -6,7 +6,7 @@ use candle_core::{DType, Tensor};
 use peft_kernels::ServingForm;
 
 use crate::ctx::Ctx;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};
 use crate::param::{Parameter, Role};
@@ -17,13 +17,24 @@ use crate::set::SiteModule;
 /// PEFT, a head that is tied to a copied embedding stays on the frozen table.
 ///
 /// # Errors
-/// When the base cannot be read.
+/// When the base cannot be read; experts, of which no method trains a copy.
 pub fn trained_copy(prefix: &str, layer: BaseLayer<'_>) -> Result<SiteModule> {
     Ok(match layer {
         BaseLayer::Linear(layer) => SiteModule::Linear(Arc::new(TrainedLinear::new(prefix, layer)?)),
         BaseLayer::Embedding(e) => SiteModule::Embedding(Arc::new(TrainedEmbedding::new(prefix, e, false)?)),
         BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(prefix, norm)?)),
+        BaseLayer::Experts(experts) => return Err(untrained(experts.path())),
     })
+}
+
+/// The refusal of methods that would train the weights of experts whole.
+#[must_use]
+pub fn untrained(path: &str) -> Error {
+    Error::site(
+        path,
+        "holds the weights of experts, which are adapted by LoRA alone: name them in target_parameters, for example \
+         [\"gate_up_proj\", \"down_proj\"]",
+    )
 }
 
 /// A linear layer whose own weight (and bias) are trained in place of the base's.

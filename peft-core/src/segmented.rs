@@ -8,6 +8,7 @@ use peft_kernels::FrozenWeight;
 
 use crate::ctx::Ctx;
 use crate::error::{Error, Result};
+use crate::experts::FrozenExperts;
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::read_rows::ReadRows;
 use crate::site::{SiteId, SiteTable};
@@ -94,6 +95,8 @@ pub enum BaseLayer<'a> {
     Embedding(&'a FrozenEmbedding),
     /// A normalisation.
     Norm(&'a FrozenNorm),
+    /// The experts of a mixture.
+    Experts(&'a FrozenExperts),
 }
 
 /// Access to the frozen layers, for methods that start from the base's weights.

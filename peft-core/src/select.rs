@@ -9,8 +9,11 @@ use std::collections::BTreeSet;
 
 use crate::error::{Error, Result};
 use crate::python_regex::PythonRegex;
+use crate::select_layers::LayerFilter;
 use crate::select_missed::Missed;
 use crate::select_modules::Modules;
+pub use crate::select_parameters::target_matches;
+use crate::select_parameters::{parameter_key, select_parameters};
 pub use crate::select_saved::{minimal_target_modules, saved_target_modules};
 use crate::select_spec::{TargetModules, TargetSpec};
 
@@ -23,16 +26,22 @@ pub enum ModuleKind {
     Embedding,
     /// A layer norm or RMS norm.
     Norm,
+    /// A router of experts, a module of its own kind in transformers.
+    Router,
+    /// The weights of experts: in transformers a parameter and no module, found by `target_parameters` alone.
+    Experts,
     /// Any other module, containers included.
     Other,
 }
 
 impl ModuleKind {
-    fn noun(self) -> &'static str {
+    pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::Linear => "a linear layer",
             Self::Embedding => "an embedding",
             Self::Norm => "a norm",
+            Self::Router => "a router of experts",
+            Self::Experts => "the weights of experts",
             Self::Other => "not a layer with a weight matrix",
         }
     }
@@ -130,6 +139,8 @@ impl std::fmt::Display for UnmatchedPattern {
 pub struct Selection {
     /// Adapted modules in the order of the candidates.
     pub sites: Vec<SelectedSite>,
+    /// Weights adapted through `target_parameters`, in the order of the candidates.
+    pub parameters: Vec<SelectedSite>,
     /// Modules that are trained whole.
     pub saved: Vec<SavedModule>,
     /// Hits per pattern, in the order of the config; `all-linear` is one pattern.
@@ -148,7 +159,7 @@ pub(crate) enum Matcher {
 }
 
 #[derive(PartialEq, Clone, Copy)]
-enum Found {
+pub(crate) enum Found {
     No,
     Suffix,
     /// Through the full name or a regex: `layers_to_transform` does not apply.
@@ -156,7 +167,7 @@ enum Found {
 }
 
 impl Matcher {
-    fn find(&self, path: &str) -> Result<Found> {
+    pub(crate) fn find(&self, path: &str) -> Result<Found> {
         Ok(match self {
             Self::Name(name) if path == name => Found::Exact,
             Self::Name(name) if path.strip_suffix(name.as_str()).is_some_and(|rest| rest.ends_with('.')) => {
@@ -181,7 +192,7 @@ impl Matcher {
     }
 }
 
-fn matchers(
+pub(crate) fn matchers(
     key: &str,
     modules: &TargetModules,
     all_linear: impl Fn() -> BTreeSet<String>,
@@ -200,41 +211,6 @@ fn matchers(
     })
 }
 
-/// `layers_to_transform` and `layers_pattern`, compiled.
-struct LayerFilter {
-    indices: Vec<i64>,
-    patterns: Vec<PythonRegex>,
-}
-
-impl LayerFilter {
-    fn new(spec: &TargetSpec) -> Result<Option<Self>> {
-        let Some(indices) = spec.layers_to_transform.as_ref().filter(|indices| !indices.is_empty()) else {
-            return Ok(None);
-        };
-        const KEY: &str = "layers_pattern";
-        let after = r"\.(?P<idx>\d+)\.";
-        let patterns = if spec.layers_pattern.is_empty() {
-            vec![PythonRegex::match_within(KEY, "", r".*?\.[^.]*\.(?P<idx>\d+)\.", "")?]
-        } else {
-            spec.layers_pattern
-                .iter()
-                .map(|pattern| PythonRegex::match_within(KEY, r"(?:^|.*?\.)", pattern, after))
-                .collect::<Result<_>>()?
-        };
-        Ok(Some(Self { indices: indices.clone(), patterns }))
-    }
-
-    /// Layer number of a module: the first number found by the first pattern that matches at all.
-    fn layer(&self, path: &str) -> Result<Option<i64>> {
-        for pattern in &self.patterns {
-            if let Some(index) = pattern.capture(path, "idx")? {
-                return Ok(index.and_then(|digits| digits.parse().ok()));
-            }
-        }
-        Ok(None)
-    }
-}
-
 /// The modules that `spec` selects among `candidates`.
 ///
 /// # Errors
@@ -243,7 +219,9 @@ impl LayerFilter {
 /// all. `target_modules: null` has to be filled in before ([`TargetSpec::fill_default_targets`]).
 pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRules<'_>) -> Result<Selection> {
     spec.validate()?;
-    let Some(target_modules) = &spec.target_modules else {
+    let none = TargetModules::Names(Vec::new());
+    let parameters_only = (!spec.target_parameters.is_empty()).then_some(&none);
+    let Some(target_modules) = spec.target_modules.as_ref().or(parameters_only) else {
         return Err(Error::config(
             "target_modules",
             "is not given; name the modules to adapt, for example [\"q_proj\", \"v_proj\"] or \"all-linear\"",
@@ -263,11 +241,19 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
     let layers = LayerFilter::new(spec)?;
 
     let mut target_hits = vec![Hits::default(); targets.len()];
+    let mut names_experts = vec![false; targets.len()];
     let mut exclude_hits = vec![Hits::default(); excludes.len()];
     let mut layer_hits = vec![0usize; layers.as_ref().map_or(0, |layers| layers.indices.len())];
     let mut layers_seen = BTreeSet::new();
     let mut chosen: Vec<usize> = Vec::new();
     for (position, path) in modules.paths().enumerate() {
+        // PEFT knows no such module.
+        if candidates.get(position).is_some_and(|c| c.kind == ModuleKind::Experts) {
+            for ((_, matcher), named) in targets.iter().zip(&mut names_experts) {
+                *named = *named || matcher.find(path)? != Found::No;
+            }
+            continue;
+        }
         // PEFT looks at the name alone first, so excluding and guarding go over containers too.
         let mut kept_out = false;
         for (hits, (_, matcher)) in exclude_hits.iter_mut().zip(&excludes) {
@@ -318,10 +304,10 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
 
     let mut out = Selection::default();
     let mut missed = Missed { modules: &modules, list: Vec::new() };
-    for ((pattern, matcher), hits) in targets.iter().zip(&target_hits) {
+    for (((pattern, matcher), hits), experts) in targets.iter().zip(&target_hits).zip(&names_experts) {
         out.hits.push(PatternHits { key: "target_modules", pattern: pattern.clone(), hits: hits.decisive });
         if hits.candidates + hits.containers == 0 {
-            missed.target(pattern, matcher);
+            if *experts { missed.experts(pattern) } else { missed.target(pattern, matcher) }
         }
     }
     if let Some(layers) = &layers {
@@ -339,24 +325,26 @@ pub fn select(spec: &TargetSpec, candidates: &[Candidate<'_>], rules: &SelectRul
         }
     }
     out.saved = saved_modules(spec, &modules, &mut out.hits, &mut missed);
-    let sites: Vec<&str> = chosen.iter().filter_map(|index| candidates.get(*index)).map(|c| c.path).collect();
+    let parameters = select_parameters(spec, candidates, rules, &mut out.hits, &mut missed)?;
+    let keys = parameters.iter().filter_map(|index| candidates.get(*index)).map(parameter_key).collect::<Vec<_>>();
+    let sites = chosen.iter().filter_map(|index| candidates.get(*index)).map(|c| c.path);
+    let sites: Vec<&str> = sites.chain(keys.iter().map(String::as_str)).collect();
     let ranks = pattern_values("rank_pattern", &spec.rank_pattern, &sites, &mut out.hits, &mut missed)?;
     let alphas = pattern_values("alpha_pattern", &spec.alpha_pattern, &sites, &mut out.hits, &mut missed)?;
-    out.sites = chosen
-        .iter()
-        .zip(ranks.into_iter().zip(alphas))
-        .map(|(index, (rank, alpha))| SelectedSite { index: *index, rank, alpha })
-        .collect();
+    let selected =
+        |(index, (rank, alpha)): (&usize, (Option<usize>, Option<f64>))| SelectedSite { index: *index, rank, alpha };
+    out.sites = chosen.iter().chain(&parameters).zip(ranks.into_iter().zip(alphas)).map(selected).collect();
+    out.parameters = out.sites.split_off(chosen.len());
 
     let list = missed.list;
     if rules.unmatched == Unmatched::Error && !list.is_empty() {
         return Err(Error::Unmatched { patterns: list });
     }
-    if out.sites.is_empty() {
+    if out.sites.is_empty() && out.parameters.is_empty() {
         return Err(nothing_selected(spec, &list));
     }
     for saved in &out.saved {
-        if let Some(site) = out.sites.iter().find(|site| saved.members.contains(&site.index)) {
+        if let Some(site) = out.sites.iter().chain(&out.parameters).find(|site| saved.members.contains(&site.index)) {
             let path = candidates.get(site.index).map_or("", |candidate| candidate.path);
             return Err(Error::site(
                 path,
@@ -487,7 +475,10 @@ fn unsupported(rules: &SelectRules<'_>, pattern: &str, path: &str, kind: ModuleK
 }
 
 fn nothing_selected(spec: &TargetSpec, missed: &[UnmatchedPattern]) -> Error {
-    if let Some(first) = missed.iter().find(|pattern| matches!(pattern.key, "target_modules" | "layers_to_transform")) {
+    if let Some(first) = missed
+        .iter()
+        .find(|pattern| matches!(pattern.key, "target_modules" | "target_parameters" | "layers_to_transform"))
+    {
         return Error::Unmatched { patterns: vec![first.clone()] };
     }
     let message = match &spec.target_modules {

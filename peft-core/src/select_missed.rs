@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::select::{Matcher, ModuleKind, UnmatchedPattern};
 use crate::select_modules::Modules;
+use crate::select_parameters::parameter_key;
 use crate::suggest::{did_you_mean, nearest};
 
 /// Collects what to say about patterns without a hit.
@@ -39,6 +40,22 @@ impl Missed<'_> {
             }
         };
         self.push(key, pattern, advice);
+    }
+
+    /// A name in `target_parameters`: the nearest are the last one to three parts of the parameters' names.
+    pub(crate) fn parameter(&mut self, key: &'static str, name: &str) {
+        let keys: Vec<String> = self.modules.candidates.iter().map(parameter_key).collect();
+        let ends = keys.iter().flat_map(|key| {
+            let dots: Vec<usize> = key.rmatch_indices('.').map(|(dot, _)| dot + 1).take(3).collect();
+            dots.into_iter().filter_map(|start| key.get(start..))
+        });
+        let near = did_you_mean(name, ends.collect::<BTreeSet<&str>>());
+        self.push(key, name, format!("matches no weight of the model{near}"));
+    }
+
+    pub(crate) fn experts(&mut self, pattern: &str) {
+        let advice = "names the weights of experts, which are parameters and no module: LoRA adapts them through `target_parameters`";
+        self.push("target_modules", pattern, advice.to_owned());
     }
 
     pub(crate) fn target(&mut self, pattern: &str, matcher: &Matcher) {

@@ -33,6 +33,8 @@ impl TargetModules {
 pub struct TargetSpec {
     /// Modules to adapt; `None` is PEFT's `null`: the default of the model family.
     pub target_modules: Option<TargetModules>,
+    /// Weights to adapt, by the end of their names as parameters: `mlp.experts.gate_up_proj`.
+    pub target_parameters: Vec<String>,
     /// Modules to leave alone.
     pub exclude_modules: Option<TargetModules>,
     /// Only these layers (for targets given by the end of their name). `Some([])` filters nothing.
@@ -77,6 +79,8 @@ impl TargetSpec {
         };
         Ok(Self {
             target_modules: modules("target_modules")?,
+            target_parameters: get("target_parameters")
+                .map_or(Ok(Vec::new()), |value| strings("target_parameters", value))?,
             exclude_modules,
             layers_to_transform: match get("layers_to_transform") {
                 None => None,
@@ -209,6 +213,7 @@ mod tests {
         for (json, key) in [
             (r#"{"target_modules": 3}"#, "target_modules"),
             (r#"{"target_modules": ["a", 1]}"#, "target_modules"),
+            (r#"{"target_parameters": "experts"}"#, "target_parameters"),
             (r#"{"layers_to_transform": "1"}"#, "layers_to_transform"),
             (r#"{"layers_to_transform": [1.5]}"#, "layers_to_transform"),
             (r#"{"rank_pattern": {"a": 0}}"#, "rank_pattern"),

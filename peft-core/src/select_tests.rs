@@ -250,3 +250,62 @@ proptest::proptest! {
         }
     }
 }
+
+/// One block of a mixture, as our models list it.
+const MIXTURE: [Candidate<'static>; 6] = {
+    const fn of(path: &'static str, kind: ModuleKind) -> Candidate<'static> {
+        Candidate { path, kind, is_output_head: false }
+    }
+    [
+        of("model.embed_tokens", ModuleKind::Embedding),
+        of("model.layers.0.self_attn.q_proj", ModuleKind::Linear),
+        of("model.layers.0.mlp.gate", ModuleKind::Router),
+        of("model.layers.0.mlp.experts.gate_up_proj", ModuleKind::Experts),
+        of("model.layers.0.mlp.experts.down_proj", ModuleKind::Experts),
+        of("model.norm", ModuleKind::Norm),
+    ]
+};
+
+fn of_mixture(config: Value, unmatched: Unmatched) -> Result<Selection> {
+    let spec = TargetSpec::from_config(config.as_object().unwrap())?;
+    select(&spec, &MIXTURE, &SelectRules { unmatched, ..SelectRules::LORA })
+}
+
+#[test]
+fn weights_are_found_by_the_ends_of_their_names() {
+    use serde_json::json;
+    let found = of_mixture(
+        json!({"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "gate.weight", "gate_up_proj"],
+            "rank_pattern": {r".*\.gate_up_proj": 4, "gate.weight": 2}, "alpha_pattern": {"down_proj": 3}}),
+        Unmatched::Error,
+    )
+    .unwrap();
+    let site = |index, rank, alpha| SelectedSite { index, rank, alpha };
+    assert_eq!(found.sites, [site(1, None, None)]);
+    assert_eq!(found.parameters, [site(2, Some(2), None), site(3, Some(4), None), site(4, None, Some(3.0))]);
+    // Alone, and on a layer's own weight; what excludes modules does not act on parameters.
+    let weight = json!({"target_parameters": ["q_proj.weight"], "exclude_modules": ["q_proj"]});
+    let found = of_mixture(weight, Unmatched::Report).unwrap();
+    assert_eq!((found.sites.len(), found.parameters), (0, vec![site(1, None, None)]));
+}
+
+#[test]
+fn weights_that_are_not_there_name_the_nearest() {
+    use serde_json::json;
+    for (config, expect) in [
+        (json!({"target_parameters": ["gate_up_prj"]}), "did you mean `gate_up_proj`"),
+        (json!({"target_parameters": ["mlp.expert.down_proj"]}), "`mlp.experts.down_proj`"),
+        (json!({"target_parameters": ["norm.weight"]}), "model.norm.weight, which is a norm"),
+        (json!({"target_parameters": ["embed_tokens.weight"]}), "is an embedding"),
+        (json!({"target_modules": ["down_proj"]}), "names the weights of experts"),
+        (json!({"target_modules": ["gate"]}), "which is a router of experts"),
+        (json!({"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}}), "rank_pattern"),
+    ] {
+        let message = of_mixture(config.clone(), Unmatched::Error).unwrap_err().to_string();
+        assert!(message.contains(expect), "{config}: {message}");
+    }
+    // In a file as well, where something else is found the rest is reported.
+    assert!(of_mixture(json!({"target_modules": ["down_proj"]}), Unmatched::Report).is_err());
+    let found = of_mixture(json!({"target_modules": ["down_proj", "q_proj"]}), Unmatched::Report).unwrap();
+    assert_eq!((found.sites.len(), found.unmatched.len()), (1, 1));
+}

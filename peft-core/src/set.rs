@@ -14,7 +14,7 @@ use crate::ctx::Ctx;
 use crate::error::{Error, Result};
 use crate::heads::AttentionModule;
 use crate::layers::FrozenLinear;
-use crate::module::{EmbeddingModule, NormModule, PeftModule};
+use crate::module::{EmbeddingModule, ExpertsModule, NormModule, PeftModule};
 use crate::param::Parameter;
 use crate::site::{SiteId, SiteTable};
 use crate::sublayer::SublayerModule;
@@ -31,6 +31,8 @@ pub enum SiteModule {
     Embedding(Arc<dyn EmbeddingModule>),
     /// In place of a normalisation.
     Norm(Arc<dyn NormModule>),
+    /// On the weights of the experts of a mixture.
+    Experts(Arc<dyn ExpertsModule>),
     /// Where a sublayer joins the residual stream; it stands at the sublayer's last linear layer.
     Sublayer(Arc<dyn SublayerModule>),
     /// Beside the heads of an attention; it stands at the attention's last linear layer.
@@ -45,6 +47,7 @@ impl SiteModule {
             Self::Linear(_) => "a module for linear layers",
             Self::Embedding(_) => "a module for embeddings",
             Self::Norm(_) => "a module for norms",
+            Self::Experts(_) => "a module for experts",
             Self::Sublayer(_) => "a module for the ends of sublayers",
             Self::Attention(_) => "a module for the heads of attention",
         }
@@ -57,6 +60,7 @@ impl SiteModule {
             Self::Linear(m) => m.parameters(),
             Self::Embedding(m) => m.parameters(),
             Self::Norm(m) => m.parameters(),
+            Self::Experts(m) => m.parameters(),
             Self::Sublayer(m) => m.parameters(),
             Self::Attention(m) => m.parameters(),
         }
@@ -68,7 +72,7 @@ impl SiteModule {
         match self {
             Self::Sublayer(_) => Some("changes the residual stream"),
             Self::Attention(_) => Some("adds what queries see beside their sequence"),
-            Self::Linear(_) | Self::Embedding(_) | Self::Norm(_) => None,
+            Self::Linear(_) | Self::Embedding(_) | Self::Norm(_) | Self::Experts(_) => None,
         }
     }
 
@@ -78,7 +82,7 @@ impl SiteModule {
         match self {
             Self::Linear(m) => m.reads_sequences(),
             Self::Sublayer(m) => m.reads_sequences(ctx),
-            Self::Embedding(_) | Self::Norm(_) | Self::Attention(_) => false,
+            Self::Embedding(_) | Self::Norm(_) | Self::Experts(_) | Self::Attention(_) => false,
         }
     }
 

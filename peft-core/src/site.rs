@@ -1,5 +1,6 @@
 //! Sites: the places of a base model that an adapter may touch.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use crate::error::{Error, Result};
@@ -42,6 +43,15 @@ pub enum SiteKind {
         /// Whether there is a bias.
         bias: bool,
     },
+    /// One linear layer for each expert of a mixture, which transformers holds as a parameter `[experts, out_features, in_features]`.
+    Experts {
+        /// How many there are.
+        experts: usize,
+        /// Columns of each weight.
+        in_features: usize,
+        /// Rows of each weight.
+        out_features: usize,
+    },
 }
 
 /// One site.
@@ -57,6 +67,9 @@ pub struct Site {
     pub segment: usize,
     /// Whether this is the layer that makes logits, which `all-linear` leaves out.
     pub is_output_head: bool,
+    /// Whether this is a router of experts: a linear layer that transformers has as a module of its own kind, so that no method
+    /// finds it among the linear layers.
+    pub is_router: bool,
     /// How its tensors lie in checkpoints.
     pub stored: Stored,
 }
@@ -64,8 +77,10 @@ pub struct Site {
 /// How the tensors of a site lie in the checkpoints of its family.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Stored {
-    /// The name in front of `.weight` and `.bias`, where it is not the site's path.
-    pub name: Option<&'static str>,
+    /// The name in front of `.weight` and `.bias`, where it is not the site's path; of experts, the name in front of their number.
+    pub name: Option<Cow<'static, str>>,
+    /// Of experts, the layers whose weights, one below the other, are the weight of each: `gate_proj` and `up_proj`.
+    pub parts: &'static [&'static str],
     /// Whether a linear layer is a `Conv1D`, whose weight is `[in, out]` there: PEFT's `fan_in_fan_out`.
     pub fan_in_fan_out: bool,
 }
@@ -74,7 +89,13 @@ impl Site {
     /// The name of its tensors in checkpoints, in front of `.weight` and `.bias`.
     #[must_use]
     pub fn stored_name(&self) -> &str {
-        self.stored.name.unwrap_or(&self.path)
+        self.stored.name.as_deref().unwrap_or(&self.path)
+    }
+
+    /// The name of the tensor with a part of an expert's weight in checkpoints.
+    #[must_use]
+    pub fn stored_part(&self, expert: usize, part: &str) -> String {
+        format!("{}.{expert}.{part}.weight", self.stored_name())
     }
 
     /// `(in_features, out_features)` of a linear site.
@@ -107,7 +128,15 @@ impl SiteTable {
     pub fn register(&mut self, path: impl Into<String>, kind: SiteKind, segment: usize) -> SiteId {
         let (id, path) = (SiteId(self.sites.len() as u32), path.into());
         self.by_path.insert(path.clone(), id);
-        self.sites.push(Site { id, path, kind, segment, is_output_head: false, stored: Stored::default() });
+        self.sites.push(Site {
+            id,
+            path,
+            kind,
+            segment,
+            is_output_head: false,
+            is_router: false,
+            stored: Stored::default(),
+        });
         id
     }
 
@@ -115,6 +144,13 @@ impl SiteTable {
     pub fn mark_output_head(&mut self, id: SiteId) {
         if let Some(site) = self.sites.get_mut(id.index()) {
             site.is_output_head = true;
+        }
+    }
+
+    /// Marks a site as a router of experts.
+    pub fn mark_router(&mut self, id: SiteId) {
+        if let Some(site) = self.sites.get_mut(id.index()) {
+            site.is_router = true;
         }
     }
 

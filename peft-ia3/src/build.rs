@@ -27,6 +27,8 @@ impl Ia3Config {
         let candidates = candidates(&sites);
         let strict = unmatched == Unmatched::Error;
         let (spec, feedforward) = self.resolve(base.model_type(), strict)?;
+        // PEFT's defaults for Mixtral name layers that transformers 5 has no longer.
+        let unmatched = if self.targets.target_modules.is_none() { Unmatched::Report } else { unmatched };
         let rules = SelectRules { method: "IA³", supported: &[ModuleKind::Linear], unmatched };
         let mut selection = select(&spec, &candidates, &rules)?;
         let chosen = selection.sites.iter().map(|s| selected_site(&sites, s.index)).collect::<Result<Vec<_>>>()?;

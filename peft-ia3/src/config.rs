@@ -13,7 +13,7 @@ pub(crate) const PEFT_TYPE: &str = "IA3";
 #[derive(Debug, Clone)]
 pub struct Ia3Config {
     /// Which modules.
-    targets: TargetSpec,
+    pub(crate) targets: TargetSpec,
     /// Which of them are scaled at their input; `None` is the default of the model family.
     feedforward: Option<Feedforward>,
     /// Whether to take the paper's places.

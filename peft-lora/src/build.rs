@@ -18,6 +18,7 @@ use peft_core::{
 use crate::config::{BiasTraining, LoraConfig};
 use crate::dora;
 use crate::embedding::LoraEmbedding;
+use crate::experts::{LoraExperts, key_prefixes};
 use crate::gated::GatedLora;
 use crate::linear::LoraLinear;
 
@@ -30,10 +31,16 @@ impl LoraConfig {
     /// # Errors
     /// When a pattern or a combination of settings is wrong; the message names it.
     pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
+        self.for_experts(base)?.build_named(base, seed, unmatched)
+    }
+
+    fn build_named(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
         let sites = base.sites().clone();
         let candidates = candidates(&sites);
         let mut spec = self.targets.clone();
-        spec.fill_default_targets("LORA", base.model_type())?;
+        if spec.target_parameters.is_empty() {
+            spec.fill_default_targets("LORA", base.model_type())?;
+        }
         let selection = select(&spec, &candidates, &SelectRules { unmatched, ..SelectRules::LORA })?;
         let names = saved_target_modules(&spec, "LORA", &candidates).map(|t| t.to_json());
         let mut config = self.to_adapter_config(names);
@@ -54,6 +61,21 @@ impl LoraConfig {
             let (r, alpha) = (selected.rank.unwrap_or(self.r), selected.alpha.unwrap_or(self.lora_alpha));
             let module = builder.module(site, r, alpha).with_context(|| site.path.clone())?;
             adapter.insert(site.id, SiteAdapter::new(Some(module), None))?;
+            adapted.insert(site.id);
+        }
+        if !selection.parameters.is_empty() {
+            self.check_parameters()?;
+        }
+        let experts =
+            selection.parameters.iter().map(|p| selected_site(&sites, p.index)).collect::<Result<Vec<_>>>()?;
+        let prefixes = key_prefixes(&experts.iter().map(|site| site.path.as_str()).collect::<Vec<_>>());
+        for ((selected, site), prefix) in selection.parameters.iter().zip(experts).zip(prefixes) {
+            let (r, alpha) = (selected.rank.unwrap_or(self.r), selected.alpha.unwrap_or(self.lora_alpha));
+            let module = builder.parameter_module(site, &prefix, r, alpha).with_context(|| site.path.clone())?;
+            adapter.insert(site.id, SiteAdapter::new(Some(module), None)).map_err(|_| {
+                let message = "adapts this weight, and target_modules its layer: take it out of one of the two";
+                Error::site(&site.path, format!("target_parameters {message}"))
+            })?;
             adapted.insert(site.id);
         }
         insert_saved(&mut adapter, &selection, base)?;
@@ -132,6 +154,34 @@ impl Builder<'_> {
             BaseLayer::Embedding(_) if self.config.use_gating => Err(outside_blocks()),
             BaseLayer::Embedding(e) => Ok(SiteModule::Embedding(Arc::new(self.embedding(site, e, r, scale)?))),
             BaseLayer::Norm(_) => Err(Error::site(&site.path, "LoRA adapts linear layers and embeddings, not norms")),
+            BaseLayer::Experts(_) => Err(Error::site(&site.path, "is a parameter: name it in target_parameters")),
+        }
+    }
+
+    /// The module for a weight of `target_parameters`; `prefix` stands in front of the keys of experts.
+    fn parameter_module(&self, site: &Site, prefix: &str, r: usize, alpha: f64) -> Result<SiteModule> {
+        let scale = self.config.scale(r, alpha) as f32;
+        match self.base.layer(site.id)? {
+            BaseLayer::Experts(layer) => {
+                let ((inp, out), experts) = (layer.dims(), layer.weights().len());
+                let stream = Stream { seed: self.seed, step: 0, site: site.id.0 };
+                let start = self.config.init.start_experts([experts, inp, out], r, stream, self.base.device())?;
+                let a_role = if self.config.init.starts_at_zero() { Role::ZeroAtStart } else { Role::Plain };
+                let parameter = |suffix: &str, value: &Tensor, role: Role| {
+                    Parameter::new(parameter_name(prefix, suffix), &value.to_device(self.base.device())?, role)
+                };
+                let (a, b) =
+                    (parameter("lora_A.weight", &start.a, a_role)?, parameter("lora_B.weight", &start.b, Role::LoraB)?);
+                Ok(SiteModule::Experts(Arc::new(LoraExperts { a, b, experts, scale })))
+            }
+            BaseLayer::Linear(layer) if layer.is_fan_in_fan_out() => Err(Error::config(
+                "target_parameters",
+                "the weight lies transposed in this model: name the layer in target_modules",
+            )),
+            BaseLayer::Linear(layer) => Ok(SiteModule::Linear(Arc::new(self.linear(site, layer, r, scale)?))),
+            BaseLayer::Embedding(_) | BaseLayer::Norm(_) => {
+                Err(Error::site(&site.path, "is not a weight that target_parameters adapts"))
+            }
         }
     }
 
@@ -219,7 +269,7 @@ impl Builder<'_> {
         let bias = match self.base.layer(site.id)? {
             BaseLayer::Linear(layer) => layer.bias(),
             BaseLayer::Norm(norm) => norm.bias(),
-            BaseLayer::Embedding(_) => None,
+            BaseLayer::Embedding(_) | BaseLayer::Experts(_) => None,
         };
         if let (Some(bias), Some(inside)) = (bias, site.path.strip_prefix(module)) {
             let wrapped = |part: &str| format!("{KEY_PREFIX}{module}.{part}{inside}.bias");
@@ -266,7 +316,7 @@ impl Builder<'_> {
         let bias = match self.base.layer(site.id)? {
             BaseLayer::Linear(layer) => layer.bias().cloned(),
             BaseLayer::Norm(norm) => norm.bias().cloned(),
-            BaseLayer::Embedding(_) => None,
+            BaseLayer::Embedding(_) | BaseLayer::Experts(_) => None,
         };
         let suffix = if adapted { "base_layer.bias" } else { "bias" };
         bias.map(|b| self.parameter(site, suffix, &b.to_dtype(DType::F32)?, Role::NoDecay)).transpose()

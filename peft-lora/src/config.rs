@@ -80,7 +80,6 @@ const UNSUPPORTED: &[&str] = &[
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "use_bdlora",
     "use_qalora",
     "velora_config",
@@ -117,7 +116,7 @@ impl LoraConfig {
         Self::parse(config, Init::parse)
     }
 
-    fn parse(config: &Map<String, Value>, init: fn(Option<&Value>) -> Result<Init>) -> Result<Self> {
+    pub(crate) fn parse(config: &Map<String, Value>, init: fn(Option<&Value>) -> Result<Init>) -> Result<Self> {
         let keys = ConfigKeys(config);
         let get = |key: &str| keys.get(key);
         for key in UNSUPPORTED {
@@ -174,6 +173,11 @@ impl LoraConfig {
     /// A `task_type` that is not the base's.
     pub fn for_base(&self, base: &dyn BaseModel) -> Result<Self> {
         self.with_keys(task_keys(&self.targets, base)?)
+    }
+
+    /// The config as read.
+    pub(crate) fn raw(&self) -> &Map<String, Value> {
+        &self.raw
     }
 
     /// This config with other values for some of its keys.

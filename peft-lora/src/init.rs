@@ -177,6 +177,43 @@ impl Init {
     }
 }
 
+impl Init {
+    /// A `[experts · r, in]` and B `[out, r · experts]` for the experts of a mixture.
+    ///
+    /// # Errors
+    /// When the start is made of the weight of one layer.
+    pub fn start_experts(
+        self,
+        [experts, inp, out]: [usize; 3],
+        r: usize,
+        stream: Stream,
+        device: &Device,
+    ) -> Result<Start> {
+        let rows = experts.checked_mul(r).ok_or_else(|| Error::config("r", format!("{r} is too large")))?;
+        let tensor = |data, shape: (usize, usize)| Tensor::from_vec(data, shape, device);
+        let uniform = |rows: usize, cols: usize, stream: Stream| {
+            let bound = 1.0 / (cols as f32).sqrt();
+            tensor(stream.uniform_vec(rows * cols, -bound, bound), (rows, cols))
+        };
+        let zero_b = || Tensor::zeros((out, rows), DType::F32, device);
+        match self {
+            Self::Default | Self::Eva => Ok(Start { a: uniform(rows, inp, stream)?, b: zero_b()? }),
+            Self::Random => {
+                let next = Stream { step: stream.step.wrapping_add(1), ..stream };
+                Ok(Start { a: uniform(rows, inp, stream)?, b: uniform(out, rows, next)? })
+            }
+            Self::Gaussian => {
+                let a = tensor(stream.normal_vec(rows * inp, 1.0 / r as f32), (rows, inp))?;
+                Ok(Start { a, b: zero_b()? })
+            }
+            Self::Orthogonal | Self::Pissa { .. } | Self::Olora => Err(Error::config(
+                KEY,
+                "starts from one layer, and target_parameters adapts the weights of all experts: use true, false or \"gaussian\"",
+            )),
+        }
+    }
+}
+
 /// PEFT's `orthogonal_init`: the rows of a random orthogonal `[r, r]` are dealt out to A and B in turn.
 fn orthogonal(out: usize, inp: usize, r: usize, [q, a, b]: [Stream; 3]) -> Result<Start> {
     if !r.is_multiple_of(2) {

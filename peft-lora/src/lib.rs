@@ -2,7 +2,7 @@
 LoRA and its variants: low-rank deltas on linear layers and embeddings, with PEFT's config keys and files.
 
 [`LoraConfig`] is read from a recipe or an `adapter_config.json`; [`LoraConfig::build`] selects sites and makes the
-modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`GatedLora`], [`LoraEmbedding`], [`peft_core::TrainedTokens`].
+modules: [`LoraLinear`] (LoRA, rsLoRA, a bias on B, DoRA; PiSSA, OLoRA and EVA as starts), [`GatedLora`], [`LoraEmbedding`], [`LoraExperts`], [`peft_core::TrainedTokens`].
 [`xlora`] weighs several such adapters token by token. [`foreign`] reads the files of mlx-lm, torchtune and kohya, and [`mlx`] writes mlx-lm's.
 */
 
@@ -12,6 +12,7 @@ mod config;
 mod dora;
 mod embedding;
 pub mod eva;
+mod experts;
 pub mod foreign;
 mod gated;
 mod init;
@@ -23,6 +24,7 @@ pub mod xlora;
 pub use config::{BiasTraining, LoraConfig, TrainableTokens};
 pub use dora::weight_norm;
 pub use embedding::LoraEmbedding;
+pub use experts::LoraExperts;
 pub use gated::GatedLora;
 pub use init::Init;
 pub use linear::LoraLinear;

@@ -133,7 +133,7 @@ impl AnyModel {
                     query: c.query_size(),
                     key_value: c.key_value_size(),
                     heads: c.num_attention_heads,
-                    mlp: if c.family.layout.mlp.is_gated() { 2 } else { 1 } * c.intermediate_size,
+                    mlp: if c.family.layout.mlp.is_gated() { 2 } else { 1 } * c.mlp_width(),
                 }
             }
             Self::Encoder(m) => {

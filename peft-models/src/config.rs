@@ -17,6 +17,7 @@ use serde_json::{Map, Value};
 use crate::rope::RopeScaling;
 
 mod encoder;
+mod experts;
 mod family;
 mod gguf;
 mod hf;
@@ -24,14 +25,16 @@ mod keys;
 mod labels;
 mod layer_kinds;
 mod layout;
+mod mixtures;
 mod model;
 mod seq2seq;
 mod seq2seq_layout;
 
 pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, HeadActivation};
+pub use experts::{ExpertsConfig, ExpertsRule};
 pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, IsOf, RopeRule, Switch, WindowRule};
 pub(crate) use gguf::GgufDescription;
-pub use layout::{DecoderLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
+pub use layout::{DecoderLayout, ExpertsLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
 pub use seq2seq::{RelativePositions, SEQ2SEQ_FAMILIES, Seq2SeqConfig, Seq2SeqFamily, Seq2SeqPositions};
 pub use seq2seq_layout::{Seq2SeqLayout, SublayerNames};
@@ -191,6 +194,8 @@ pub struct DecoderConfig {
     pub hidden_size: usize,
     /// Width inside the MLP.
     pub intermediate_size: usize,
+    /// The experts in the place of MLPs, where layers have them.
+    pub experts: Option<ExpertsConfig>,
     /// Number of transformer blocks.
     pub num_hidden_layers: usize,
     /// Query heads.
@@ -261,6 +266,15 @@ impl DecoderConfig {
     /// Rows of `k_proj` and of `v_proj`: `num_key_value_heads · head_dim`.
     pub fn key_value_size(&self) -> usize {
         self.num_key_value_heads * self.head_dim
+    }
+
+    /// The width inside the MLPs that a token goes through in the widest block, experts among them.
+    pub fn mlp_width(&self) -> usize {
+        let sparse = |e: &ExpertsConfig| {
+            e.intermediate_size.saturating_mul(e.num_experts_per_tok) + e.shared_intermediate_size.unwrap_or(0)
+        };
+        let dense = (0..self.num_hidden_layers).any(|i| !self.experts.as_ref().is_some_and(|e| e.is_sparse(i)));
+        self.experts.as_ref().map_or(0, sparse).max(if dense { self.intermediate_size } else { 0 })
     }
 
     /// What products of queries and keys are multiplied with.

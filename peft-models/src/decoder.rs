@@ -2,6 +2,7 @@
 //! [`DecoderLayout`](crate::config::DecoderLayout) says, every linear, norm and embedding a site under the name that
 //! transformers gives it.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -24,6 +25,7 @@ use crate::virtual_rows::{Layout, VirtualRows};
 
 mod attention;
 mod block;
+mod mixture;
 mod source;
 
 /// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
@@ -147,7 +149,7 @@ impl Decoder {
                 let kind = SiteKind::Linear { in_features: dim, out_features: vocab, bias: false };
                 let site = l.sites.register("lm_head", kind, l.segment);
                 l.sites.mark_output_head(site);
-                l.sites.set_stored(site, Stored { name: layout.head_alias, ..Stored::default() });
+                l.sites.set_stored(site, Stored { name: layout.head_alias.map(Cow::Borrowed), ..Stored::default() });
                 FrozenLinear::new(site, "lm_head", weight, None)?
             }
         };
@@ -196,7 +198,8 @@ impl Decoder {
         let head = if self.tied { 0 } else { self.head.weight().nbytes() };
         let blocks: usize = self.blocks.iter().flat_map(Block::linears).map(|l| l.weight().nbytes()).sum();
         let positions = self.positions.as_ref().map_or(0, |p| p.table().weight().nbytes());
-        self.embed.weight().nbytes() + positions + blocks + head
+        let experts = self.blocks.iter().flat_map(Block::experts).flat_map(|e| e.weights().iter());
+        self.embed.weight().nbytes() + positions + blocks + head + experts.map(FrozenWeight::nbytes).sum::<usize>()
     }
 
     /// Parameters of the base; a tied table counts once.
@@ -209,7 +212,12 @@ impl Decoder {
         let head = if self.tied { 0 } else { linear(&self.head) };
         let tables = self.tables().map(|e| size(e.weight())).sum::<usize>();
         let norms = self.blocks.iter().flat_map(Block::norms).chain([&self.norm]).map(norm).sum::<usize>();
-        tables + head + norms + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
+        let experts = self.blocks.iter().flat_map(Block::experts).flat_map(|e| e.weights().iter());
+        tables
+            + head
+            + norms
+            + experts.map(size).sum::<usize>()
+            + self.blocks.iter().flat_map(Block::linears).map(linear).sum::<usize>()
     }
 
     /// The embedding, and the table of positions.
@@ -375,8 +383,9 @@ impl BaseModel for Decoder {
     }
 
     fn sublayers(&self) -> Vec<SublayerSite> {
-        let ends = self.blocks.iter().filter_map(Block::ends);
-        sublayer_sites(ends, self.config.hidden_size)
+        // A method that stands at the ends stands at those of all blocks, or of none.
+        let ends: Option<Vec<_>> = self.blocks.iter().map(Block::ends).collect();
+        sublayer_sites(ends.into_iter().flatten(), self.config.hidden_size)
     }
 
     fn task(&self) -> Task {

@@ -1,6 +1,11 @@
 //! Loading layers and registering their sites, in the order of the forward pass.
 
-use peft_core::{Context, FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind, Result, SiteKind, SiteTable, Stored};
+use std::borrow::Cow;
+
+use peft_core::kernels::FrozenWeight;
+use peft_core::{
+    Context, FrozenEmbedding, FrozenExperts, FrozenLinear, FrozenNorm, NormKind, Result, SiteKind, SiteTable, Stored,
+};
 
 use crate::source::{Placement, WeightSource};
 
@@ -52,6 +57,49 @@ impl<'a> Loader<'a> {
         let site = self.sites.register(path, kind, self.segment);
         self.sites.set_stored(site, Stored { fan_in_fan_out: true, ..Stored::default() });
         Ok(FrozenLinear::new(site, path, weight, bias_tensor)?.as_conv1d())
+    }
+
+    /// A router with weight `[experts, inp]`, which checkpoints may have under the name `stored`.
+    pub(crate) fn router(&mut self, path: &str, stored: &str, inp: usize, experts: usize) -> Result<FrozenLinear> {
+        let name = if self.source.contains(&format!("{stored}.weight")) { stored } else { path };
+        let weight = self.source.weight(&format!("{name}.weight"), (experts, inp))?;
+        let kind = SiteKind::Linear { in_features: inp, out_features: experts, bias: false };
+        let site = self.sites.register(path, kind, self.segment);
+        self.sites.mark_router(site);
+        self.sites.set_stored(site, Stored { name: Some(Cow::Owned(stored.to_owned())), ..Stored::default() });
+        FrozenLinear::new(site, path, weight, None)
+    }
+
+    /// The weights `[out, inp]` of experts. In checkpoints each expert has `parts` of `out / parts.len()` rows under `stored`, or all
+    /// are one tensor under `path`.
+    pub(crate) fn experts(
+        &mut self,
+        path: &str,
+        stored: &str,
+        parts: &'static [&'static str],
+        [experts, inp, out]: [usize; 3],
+    ) -> Result<FrozenExperts> {
+        let kind = SiteKind::Experts { experts, in_features: inp, out_features: out };
+        let site = self.sites.register(path, kind, self.segment);
+        let layout = Stored { name: Some(Cow::Owned(stored.to_owned())), parts, ..Stored::default() };
+        self.sites.set_stored(site, layout);
+        let name = |expert: usize, part: &str| format!("{stored}.{expert}.{part}.weight");
+        let apart = parts.iter().any(|part| self.source.contains(&name(0, part)));
+        let weights = if !apart && self.source.contains(path) {
+            self.source.experts(path, (experts, out, inp))?
+        } else {
+            let rows = out / parts.len().max(1);
+            let expert = |expert: usize| -> Result<FrozenWeight> {
+                let own = parts.iter().map(|part| self.source.weight(&name(expert, part), (rows, inp)));
+                let own = own.collect::<Result<Vec<_>>>()?;
+                match own.as_slice() {
+                    [one] => Ok(one.clone()),
+                    several => FrozenWeight::stacked(several).with_context(|| name(expert, "*")),
+                }
+            };
+            (0..experts).map(expert).collect::<Result<_>>()?
+        };
+        FrozenExperts::new(site, path, weights)
     }
 
     /// A normalisation of width `dim`; a layer norm has a bias, an RMS norm has none.

@@ -114,6 +114,13 @@ impl<'a> Merged<'a> {
                 }
                 SiteKind::Embedding { vocab, dim } => (vec![vocab, dim], None),
                 SiteKind::Norm { dim, bias } => (vec![dim], bias.then_some(dim)),
+                SiteKind::Experts { experts, in_features, out_features } => {
+                    let rows = out_features / site.stored.parts.len().max(1);
+                    let names =
+                        (0..experts).flat_map(|e| site.stored.parts.iter().map(move |p| site.stored_part(e, p)));
+                    all.extend(names.map(|name| (name, vec![rows, in_features])));
+                    continue;
+                }
             };
             all.push((format!("{}.weight", site.stored_name()), weight));
             all.extend(bias.map(|n| (format!("{}.bias", site.stored_name()), vec![n])));
@@ -142,10 +149,38 @@ impl<'a> Merged<'a> {
         };
         let sites = self.model.sites();
         let site = sites.find(path).or_else(|| sites.iter().find(|site| site.stored_name() == path));
-        let site = site.ok_or_else(|| Error::msg(format!("the model has no `{path}`")))?;
-        let merged = self.merge_site(site, part, dtype).with_context(|| path.to_string())?;
+        let merged = match (site, part) {
+            (Some(site), part) => self.merge_site(site, part, dtype).with_context(|| path.to_string())?,
+            (None, Part::Weight) => self.merge_expert(path, dtype).with_context(|| path.to_string())?,
+            (None, Part::Bias) => return Err(unknown(path)),
+        };
         peft_core::check_finite(name, &merged)?;
         Ok(merged)
+    }
+
+    /// The part of an expert's weight that checkpoints have as a layer at `path`.
+    fn merge_expert(&self, path: &str, dtype: DType) -> Result<Tensor> {
+        let numbered = path.rsplit_once('.').and_then(|(rest, part)| {
+            let (stored, expert) = rest.rsplit_once('.')?;
+            Some((stored, expert.parse::<usize>().ok()?, part))
+        });
+        let Some((stored, expert, part)) = numbered else { return Err(unknown(path)) };
+        let found = self.model.sites().iter().filter(|site| site.stored_name() == stored).find_map(|site| {
+            let at = site.stored.parts.iter().position(|p| *p == part)?;
+            Some((site, at))
+        });
+        let Some((site, at)) = found else { return Err(unknown(path)) };
+        let BaseLayer::Experts(layer) = self.model.layer(site.id)? else { return Err(unknown(path)) };
+        let weight = layer.weights().get(expert).ok_or_else(|| unknown(path))?;
+        let mut merged = None;
+        for adapter in &self.adapters {
+            if let Some(SiteModule::Experts(m)) = adapter.at(site.id).and_then(|s| s.module.as_ref()) {
+                merged = Some((merged.map_or_else(|| weight.to_dense(DType::F32), Ok)? + m.delta(expert)?)?);
+            }
+        }
+        let whole = merged.map_or_else(|| weight.to_dense(dtype), |w| w.to_dtype(dtype))?;
+        let rows = whole.dim(0)? / site.stored.parts.len().max(1);
+        Ok(whole.narrow(0, at * rows, rows)?.contiguous()?)
     }
 
     fn merge_site(&self, site: &Site, part: Part, dtype: DType) -> Result<Tensor> {
@@ -183,6 +218,7 @@ impl<'a> Merged<'a> {
                 let part = if part == Part::Weight { Some(weight) } else { bias };
                 Ok(part.ok_or_else(|| Error::msg("the norm has no bias"))?.to_dtype(dtype)?)
             }
+            BaseLayer::Experts(_) => Err(Error::msg("experts are merged one by one")),
         }
     }
 
@@ -200,6 +236,10 @@ impl<'a> Merged<'a> {
         }
         Ok(layer)
     }
+}
+
+fn unknown(path: &str) -> Error {
+    Error::msg(format!("the model has no `{path}`"))
 }
 
 fn head(sites: &SiteTable) -> Option<&Site> {
@@ -353,7 +393,7 @@ mod tests {
         let stored = |path: &str| match model.layer(model.sites().find(path).unwrap().id).unwrap() {
             BaseLayer::Linear(l) => l.weight().storage().clone(),
             BaseLayer::Embedding(e) => e.weight().storage().clone(),
-            BaseLayer::Norm(_) => unreachable!(),
+            BaseLayer::Norm(_) | BaseLayer::Experts(_) => unreachable!(),
         };
         for path in ["model.embed_tokens", "model.layers.0.mlp.up_proj"] {
             let WeightStorage::Dense(weight) = stored(path) else { unreachable!() };

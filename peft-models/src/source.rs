@@ -20,6 +20,14 @@ pub trait WeightSource: std::fmt::Debug {
     /// When it is absent, has another shape, or holds NaN or infinity.
     fn weight(&self, name: &str, dims: (usize, usize)) -> Result<FrozenWeight>;
 
+    /// The weights of experts that lie in one tensor of `dims` = `(experts, out, in)`, as transformers 5 may write them.
+    ///
+    /// # Errors
+    /// As [`WeightSource::weight`]; of sources that have none such.
+    fn experts(&self, name: &str, _dims: (usize, usize, usize)) -> Result<Vec<FrozenWeight>> {
+        Err(Error::msg(format!("`{name}`: weights of type {} are not read as experts in one tensor", self.describe())))
+    }
+
     /// A vector (norm weight or bias) in the activations' type.
     ///
     /// # Errors
@@ -83,6 +91,17 @@ impl SafetensorsSource {
         }
         self.checkpoint.tensor_as(name, dtype, &self.placement.device)
     }
+
+    /// The type that a weight is kept in.
+    fn weight_dtype(&self, name: &str) -> Result<DType> {
+        match self.placement.weights {
+            Some(dtype) => Ok(dtype),
+            None => Ok(match self.checkpoint.dtype(name)? {
+                d @ (DType::F32 | DType::F16 | DType::BF16) => d,
+                _ => DType::F32,
+            }),
+        }
+    }
 }
 
 impl WeightSource for SafetensorsSource {
@@ -91,14 +110,14 @@ impl WeightSource for SafetensorsSource {
     }
 
     fn weight(&self, name: &str, (out, inp): (usize, usize)) -> Result<FrozenWeight> {
-        let dtype = match self.placement.weights {
-            Some(dtype) => dtype,
-            None => match self.checkpoint.dtype(name)? {
-                d @ (DType::F32 | DType::F16 | DType::BF16) => d,
-                _ => DType::F32,
-            },
-        };
+        let dtype = self.weight_dtype(name)?;
         self.placement.dense(&self.read(name, &[out, inp], dtype)?).with_context(|| name.to_string())
+    }
+
+    fn experts(&self, name: &str, (experts, out, inp): (usize, usize, usize)) -> Result<Vec<FrozenWeight>> {
+        let all = self.read(name, &[experts, out, inp], self.weight_dtype(name)?)?;
+        // Each a part of the one tensor, without a copy.
+        (0..experts).map(|e| self.placement.dense(&all.get(e)?).with_context(|| name.to_string())).collect()
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
@@ -190,6 +209,18 @@ impl<S: WeightSource + Clone + Send + Sync + 'static> WeightSource for DeferredS
         let (source, key) = (self.source.clone(), name.to_string());
         let read = move || source.weight(&key, dims).map_err(candle_core::Error::wrap);
         Ok(FrozenWeight::deferred(dims.0, dims.1, Deferred::new(self.device.clone(), read)))
+    }
+
+    fn experts(&self, name: &str, (experts, out, inp): (usize, usize, usize)) -> Result<Vec<FrozenWeight>> {
+        let expert = |e: usize| {
+            let (source, key) = (self.source.clone(), name.to_string());
+            let read = move || {
+                let all = source.experts(&key, (experts, out, inp)).map_err(candle_core::Error::wrap)?;
+                all.into_iter().nth(e).ok_or_else(|| candle_core::Error::Msg(format!("`{key}` has no expert {e}")))
+            };
+            FrozenWeight::deferred(out, inp, Deferred::new(self.device.clone(), read))
+        };
+        Ok((0..experts).map(expert).collect())
     }
 
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {

@@ -105,7 +105,7 @@ impl BitfitConfig {
                     Some(bias) => bias.to_dtype(DType::F32)?,
                     None => continue,
                 },
-                BaseLayer::Embedding(_) => continue,
+                BaseLayer::Embedding(_) | BaseLayer::Experts(_) => continue,
             };
             let bias = Parameter::new(parameter_name(&site.path, "bias"), &bias, Role::NoDecay)?;
             adapter.insert(site.id, SiteAdapter::new(None, Some(bias)))?;
@@ -144,7 +144,7 @@ impl BitfitConfig {
 
     /// Whether a bias of this site is trained where the site is selected.
     fn place(&self, site: &Site) -> bool {
-        has_bias(site) || (self.add && matches!(site.kind, SiteKind::Linear { .. }))
+        has_bias(site) || (self.add && matches!(site.kind, SiteKind::Linear { .. }) && !site.is_router)
     }
 
     fn nothing(&self, base: &dyn BaseModel, what: &str) -> Error {
@@ -163,6 +163,6 @@ impl BitfitConfig {
 fn has_bias(site: &Site) -> bool {
     match site.kind {
         SiteKind::Linear { bias, .. } | SiteKind::Norm { bias, .. } => bias,
-        SiteKind::Embedding { .. } => false,
+        SiteKind::Embedding { .. } | SiteKind::Experts { .. } => false,
     }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use peft_core::suggest::did_you_mean;
 use peft_core::{
-    Adapter, BaseLayer, BaseModel, Error, Result, SiteAdapter, SiteModule, TrainedEmbedding, TrainedLinear, TrainedNorm,
+    Adapter, BaseLayer, BaseModel, Error, Result, SiteAdapter, SiteModule, TrainedEmbedding, TrainedLinear,
+    TrainedNorm, untrained,
 };
 use serde_json::{Map, Value};
 
@@ -29,6 +30,7 @@ pub fn build(config: &Map<String, Value>, base: &dyn BaseModel) -> Result<Adapte
         let module = match base.layer(site.id)? {
             BaseLayer::Linear(_) if site.is_output_head && base.tied_embedding().is_some() => continue,
             BaseLayer::Linear(layer) => SiteModule::Linear(Arc::new(TrainedLinear::new(&site.path, layer)?)),
+            BaseLayer::Experts(experts) => return Err(untrained(experts.path())),
             BaseLayer::Norm(norm) => SiteModule::Norm(Arc::new(TrainedNorm::new(&site.path, norm)?)),
             BaseLayer::Embedding(e) => {
                 let tied = base.tied_embedding() == Some(site.path.as_str());

@@ -124,7 +124,7 @@ impl TokensConfig {
         let (weight, embedding) = match base.layer(site.id)? {
             BaseLayer::Embedding(table) => (table.weight(), true),
             BaseLayer::Linear(head) if site.is_output_head && head.bias().is_none() => (head.weight(), false),
-            BaseLayer::Linear(_) | BaseLayer::Norm(_) => {
+            BaseLayer::Linear(_) | BaseLayer::Norm(_) | BaseLayer::Experts(_) => {
                 return Err(Error::config("target_modules", "names a layer that has no row for each token"));
             }
         };

@@ -11,7 +11,7 @@ use peft_lora::xlora;
 use crate::class_labels;
 
 /// Opens an adapter folder of PEFT's, ours, AdapterHub's, LLM-Adapters',
-/// mlx-lm's, torchtune's or kohya's. Formats that store a copy of the model's head beside the adapter
+/// mlx-lm's, torchtune's or kohya's, and PEFT's on experts of before transformers 5. Formats that store a copy of the model's head beside the adapter
 /// are rid of it where it is that of `base`.
 ///
 /// # Errors

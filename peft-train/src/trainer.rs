@@ -308,6 +308,7 @@ fn broken_weight<M: Segmented>(model: &M) -> Option<String> {
         BaseLayer::Linear(l) => checked(&site.path, l.weight().to_dense(f32)),
         BaseLayer::Embedding(e) => checked(&site.path, e.weight().to_dense(f32)),
         BaseLayer::Norm(n) => checked(&site.path, n.weight().to_dtype(f32)),
+        BaseLayer::Experts(e) => e.weights().iter().find_map(|w| checked(&site.path, w.to_dense(f32))),
     })
 }
 

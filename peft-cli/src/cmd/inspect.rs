@@ -145,12 +145,18 @@ fn model(files: &ModelFiles) -> Result<Value> {
             }));
         }
     };
-    Ok(json!({
+    let mut described = json!({
         "kind": "model", "model_type": c.model_type(), "parameters": parameters, "dtype": dtype,
         "task_type": c.task().peft_name(), "classes": c.labels.as_deref().unwrap_or_default(),
         "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
         "attention_heads": c.num_attention_heads, "key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings,
         "tie_word_embeddings": c.tie_word_embeddings, "tensors": names.len()
-    }))
+    });
+    if let (Some(e), Some(map)) = (&c.experts, described.as_object_mut()) {
+        map.insert("experts".into(), e.num_experts.into());
+        map.insert("experts_per_token".into(), e.num_experts_per_tok.into());
+        map.insert("expert_intermediate_size".into(), e.intermediate_size.into());
+    }
+    Ok(described)
 }

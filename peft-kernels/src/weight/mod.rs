@@ -110,6 +110,32 @@ impl FrozenWeight {
         Ok(Self { narrow_products: self.narrow_products, ..turned })
     }
 
+    /// Weights of one width, one below the other; GGUF blocks, which lie apart, in `f32`.
+    ///
+    /// # Errors
+    /// When there are none, their widths differ, or one cannot be read.
+    pub fn stacked(parts: &[Self]) -> Result<Self> {
+        let Some(first) = parts.first() else { candle_core::bail!("no weights to put together") };
+        if let Some(other) = parts.iter().find(|part| part.in_features != first.in_features) {
+            candle_core::bail!("weights of {} and of {} inputs", first.in_features, other.in_features);
+        }
+        if let WeightStorage::Deferred(d) = &first.storage {
+            let rows = parts.iter().map(|part| part.out_features).sum();
+            let all = parts.to_vec();
+            let read = move || {
+                let resident = all.iter().map(|part| Ok(part.resident()?.into_owned())).collect::<Result<Vec<_>>>()?;
+                Self::stacked(&resident)
+            };
+            return Ok(Self::deferred(rows, first.in_features, Deferred::new(d.device().clone(), read)));
+        }
+        let dtype = match &first.storage {
+            WeightStorage::Dense(w) => w.dtype(),
+            _ => DType::F32,
+        };
+        let dense = parts.iter().map(|part| part.to_dense(dtype)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { narrow_products: first.narrow_products, ..Self::dense(&Tensor::cat(&dense, 0)?)? })
+    }
+
     /// The weight in memory.
     fn resident(&self) -> Result<Cow<'_, Self>> {
         match &self.storage {
@@ -326,6 +352,10 @@ mod tests {
         for (out, inp) in [(1, 32), (33, 64), (700, 512)] {
             for w in kinds(out, inp) {
                 let dense = w.to_dense(DType::F32).unwrap();
+                let twice = FrozenWeight::stacked(&[w.clone(), w.clone()]).unwrap();
+                assert_eq!((twice.out_features(), twice.in_features()), (2 * out, inp));
+                let both = Tensor::cat(&[&dense, &dense], 0).unwrap();
+                close("stacked", &twice.to_dense(DType::F32).unwrap(), &both, 0.0).unwrap();
                 let turned = w.transposed().unwrap().to_dense(DType::F32).unwrap();
                 close("transposed", &turned, &dense.t().unwrap(), 0.0).unwrap();
                 for tokens in [1, 5, 17] {

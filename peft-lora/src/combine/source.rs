@@ -95,6 +95,9 @@ impl<'a> Source<'a> {
             (true, base) => base,
             (false, _) => None,
         };
+        if let Some(name) = config.targets.target_parameters.first() {
+            return Err(Error::config("target_parameters", experts_apart(name)));
+        }
         let (mut places, mut whole) = (BTreeMap::new(), BTreeMap::new());
         for key in files.keys() {
             let Some(inner) = key.strip_prefix(KEY_PREFIX) else {
@@ -165,6 +168,7 @@ impl<'a> Source<'a> {
                 BaseLayer::Linear(layer) => (false, layer.weight()),
                 BaseLayer::Embedding(table) => (true, table.weight()),
                 BaseLayer::Norm(_) => return refuse(format!("`{path}` is a norm, whose weight a LoRA cannot change")),
+                BaseLayer::Experts(_) => return refuse(experts_apart(path)),
             };
             let (out, inp) = (layer.out_features(), layer.in_features());
             let (out, inp) = if embedding { (inp, out) } else { (out, inp) };
@@ -328,6 +332,13 @@ fn folder_change(folder: &Folder<'_>, path: &str, place: &Place) -> Result<Chang
     Ok(Change { gain, update: Update::LowRank { a, b, scale }, bias })
 }
 
+/// Why experts are not combined; PEFT's `add_weighted_adapter` refuses them too.
+fn experts_apart(path: &str) -> String {
+    format!(
+        "`{path}` holds the weights of experts, and those are not combined: merge the adapters into the model one after another"
+    )
+}
+
 /// `‖W + BA‖₂` for each output, or of an embedding for each column of its table, `[out]` on the CPU.
 pub(super) fn norm_with(base: &dyn BaseModel, path: &str, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let site = base.sites().find(path).ok_or_else(|| Error::site(path, "the model has no such module"))?;
@@ -339,7 +350,9 @@ pub(super) fn norm_with(base: &dyn BaseModel, path: &str, a: &Tensor, b: &Tensor
             let table = (table.weight().to_dense(DType::F32)? + b.matmul(&a)?.t()?)?;
             table.sqr()?.sum(0)?.sqrt()?
         }
-        BaseLayer::Norm(_) => return Err(Error::site(path, "is a norm")),
+        BaseLayer::Norm(_) | BaseLayer::Experts(_) => {
+            return Err(Error::site(path, "is no layer of one weight matrix"));
+        }
     };
     Ok(norm.to_device(&Device::Cpu)?)
 }
@@ -350,7 +363,9 @@ pub(super) fn weight_of(base: &dyn BaseModel, path: &str) -> Result<Tensor> {
     let weight = match base.layer(site.id)? {
         BaseLayer::Linear(layer) => layer.weight().to_dense(DType::F32)?,
         BaseLayer::Embedding(table) => table.weight().to_dense(DType::F32)?.t()?.contiguous()?,
-        BaseLayer::Norm(_) => return Err(Error::site(path, "is a norm")),
+        BaseLayer::Norm(_) | BaseLayer::Experts(_) => {
+            return Err(Error::site(path, "is no layer of one weight matrix"));
+        }
     };
     Ok(weight.to_device(&Device::Cpu)?)
 }

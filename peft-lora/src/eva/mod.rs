@@ -220,8 +220,11 @@ impl EvaObserver {
     /// When a pattern of the config matches nothing, or only layers that have no observed input.
     pub fn new(config: LoraConfig, base: &dyn BaseModel, seed: u64) -> Result<Self> {
         let sites = base.sites().clone();
+        let config = config.for_experts(base)?.into_owned();
         let mut spec = config.targets.clone();
-        spec.fill_default_targets("LORA", base.model_type())?;
+        if spec.target_parameters.is_empty() {
+            spec.fill_default_targets("LORA", base.model_type())?;
+        }
         let selection = select(&spec, &candidates(&sites), &SelectRules::LORA)?;
         let shared = Arc::new(Shared(Mutex::new(Observed { seed, ..Observed::default() })));
         let mut adapter = Adapter::new(Map::new(), &sites);

@@ -1,5 +1,5 @@
 //! LoRA in other programs' files, read as PEFT would have it: mlx-lm, torchtune and kohya (sd-scripts, LyCORIS), told by what is in
-//! the folder.
+//! the folder; and PEFT's own on experts, which had layers of their own before transformers 5 (`experts.rs`).
 //!
 //! | program | config | tensors | scale |
 //! |---|---|---|---|
@@ -19,6 +19,7 @@ use peft_core::{
 };
 use serde_json::{Map, Value, json};
 
+mod experts;
 mod kohya;
 mod mlx;
 mod torchtune;
@@ -34,6 +35,8 @@ pub enum Layout {
     Torchtune,
     /// kohya's sd-scripts'.
     Kohya,
+    /// PEFT's of experts, before transformers 5.
+    Experts,
 }
 
 impl Layout {
@@ -65,6 +68,8 @@ impl Layout {
             Some(Self::Torchtune)
         } else if found(kohya::is_own) {
             Some(Self::Kohya)
+        } else if found(experts::is_own) {
+            Some(Self::Experts)
         } else {
             None
         })
@@ -80,6 +85,7 @@ impl Layout {
             Self::Mlx => mlx::open(dir),
             Self::Torchtune => torchtune::open(dir, base),
             Self::Kohya => kohya::open(dir, base),
+            Self::Experts => experts::open(dir),
         }
     }
 }

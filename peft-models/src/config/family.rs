@@ -3,7 +3,9 @@
 use serde_json::{Map, Value};
 
 use super::Activation;
+use super::experts::ExpertsRule;
 use super::layout::{self, DecoderLayout};
+use super::mixtures::{MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE};
 
 /// How a family's GGUF files differ from its folders.
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +57,11 @@ pub enum WindowRule {
     Everywhere {
         /// The window where the key is absent.
         default: Option<usize>,
+    },
+    /// All, where `use_sliding_window` is set.
+    Switched {
+        /// The window where the key is absent.
+        default: usize,
     },
     /// Those that `layer_types` names. Without it, where `use_sliding_window` is set, the ones from `max_window_layers` on.
     Upper,
@@ -115,6 +122,8 @@ pub struct Family {
     pub mlp_bias: Switch,
     /// Sliding windows.
     pub window: WindowRule,
+    /// Mixtures of experts, where the family has them.
+    pub experts: Option<ExpertsRule>,
     /// Rotary embeddings, where the family has them.
     pub rope: Option<RopeRule>,
     /// `attn_logit_softcapping` and `final_logit_softcapping` where they are absent; `None` where the family has no caps.
@@ -170,7 +179,7 @@ const KEYS: DecoderKeys = DecoderKeys {
     max_position_embeddings: "max_position_embeddings",
 };
 
-const ROPE: RopeRule = RopeRule {
+pub(super) const ROPE: RopeRule = RopeRule {
     theta_key: "rope_theta",
     theta: 10_000.0,
     partial: None,
@@ -182,7 +191,7 @@ const ROPE: RopeRule = RopeRule {
 
 const ATTENTION_BIAS: Switch = Switch::Key("attention_bias", false);
 
-const LLAMA: Family = Family {
+pub(super) const LLAMA: Family = Family {
     model_type: "llama",
     variant: None,
     architecture: "LlamaForCausalLM",
@@ -193,6 +202,7 @@ const LLAMA: Family = Family {
     output_bias: ATTENTION_BIAS,
     mlp_bias: Switch::Key("mlp_bias", false),
     window: WindowRule::Never,
+    experts: None,
     rope: Some(ROPE),
     softcaps: None,
     query_pre_attn_scalar: None,
@@ -212,7 +222,7 @@ const LLAMA: Family = Family {
     eos_token_id: Some(2),
 };
 
-const MISTRAL: Family = Family {
+pub(super) const MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
     qkv_bias: Switch::Never,
@@ -224,7 +234,7 @@ const MISTRAL: Family = Family {
     ..LLAMA
 };
 
-const QWEN2: Family = Family {
+pub(super) const QWEN2: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     gguf: Some(GgufFamily { architecture: "qwen2", permutes_qk: false }),
@@ -239,7 +249,7 @@ const QWEN2: Family = Family {
     ..LLAMA
 };
 
-const QWEN3: Family = Family {
+pub(super) const QWEN3: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
     gguf: Some(GgufFamily { architecture: "qwen3", permutes_qk: false }),
@@ -498,6 +508,10 @@ pub const FAMILIES: &[Family] = &[
     MISTRAL,
     QWEN2,
     QWEN3,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
     PHI3,
     GEMMA,
     GEMMA2,

@@ -117,6 +117,7 @@ impl DecoderConfig {
             vocab_size,
             hidden_size,
             intermediate_size: gguf.required_count(&key("feed_forward_length"))?,
+            experts: None,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: gguf.count(&key("attention.head_count_kv"))?.unwrap_or(num_attention_heads),

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::experts::experts;
 use super::keys::{Keys, activation, dtype, dtype_name, family, read_json, refuse_quantized};
 use super::labels::{class_labels, insert_labels, reads_classes};
 use super::layer_kinds::layer_kinds;
@@ -68,6 +69,7 @@ impl DecoderConfig {
         let num_hidden_layers = keys.required_count(names.num_hidden_layers)?;
         let max_position_embeddings =
             keys.count(names.max_position_embeddings)?.unwrap_or(family.max_position_embeddings);
+        let experts = experts(&keys, family, num_hidden_layers, intermediate_size)?;
         let (layer_kinds, kind_of_layer) = layer_kinds(&keys, family, num_hidden_layers, max_position_embeddings)?;
         let query_pre_attn_scalar = match family.query_pre_attn_scalar {
             Some(default) => Some(keys.number("query_pre_attn_scalar")?.unwrap_or(default)),
@@ -89,6 +91,7 @@ impl DecoderConfig {
             vocab_size: keys.required_count("vocab_size")?,
             hidden_size,
             intermediate_size,
+            experts,
             num_hidden_layers,
             num_attention_heads,
             num_key_value_heads: num_key_value_heads.unwrap_or(num_attention_heads),

@@ -53,6 +53,10 @@ fn windows(keys: &Keys<'_>, family: &Family, layers: usize) -> Result<Vec<Option
     let size = match family.window {
         WindowRule::Never => return Ok(vec![None; layers]),
         WindowRule::Everywhere { default } => return Ok(vec![window(default)?; layers]),
+        WindowRule::Switched { default } => {
+            let on = keys.flag("use_sliding_window")?.unwrap_or(false);
+            return Ok(vec![if on { window(Some(default))? } else { None }; layers]);
+        }
         WindowRule::Upper => {
             let size = if keys.flag("use_sliding_window")?.unwrap_or(false) { window(Some(4096))? } else { None };
             let first = keys.count("max_window_layers")?.unwrap_or(28);

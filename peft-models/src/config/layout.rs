@@ -75,6 +75,21 @@ impl MlpLayout {
     }
 }
 
+/// A mixture of experts: `gate` chooses, `experts.gate_up_proj` and `experts.down_proj` are parameters with the weights of all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsLayout {
+    /// The module, in the block.
+    pub path: &'static str,
+    /// Its name in checkpoints.
+    pub stored: &'static str,
+    /// The layers of an expert in checkpoints that make gate and up.
+    pub gate_up: &'static [&'static str],
+    /// The one behind them.
+    pub down: &'static [&'static str],
+    /// The layers of the expert that all tokens go through, in `shared_expert`, where there is one.
+    pub shared: MlpLayout,
+}
+
 /// What a family's model is made of. Names of modules are those in transformers.
 #[derive(Debug, Clone, Copy)]
 pub struct DecoderLayout {
@@ -106,6 +121,8 @@ pub struct DecoderLayout {
     pub output: &'static str,
     /// The MLP.
     pub mlp: MlpLayout,
+    /// The mixture of experts in the place of an MLP, where the family has one.
+    pub experts: Option<ExpertsLayout>,
     /// Whether the linear layers of the blocks are `Conv1D`, whose weights are `[in, out]` in files.
     pub conv1d: bool,
     /// Another name under which checkpoints have the output head's weight.
@@ -128,6 +145,7 @@ pub(super) const LLAMA: DecoderLayout = DecoderLayout {
     query_key_norm: None,
     output: "self_attn.o_proj",
     mlp: MlpLayout::Gated(["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
+    experts: None,
     conv1d: false,
     head_alias: None,
 };
@@ -225,3 +243,23 @@ pub(super) const FALCON_TWO_NORMS: DecoderLayout = DecoderLayout {
     mlp_norms: SublayerNorms::before("ln_mlp"),
     ..FALCON_GROUPED
 };
+
+const EXPERTS: ExpertsLayout = ExpertsLayout {
+    path: "mlp",
+    stored: "mlp",
+    gate_up: &["gate_proj", "up_proj"],
+    down: &["down_proj"],
+    shared: MlpLayout::Gated(["gate_proj", "up_proj", "down_proj"]),
+};
+
+pub(super) const MIXTRAL: DecoderLayout = DecoderLayout {
+    experts: Some(ExpertsLayout { stored: "block_sparse_moe", gate_up: &["w1", "w3"], down: &["w2"], ..EXPERTS }),
+    ..LLAMA
+};
+
+pub(super) const QWEN2_MOE: DecoderLayout = DecoderLayout { experts: Some(EXPERTS), ..LLAMA };
+
+pub(super) const QWEN3_MOE: DecoderLayout = DecoderLayout { experts: Some(EXPERTS), ..QWEN3 };
+
+pub(super) const OLMOE: DecoderLayout =
+    DecoderLayout { experts: Some(EXPERTS), query_key_norm: Some(QueryKeyNorm::Token), ..LLAMA };

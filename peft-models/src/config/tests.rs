@@ -162,6 +162,49 @@ fn what_opt_models_may_not_be() {
 }
 
 #[test]
+fn mixtures_of_experts() {
+    let of = |model_type: &str, changes: Value| with(merged(json!({"model_type": model_type}), changes));
+    let mixtral = of("mixtral", json!({})).unwrap().experts.unwrap();
+    assert_eq!((mixtral.num_experts, mixtral.num_experts_per_tok, mixtral.intermediate_size), (8, 2, 96));
+    assert!(mixtral.norm_topk_prob && mixtral.is_sparse(0) && mixtral.is_sparse(1) && !mixtral.is_sparse(2));
+    // transformers writes the one name, and older files have the other.
+    for key in ["num_experts", "num_local_experts"] {
+        let config = of("qwen3_moe", json!({key: 5, "num_experts_per_tok": 3, "mlp_only_layers": [0]})).unwrap();
+        let experts = config.experts.clone().unwrap();
+        assert_eq!((experts.num_experts, experts.num_experts_per_tok, experts.intermediate_size), (5, 3, 768));
+        assert!(!experts.norm_topk_prob && !experts.is_sparse(0) && experts.is_sparse(1));
+        assert_eq!(config.mlp_width(), 3 * 768);
+    }
+    let stepped = of("qwen2_moe", json!({"decoder_sparse_step": 2, "norm_topk_prob": true})).unwrap().experts.unwrap();
+    assert_eq!((stepped.is_sparse(0), stepped.is_sparse(1), stepped.norm_topk_prob), (false, true, true));
+    assert_eq!((stepped.shared_intermediate_size, stepped.num_experts), (Some(5632), 60));
+    assert_eq!(of("qwen3_moe", json!({"num_experts": 0})).unwrap().experts, None);
+    assert_eq!(of("qwen3_moe", json!({"decoder_sparse_step": 9})).unwrap().experts, None);
+    assert_eq!(of("qwen3_moe", json!({"use_sliding_window": true})).unwrap().layer_kinds[0].window, Some(4096));
+    for (model_type, changes, wanted) in [
+        (
+            "mixtral",
+            json!({"num_local_experts": 2, "num_experts_per_tok": 3}),
+            ["num_experts_per_tok", "3 of 2 experts"],
+        ),
+        ("mixtral", json!({"num_experts_per_tok": 0}), ["num_experts_per_tok", "0 of 8"]),
+        ("mixtral", json!({"num_local_experts": 0}), ["num_local_experts", "outside 1.."]),
+        ("mixtral", json!({"num_local_experts": 1 << 20}), ["num_local_experts", "outside 1.."]),
+        ("mixtral", json!({"output_router_logits": true}), ["output_router_logits", "router_aux_loss_coef"]),
+        ("mixtral", json!({"router_jitter_noise": 0.1}), ["router_jitter_noise", "0.0"]),
+        ("qwen3_moe", json!({"moe_intermediate_size": 0}), ["moe_intermediate_size", "outside"]),
+        ("qwen3_moe", json!({"decoder_sparse_step": 0}), ["decoder_sparse_step", "period"]),
+        ("qwen3_moe", json!({"mlp_only_layers": [2]}), ["mlp_only_layers", "none of the 2 layers"]),
+        ("qwen3_moe", json!({"mlp_only_layers": 1}), ["mlp_only_layers", "list of layers"]),
+        ("qwen2_moe", json!({"use_sliding_window": true}), ["use_sliding_window", "not supported for qwen2_moe"]),
+        ("olmoe", json!({"clip_qkv": 8.0}), ["clip_qkv", "clipped"]),
+    ] {
+        let error = of(model_type, changes).unwrap_err().to_string();
+        assert!(wanted.iter().all(|w| error.contains(w)), "{error}");
+    }
+}
+
+#[test]
 fn files_that_are_no_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let error = DecoderConfig::from_hf_json(folder.path()).unwrap_err();

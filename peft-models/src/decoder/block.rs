@@ -1,9 +1,11 @@
 //! A block: attention and an MLP, each with the norms that its family puts around it, added to the residual stream.
 
 use candle_core::Tensor;
-use peft_core::{BaseLayer, Ctx, FrozenLinear, FrozenNorm, Join, ReadRows, Result, SiteId};
+use peft_core::kernels::add;
+use peft_core::{BaseLayer, Ctx, FrozenExperts, FrozenLinear, FrozenNorm, Join, ReadRows, Result, SiteId};
 
 use super::attention::{Attended, Attention};
+use super::mixture::Mixture;
 use super::{DecoderInput, linear, norm};
 use crate::config::DecoderConfig;
 use crate::kv_cache::LayerCache;
@@ -16,9 +18,16 @@ pub(super) struct Block {
     attention_norms: Norms,
     attention: Attention,
     mlp_norms: Norms,
-    mlp: Mlp,
+    feed_forward: FeedForward,
     /// Whether the MLP reads what attention reads, and not what attention made of it.
     parallel: bool,
+}
+
+/// The second sublayer.
+#[derive(Debug)]
+enum FeedForward {
+    Mlp(Mlp),
+    Mixture(Box<Mixture>),
 }
 
 /// What stands in front of a sublayer and behind it.
@@ -46,16 +55,35 @@ impl Block {
         let attention = Attention::load(l, c, layer, path)?;
         let attention_norms = Norms { before, after: optional(l, layout.attention_norms.after)? };
         let before = optional(l, layout.mlp_norms.before)?;
-        let mlp =
-            Mlp::load(layout.mlp, [c.hidden_size, c.intermediate_size], c.hidden_act.into(), |name, inp, out| {
-                linear(l, c, &format!("{path}.{name}"), inp, out, c.mlp_bias)
-            })?;
+        let experts = c.experts.as_ref().filter(|experts| experts.is_sparse(layer));
+        let feed_forward = match (experts, &layout.experts) {
+            (Some(experts), Some(names)) => FeedForward::Mixture(Box::new(Mixture::load(l, c, experts, names, path)?)),
+            _ => {
+                let widths = [c.hidden_size, c.intermediate_size];
+                FeedForward::Mlp(Mlp::load(layout.mlp, widths, c.hidden_act.into(), |name, inp, out| {
+                    linear(l, c, &format!("{path}.{name}"), inp, out, c.mlp_bias)
+                })?)
+            }
+        };
         let mlp_norms = Norms { before, after: optional(l, layout.mlp_norms.after)? };
-        Ok(Self { attention_norms, attention, mlp_norms, mlp, parallel: c.parallel_residual })
+        Ok(Self { attention_norms, attention, mlp_norms, feed_forward, parallel: c.parallel_residual })
     }
 
     pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
-        self.attention.linears().chain(self.mlp.linears())
+        let (mlp, mixture) = match &self.feed_forward {
+            FeedForward::Mlp(mlp) => (Some(mlp), None),
+            FeedForward::Mixture(mixture) => (None, Some(mixture)),
+        };
+        let behind = mlp.into_iter().flat_map(Mlp::linears).chain(mixture.into_iter().flat_map(|m| m.linears()));
+        self.attention.linears().chain(behind)
+    }
+
+    pub(super) fn experts(&self) -> impl Iterator<Item = &FrozenExperts> {
+        let mixture = match &self.feed_forward {
+            FeedForward::Mlp(_) => None,
+            FeedForward::Mixture(mixture) => Some(mixture.experts()),
+        };
+        mixture.into_iter().flatten()
     }
 
     pub(super) fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
@@ -65,12 +93,17 @@ impl Block {
 
     pub(super) fn layer(&self, site: SiteId) -> Option<BaseLayer<'_>> {
         let linear = self.linears().find(|l| l.site() == site).map(BaseLayer::Linear);
-        linear.or_else(|| self.norms().find(|n| n.site() == site).map(BaseLayer::Norm))
+        let norm = || self.norms().find(|n| n.site() == site).map(BaseLayer::Norm);
+        let experts = || self.experts().find(|e| e.site() == site).map(BaseLayer::Experts);
+        linear.or_else(norm).or_else(experts)
     }
 
-    /// The linear layers at the ends of attention and of the MLP, where each is a sublayer of its own.
+    /// The linear layers at the ends of attention and of the MLP, where each is a sublayer of its own. A mixture ends in no layer.
     pub(super) fn ends(&self) -> Option<(SiteId, SiteId)> {
-        (!self.parallel).then(|| (self.attention.end().site(), self.mlp.end().site()))
+        match &self.feed_forward {
+            FeedForward::Mlp(mlp) if !self.parallel => Some((self.attention.end().site(), mlp.end().site())),
+            _ => None,
+        }
     }
 
     /// `[tokens, hidden]` to the same shape; with a `cache`, keys and values are appended to it and read from it.
@@ -118,7 +151,14 @@ impl Block {
             own => own,
         };
         let x = apply(norm.as_ref(), x.clone(), ctx)?;
-        let made = apply(self.mlp_norms.after.as_ref(), self.mlp.forward(&x, ctx)?, ctx)?;
-        self.mlp.end().join(&Join { output: &made, residual: &sum, norm: None }, ctx)
+        let made = match &self.feed_forward {
+            FeedForward::Mlp(mlp) => mlp.forward(&x, ctx)?,
+            FeedForward::Mixture(mixture) => mixture.forward(&x, ctx)?,
+        };
+        let made = apply(self.mlp_norms.after.as_ref(), made, ctx)?;
+        match &self.feed_forward {
+            FeedForward::Mlp(mlp) => mlp.end().join(&Join { output: &made, residual: &sum, norm: None }, ctx),
+            FeedForward::Mixture(_) => Ok(add(&made, &sum)?),
+        }
     }
 }

@@ -34,6 +34,10 @@ impl WeightSource for BodySource<'_> {
         self.inner.weight(self.stored(name), dims)
     }
 
+    fn experts(&self, name: &str, dims: (usize, usize, usize)) -> Result<Vec<FrozenWeight>> {
+        self.inner.experts(self.stored(name), dims)
+    }
+
     fn vector(&self, name: &str, len: usize) -> Result<Tensor> {
         self.inner.vector(self.stored(name), len)
     }

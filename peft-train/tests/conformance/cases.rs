@@ -37,9 +37,12 @@ impl Case {
     }
 }
 
-const UNTIED: Shape = Shape { tied: false, attention_bias: false };
-const TIED: Shape = Shape { tied: true, attention_bias: false };
-const BIASED: Shape = Shape { tied: false, attention_bias: true };
+const UNTIED: Shape = Shape { tied: false, attention_bias: false, experts: 0 };
+const TIED: Shape = Shape { tied: true, ..UNTIED };
+const BIASED: Shape = Shape { attention_bias: true, ..UNTIED };
+const MIXTURE: Shape = Shape { experts: 2, ..UNTIED };
+/// Without a choice, which a difference of what all tokens read would change.
+const ALL_EXPERTS: Shape = Shape { experts: 4, ..UNTIED };
 const RELU: &[&str] =
     &["embedding.weight", "mlp_head.0.weight", "mlp_head.0.bias", "mlp_head.2.weight", "mlp_head.2.bias"];
 const CHOICE: &[&str] = &["vblora_logits_A", "vblora_logits_B"];
@@ -213,6 +216,19 @@ pub(crate) fn cases() -> Vec<Case> {
         case("bias all", BIASED, json!({"r": 4, "bias": "all", "target_modules": ["q_proj", "up_proj"]})),
         case("bias lora_only", BIASED, json!({"r": 4, "bias": "lora_only", "target_modules": ["k_proj", "o_proj"]})),
         case(
+            "experts and router",
+            MIXTURE,
+            json!({"r": 2, "lora_alpha": 3, "target_modules": ["q_proj"], "rank_pattern": {"gate.weight": 1},
+                "target_parameters": ["gate_up_proj", "mlp.experts.down_proj", "gate.weight"]}),
+        ),
+        case(
+            "some experts",
+            MIXTURE,
+            json!({"r": 3, "target_parameters": ["layers.0.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj"],
+                "init_lora_weights": "gaussian", "use_rslora": true, "modules_to_save": ["mlp.gate"]}),
+        ),
+        case("experts by their old names", MIXTURE, json!({"r": 2, "target_modules": "all-linear"})),
+        case(
             "patterns",
             UNTIED,
             json!({"r": 4, "target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
@@ -244,6 +260,11 @@ pub(crate) fn cases() -> Vec<Case> {
         ),
         case("ia3", UNTIED, json!({"type": "ia3"})),
         case(
+            "ia3 beside experts",
+            MIXTURE,
+            json!({"type": "ia3", "target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
+        ),
+        case(
             "ia3, paper, saved head",
             TIED,
             json!({"type": "ia3", "target_modules": "paper", "modules_to_save": ["norm"]}),
@@ -260,6 +281,7 @@ pub(crate) fn cases() -> Vec<Case> {
             json!({"type": "ia3", "target_modules": r".*\.1\..*_proj", "feedforward_modules": ".*(o|down)_proj",
                 "exclude_modules": ["q_proj"]}),
         ),
+        case("prefix beside experts", ALL_EXPERTS, json!({"type": "prefix", "num_virtual_tokens": 3})),
         case("prefix", UNTIED, json!({"type": "prefix", "num_virtual_tokens": 5})),
         case("prefix, zero", TIED, json!({"type": "prefix", "num_virtual_tokens": 1, "init_weights": "zero"})),
         case(

@@ -309,7 +309,9 @@ fn compare_with_differences(run: &Run<'_>, name: &str, members: &[(&Parameter, T
 #[test]
 fn a_batch_that_mixes_adapters_equals_single_runs() {
     for_all(|case, model| {
-        let partner = if case.shape.tied {
+        let partner = if case.shape.experts > 0 {
+            json!({"r": 3, "target_modules": ["q_proj", "v_proj", "o_proj"], "use_dora": true, "modules_to_save": ["norm"]})
+        } else if case.shape.tied {
             json!({"r": 3, "target_modules": "all-linear", "use_dora": true, "modules_to_save": ["norm"]})
         } else {
             json!({"r": 3, "target_modules": "all-linear", "use_dora": true, "modules_to_save": ["lm_head"]})

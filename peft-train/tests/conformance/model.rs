@@ -31,6 +31,8 @@ pub(crate) const KINDS: [Kind; 3] = [Kind::F32, Kind::Bf16, Kind::Q8];
 pub(crate) struct Shape {
     pub(crate) tied: bool,
     pub(crate) attention_bias: bool,
+    /// To how many of four experts each token goes, where mixtures stand in the place of MLPs.
+    pub(crate) experts: usize,
 }
 
 /// Random weights as a function of their names, or given ones.
@@ -83,7 +85,7 @@ impl WeightSource for Weights {
 }
 
 pub(crate) fn config(shape: Shape) -> DecoderConfig {
-    let Value::Object(map) = json!({
+    let Value::Object(mut map) = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 48, "hidden_size": 32,
         "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
@@ -91,6 +93,12 @@ pub(crate) fn config(shape: Shape) -> DecoderConfig {
     }) else {
         unreachable!()
     };
+    if shape.experts > 0 {
+        map.insert("model_type".into(), "qwen3_moe".into());
+        map.insert("moe_intermediate_size".into(), 32.into());
+        map.insert("num_experts".into(), 4.into());
+        map.insert("num_experts_per_tok".into(), shape.experts.into());
+    }
     DecoderConfig::from_hf_map(map, Path::new("config.json")).unwrap()
 }
 
