@@ -164,7 +164,8 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     fn learn_reference(&mut self, progress: &mut Progress, stop: &AtomicBool) -> Result<()> {
         let plan = &self.plan;
         let ([Some(reference), _], Some(rows)) = (&mut self.references, &plan.preferences) else { return Ok(()) };
-        if !plan.objective.preference().is_some_and(|objective| objective.has_reference()) {
+        let compares = plan.objective.preference().is_some_and(|objective| objective.has_reference());
+        if !compares || self.state.step >= plan.steps {
             return Ok(());
         }
         let batches = plan.steps.saturating_mul(plan.accumulation as u64);

@@ -76,7 +76,9 @@ fn every_objective_learns_what_is_preferred() {
         let model = base().display().to_string();
         let args = ["eval", "--model", &model, "--adapter", "out", "--data", "pairs.jsonl", "--objective", objective];
         let found = dir.run(&[&args[..], &["--json"]].concat()).json();
-        for (key, logged) in [("rewards_margin", "eval_rewards_margin"), ("objective", "eval_objective"), ("loss", "eval_loss")] {
+        for (key, logged) in
+            [("rewards_margin", "eval_rewards_margin"), ("objective", "eval_objective"), ("loss", "eval_loss")]
+        {
             let (found, logged) = (found[key].as_f64().unwrap(), last[logged].as_f64().unwrap());
             assert!((found - logged).abs() < 1e-4 * (1.0 + logged.abs()), "{objective} {key}: {found} and {logged}");
         }
@@ -92,12 +94,16 @@ fn answers_one_by_one_train_with_kto() {
     assert!(result["eval_rewards_margin"].as_f64() > Some(0.05), "{result}");
     assert!(result.get("eval_rewards_accuracy").is_none());
     let model = base().display().to_string();
-    let args = ["eval", "--model", &model, "--adapter", "out", "--data", "pairs.jsonl", "--format", "preference", "--json"];
+    let args =
+        ["eval", "--model", &model, "--adapter", "out", "--data", "pairs.jsonl", "--format", "preference", "--json"];
     let found = dir.run(&args).json();
     assert!((found["rewards_margin"].as_f64().unwrap() - result["eval_rewards_margin"].as_f64().unwrap()).abs() < 1e-4);
     train(&dir, "dpo", &[]).fails(&["pairs.jsonl:1", "dpo compares two answers", "kto"]);
-    train(&dir, "kto", &["--set", "train.metric=eval_rewards_accuracy"])
-        .fails(&["eval_rewards_accuracy", "is not measured here", "eval_rewards_margin"]);
+    train(&dir, "kto", &["--set", "train.metric=eval_rewards_accuracy"]).fails(&[
+        "eval_rewards_accuracy",
+        "is not measured here",
+        "eval_rewards_margin",
+    ]);
 }
 
 /// What was made of the reference does not depend on where a run stopped.
@@ -129,7 +135,9 @@ fn the_reference_of_a_continued_run() {
         let model = base().display().to_string();
         let more = ["train.objective=dpo", "train.max_steps=2", reference].map(str::to_string);
         let mut args: Vec<String> =
-            ["train", "--model", &model, "--data", "pairs.jsonl", "--output", "out", "--adapter", "first"].map(String::from).into();
+            ["train", "--model", &model, "--data", "pairs.jsonl", "--output", "out", "--adapter", "first"]
+                .map(String::from)
+                .into();
         args.extend(more.into_iter().flat_map(|setting| ["--set".to_string(), setting]));
         args
     };
@@ -152,7 +160,16 @@ fn forward_passes_alone_lower_them_too() {
         let rows = steps(&dir, "out");
         assert!(rows.iter().all(|r| r["objective"].as_f64().is_some_and(f64::is_finite)), "{rows:?}");
     }
-    train(&dir, "simpo", &[&mezo[..], &["--set", "train.max_steps=60", "--set", "train.learning_rate=2e-3", "--set", "train.scheduler=constant"]].concat()).ok();
+    train(
+        &dir,
+        "simpo",
+        &[
+            &mezo[..],
+            &["--set", "train.max_steps=60", "--set", "train.learning_rate=2e-3", "--set", "train.scheduler=constant"],
+        ]
+        .concat(),
+    )
+    .ok();
     let rows = steps(&dir, "out");
     let mean = |rows: &[Value]| rows.iter().map(|r| r["objective"].as_f64().unwrap()).sum::<f64>() / rows.len() as f64;
     assert!(mean(&rows[48..]) < mean(&rows[..12]), "{} {}", mean(&rows[..12]), mean(&rows[48..]));
@@ -188,7 +205,11 @@ fn what_will_not_do_is_refused_by_name() {
     for (rows, objective, names) in [
         ("{\"prompt\": \"a\", \"chosen\": \"b\"}\n", "dpo", vec!["pairs.jsonl:1", "column `rejected` is missing"]),
         ("{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"b\"}\n", "ipo", vec!["pairs.jsonl:1", "the same"]),
-        ("{\"prompt\": \"a\", \"chosen\": \"\", \"rejected\": \"b\"}\n", "simpo", vec!["pairs.jsonl:1", "`chosen` is empty"]),
+        (
+            "{\"prompt\": \"a\", \"chosen\": \"\", \"rejected\": \"b\"}\n",
+            "simpo",
+            vec!["pairs.jsonl:1", "`chosen` is empty"],
+        ),
         ("{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}\n", "kto", vec!["pairs.jsonl", "undesirable"]),
     ] {
         dir.write("pairs.jsonl", rows);
@@ -198,7 +219,8 @@ fn what_will_not_do_is_refused_by_name() {
     let classes = config(32).replace("LlamaForCausalLM", "LlamaForSequenceClassification");
     dir.write("classes/config.json", &classes);
     dir.write("pairs.jsonl", &pairs());
-    let args = ["train", "--model", "classes", "--data", "pairs.jsonl", "--output", "out", "--set", "model.init=random"];
+    let args =
+        ["train", "--model", "classes", "--data", "pairs.jsonl", "--output", "out", "--set", "model.init=random"];
     dir.run(&[&args[..], &["--set", "train.objective=dpo"]].concat()).fails(&["dpo", "language model"]);
 
     let model = base().display().to_string();

@@ -298,7 +298,7 @@ mod tests {
             tokens: 1024,
             seconds: 0.25,
             epoch: None,
-            metrics: BTreeMap::from([("rewards_margin".to_owned(), -0.25)]),
+            metrics: BTreeMap::new(),
         }
     }
 
@@ -326,6 +326,11 @@ mod tests {
         assert_eq!(m.evals[0].get("eval_loss"), Some(2.0));
         assert_eq!(m.evals[0].get("f1"), None);
         assert_eq!(row(1).tokens_per_second(), Some(4096.0));
+        let rewards =
+            StepRow { metrics: BTreeMap::from([("rewards_margin".to_owned(), -0.25)]), objective: Some(0.5), ..row(2) };
+        w.write_step(&rewards).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().ends_with(",\"rewards_margin\":-0.25}\n"));
+        assert_eq!(read_metrics(&path).unwrap().steps, [row(1), rewards]);
     }
 
     #[test]
