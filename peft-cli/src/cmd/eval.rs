@@ -46,7 +46,10 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         set.adapters().filter_map(|a| a.virtual_tokens()).map(|tokens| tokens.count).max().unwrap_or(0);
     peft_alloc::keep_pages();
 
-    let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
+    let format = match args.format.as_deref() {
+        Some(name) => Some(name.parse::<Format>()?),
+        None => preferences::asked(args).then_some(Format::Preference),
+    };
     // Rows of tokens need no tokenizer, so a base without one will do.
     let tokenizer = match format {
         Some(Format::Tokens) => None,

@@ -9,14 +9,18 @@ use serde_json::{Map, Value, json};
 
 use crate::args::EvalArgs;
 
+/// Whether a preference objective is asked for.
+pub(super) fn asked(args: &EvalArgs) -> bool {
+    args.objective.is_some() || args.beta.is_some()
+}
+
 /// Whether the rows are measured by a preference objective.
 pub(super) fn are_these(args: &EvalArgs, format: Option<Format>, options: &EncodeOptions) -> Result<bool> {
-    let asked = args.objective.is_some() || args.beta.is_some();
     let preference = match format {
         Some(format) => format == Format::Preference,
-        None => asked || format_of(&DataSpec::from(args.data.as_path()), options)? == Format::Preference,
+        None => format_of(&DataSpec::from(args.data.as_path()), options)? == Format::Preference,
     };
-    if asked && !preference {
+    if asked(args) && !preference {
         bail!("--objective and --beta go with rows of format preference");
     }
     if preference && args.adapter.len() > 1 {
