@@ -37,7 +37,7 @@ done
 mapfile -t choices < <(python3 -c 'import json,sys; print(*sorted({json.loads(l)["completion"] for l in open(sys.argv[1])}), sep="\n")' "$test")
 accuracy() {
     "$PEFT_CLI" eval --model "$model" --data "$test" --format completion --dtype f32 --batch-size 16 --json "${choices[@]/#/--choice=}" "$@" |
-        python3 -c 'import json,sys; print(f"{json.load(sys.stdin)[\"accuracy\"]:.1%}")'
+        python3 -c 'import json,sys; print("{:.1%}".format(json.load(sys.stdin)["accuracy"]))'
 }
 before=$(accuracy)
 for objective in ${objectives//,/ }; do

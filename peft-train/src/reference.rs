@@ -124,7 +124,7 @@ impl Reference {
 
 /// The rows that the steps of a run read from its beginning.
 pub(crate) fn rows_of_run(sampler: &Sampler, batches: u64) -> Vec<usize> {
-    let mut sampler = sampler.from_start();
+    let mut sampler = sampler.restarted();
     let mut rows = Vec::new();
     let mut seen = std::collections::BTreeSet::new();
     for _ in 0..batches {

@@ -139,7 +139,7 @@ impl Sampler {
     }
 
     /// The same at the first batch of epoch 0.
-    pub(crate) fn from_start(&self) -> Self {
+    pub(crate) fn restarted(&self) -> Self {
         Self { state: SamplerState::default(), plan: self.plan_epoch(0), ..self.clone() }
     }
 
