@@ -8,7 +8,7 @@
 //! - `chat`: the rendered conversation in one piece without further special tokens (the template writes them), as
 //!   `apply_chat_template` does. Every token that shares a byte with an assistant turn counts, end of turn included.
 //! - `tokens`: as they are.
-//! - `preference`: each answer as one of these (`preferences.rs`); a row's own is the chosen one.
+//! - `preference`: each answer as one of these (`preferred_rows.rs`); a row's own is the chosen one.
 //!
 //! Rows for a class head are in `classes.rs`, those for an encoder–decoder in `pairs.rs`.
 //!
@@ -299,7 +299,11 @@ impl<'a> Encoder<'a> {
 
     fn tokenise(&self, rendered: Rendered, row: &Row) -> Result<(Vec<u32>, Vec<i32>), DataError> {
         let failed = |e: super::tokenizer::TokenizerError| DataError::row(&row.at, format!("tokenizer: {e}"));
-        let tokenizer = self.tokenizer.ok_or_else(|| DataError::row(&row.at, "this row needs a tokenizer, and the model has none; put its tokenizer.json beside the model, or give token ids"))?;
+        let tokenizer = self.tokenizer.ok_or_else(|| {
+            let message = "this row needs a tokenizer, and the model has none; put its tokenizer.json beside the model, or give \
+                           token ids";
+            DataError::row(&row.at, message)
+        })?;
         let close = |ids: &mut Vec<u32>| {
             if let Some(eos) = tokenizer.eos_id().filter(|eos| ids.last() != Some(eos)) {
                 ids.push(eos);

@@ -24,6 +24,7 @@ pub mod text_rows;
 pub mod tokenizer;
 
 mod labels;
+mod preferred_rows;
 mod pyjson;
 mod rng;
 mod structured;
