@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py and xlora.py too, interop/adapterhub.py, which compares with
-# AdapterHub's package, interop/openai_client.py, which asks `peft-cli serve` with OpenAI's client, and
-# interop/openapi.py, which holds it against its own description.
+# without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py and xlora.py too, interop/adapterhub.py (AdapterHub's
+# package), interop/preference.py (TRL's trainers), interop/openai_client.py (OpenAI's client asks `peft-cli serve`) and interop/openapi.py
+# (the server beside its own description).
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
 #
@@ -40,6 +40,7 @@ if [ $# = 0 ]; then
     "$python" interop/llm_adapters.py "$program" --seed "$seed"
     "$python" interop/xlora.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
+    "$(scripts/trl-env.sh)" interop/preference.py "$program" --seed "$seed"
     "$(scripts/openai-env.sh)" interop/openai_client.py "$program"
     "$(scripts/openai-env.sh)" interop/openapi.py "$program"
 fi

@@ -145,6 +145,12 @@ pub(crate) struct EvalArgs {
     /// A possible completion; give it for each. Accuracy is then the share of rows whose own completion is the likeliest (its text; the end token counts only where a choice begins with another)
     #[arg(long = "choice")]
     pub(crate) choices: Vec<String>,
+    /// What rows of format preference are measured by: dpo, ipo, kto, orpo or simpo, with TRL's settings; dpo if left out, and kto where rows have one answer
+    #[arg(long)]
+    pub(crate) objective: Option<String>,
+    /// Its beta; 0.1 if left out
+    #[arg(long)]
+    pub(crate) beta: Option<f64>,
     /// Rows a batch
     #[arg(long, default_value_t = 8)]
     pub(crate) batch_size: usize,

@@ -13,10 +13,11 @@ pub enum Better {
 }
 
 impl Better {
-    /// The direction that a metric's name implies: names that speak of a loss, perplexity or error are better lower.
+    /// The direction that a metric's name implies: names that speak of a loss, perplexity or error are better lower, and so is what
+    /// training lowers, the objective.
     pub fn of_metric(name: &str) -> Self {
         let name = name.to_ascii_lowercase();
-        let lower = ["loss", "perplexity", "ppl", "nll", "error", "_mae", "_mse"];
+        let lower = ["loss", "perplexity", "ppl", "nll", "error", "_mae", "_mse", "objective"];
         if lower.iter().any(|w| name.contains(w)) { Self::Lower } else { Self::Higher }
     }
 

@@ -1,4 +1,4 @@
-//! What training lowers: the loss, T-Few's three losses, or a score that has no gradient.
+//! What training lowers: the loss, T-Few's three losses, a preference objective, or a score that has no gradient.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,8 +7,10 @@ use peft_core::suggest::did_you_mean;
 use peft_core::{Ctx, Error, Result, Segmented, Task};
 
 use crate::classify::Confusion;
-use crate::data::{Batch, ChoiceBatch};
+use crate::data::{Batch, ChoiceBatch, PreferenceBatch};
 use crate::driver::{Below, Measured, evaluate_above, predict_above, token_losses_above};
+use crate::preference::{Preference, PreferenceStep};
+use crate::reference::step_of;
 use crate::t_few::{Counts, TFew};
 
 /// What training lowers.
@@ -23,22 +25,33 @@ pub enum Objective {
     F1,
     /// T-Few's losses on rows with choices.
     TFew(TFew),
+    /// A loss of answers of which one is preferred.
+    Preference(Preference),
 }
 
 impl Objective {
-    const NAMES: [&str; 4] = ["loss", "accuracy", "f1", "t_few"];
+    const NAMES: [&str; 9] = ["loss", "accuracy", "f1", "t_few", "dpo", "ipo", "kto", "orpo", "simpo"];
 
     /// Whether it has a gradient.
     #[must_use]
     pub fn has_gradient(self) -> bool {
-        matches!(self, Self::Loss | Self::TFew(_))
+        matches!(self, Self::Loss | Self::TFew(_) | Self::Preference(_))
+    }
+
+    /// The preference objective that it is.
+    #[must_use]
+    pub fn preference(self) -> Option<Preference> {
+        match self {
+            Self::Preference(preference) => Some(preference),
+            _ => None,
+        }
     }
 
     /// Whether it compares the answers of rows, on a model with this task.
     #[must_use]
     pub fn compares_choices(self, task: Task) -> bool {
         match self {
-            Self::Loss => false,
+            Self::Loss | Self::Preference(_) => false,
             Self::TFew(_) => true,
             Self::Accuracy | Self::F1 => !matches!(task, Task::Classification { .. }),
         }
@@ -55,6 +68,9 @@ impl FromStr for Objective {
             "f1" => Self::F1,
             "t_few" => Self::TFew(TFew::default()),
             _ => {
+                if let Some(preference) = Preference::named(name) {
+                    return Ok(Self::Preference(preference));
+                }
                 let near = did_you_mean(name, Self::NAMES);
                 let message = format!("`{name}` is not an objective{near}; known: {}", Self::NAMES.join(", "));
                 return Err(Error::config("train.objective", message));
@@ -70,6 +86,7 @@ impl fmt::Display for Objective {
             Self::Accuracy => "accuracy",
             Self::F1 => "f1",
             Self::TFew(_) => "t_few",
+            Self::Preference(preference) => preference.name(),
         })
     }
 }
@@ -81,6 +98,8 @@ pub enum MicroBatch {
     Rows(Batch),
     /// Rows with all of their answers.
     Choices(ChoiceBatch),
+    /// Rows with a preferred answer.
+    Preferences(PreferenceBatch),
 }
 
 impl MicroBatch {
@@ -90,6 +109,15 @@ impl MicroBatch {
         match self {
             Self::Rows(batch) => batch,
             Self::Choices(choices) => &choices.batch,
+            Self::Preferences(preferences) => &preferences.batch,
+        }
+    }
+
+    /// Rows with a preferred answer, if these are.
+    pub(crate) fn preferences(&self) -> Option<&PreferenceBatch> {
+        match self {
+            Self::Preferences(preferences) => Some(preferences),
+            Self::Rows(_) | Self::Choices(_) => None,
         }
     }
 }
@@ -117,7 +145,14 @@ pub(crate) fn measure_above<M: Segmented>(
     below: &[Below],
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, f64)> {
-    let (mut tally, mut of_t_few) = (Tally::new(classes), 0.0);
+    let (mut tally, mut of_t_few, mut of_preference) = (Tally::new(classes), 0.0, 0.0);
+    let of_step = match objective {
+        Objective::Preference(objective) => {
+            let batches: Vec<_> = micro_batches.iter().filter_map(MicroBatch::preferences).collect();
+            step_of(&objective, model, &batches, ctx)?
+        }
+        _ => PreferenceStep::default(),
+    };
     let counts = Counts::of(micro_batches);
     for (i, micro_batch) in micro_batches.iter().enumerate() {
         let below = below.get(i);
@@ -130,6 +165,15 @@ pub(crate) fn measure_above<M: Segmented>(
                 tally.add(found, &pairs);
             }
             (MicroBatch::Rows(_), Objective::TFew(_)) => return Err(Error::msg("t_few needs rows with choices")),
+            (MicroBatch::Preferences(batch), Objective::Preference(objective)) => {
+                let nll = token_losses_above(model, &batch.batch, below, ctx)?;
+                let weighed = objective.weigh(&nll, batch, &of_step);
+                of_preference += weighed.value;
+                tally.add(weighed.scored.own, &[]);
+            }
+            (MicroBatch::Preferences(_), _) | (_, Objective::Preference(_)) => {
+                return Err(Error::msg(format!("{objective} and rows with a preferred answer do not go together")));
+            }
             (MicroBatch::Choices(choices), _) => {
                 let nll = token_losses_above(model, &choices.batch, below, ctx)?;
                 if let Objective::TFew(losses) = objective {
@@ -142,6 +186,7 @@ pub(crate) fn measure_above<M: Segmented>(
     }
     let value = match objective {
         Objective::TFew(_) => of_t_few,
+        Objective::Preference(_) => of_preference,
         Objective::Loss => tally.loss(),
         Objective::Accuracy => -tally.accuracy(),
         Objective::F1 => -tally.f1(),

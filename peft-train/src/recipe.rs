@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::objective::Objective;
-use crate::recipe_combinations;
+use crate::{recipe_combinations, recipe_preferences};
 
 mod tables;
 
@@ -60,12 +60,17 @@ impl Recipe {
         for (key, value) in overrides {
             set(&mut table, key, value.clone())?;
         }
+        let metric = table.get("train").and_then(|t| t.get("metric")).is_some();
         let origin = file.map_or_else(String::new, |p| format!("{}: ", p.display()));
         check_keys(&table).map_err(|e| RecipeError(format!("{origin}{e}")))?;
-        let recipe: Self = Value::Table(table)
+        let mut recipe: Self = Value::Table(table)
             .try_into()
             .map_err(|e: toml::de::Error| RecipeError(format!("{origin}{}", e.message())))?;
         recipe.check().map_err(|e| RecipeError(format!("{origin}{e}")))?;
+        // The likelihood of chosen answers alone, which eval_loss is, often falls while a preference is learned.
+        if !metric && recipe.objective()?.preference().is_some() {
+            recipe.train.metric = recipe_preferences::METRIC.into();
+        }
         Ok(recipe)
     }
 

@@ -3,6 +3,7 @@
 use crate::objective::Objective;
 use crate::optim::OptimizerKind;
 use crate::recipe::{EndpointTable, Recipe, TrainTable};
+use crate::recipe_preferences;
 use crate::t_few::TFew;
 
 /// The objective that a recipe names, with its weights.
@@ -13,6 +14,8 @@ pub(crate) fn objective(recipe: &Recipe) -> Result<Objective, String> {
     if let Some((key, Some(v))) = given.iter().find(|(_, v)| v.is_some_and(|v| !(v.is_finite() && v >= 0.0))) {
         return Err(format!("`{key}` is {v}; it must be a number from 0"));
     }
+    let preference = recipe_preferences::settings(objective.preference(), &t.objective, t)?;
+    let objective = preference.map_or(objective, Objective::Preference);
     match objective {
         Objective::TFew(TFew { unlikelihood, length_normalised }) => Ok(Objective::TFew(TFew {
             unlikelihood: t.unlikelihood.unwrap_or(unlikelihood),
@@ -32,6 +35,9 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
     let t = &recipe.train;
     let objective = objective(recipe)?;
     let kind: OptimizerKind = t.optimizer.parse().map_err(|e: crate::optim::OptimError| e.to_string())?;
+    if let Some(preference) = objective.preference() {
+        recipe_preferences::check(recipe, preference, kind)?;
+    }
     if !objective.has_gradient() && !kind.is_forward_only() {
         return Err(format!(
             "`train.objective` = \"{objective}\" has no gradient: train it with train.optimizer = \"mezo\", \"bbt\" or \"bdpl\", or \
@@ -41,8 +47,8 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
     let compares = !recipe.data.choices.is_empty() || objective != Objective::Loss;
     if recipe.data.packing && compares {
         return Err(
-            "`data.packing` fills batches by the tokens of rows, and rows with choices are as long as all of their \
-                    answers; leave packing off"
+            "`data.packing` fills batches by the tokens of rows, and rows with several answers are as long as all of them; leave \
+             packing off"
                 .into(),
         );
     }

@@ -12,6 +12,7 @@ use crate::data::Sampler;
 use crate::driver::Measured;
 use crate::early_stop::{EarlyStop, Verdict};
 use crate::log::{EvalRow, Progress, RunLogger, StepRow};
+use crate::preference::Rewards;
 use crate::step::Made;
 use crate::trainer::{Ended, Outcome};
 
@@ -59,7 +60,7 @@ pub(crate) trait Stages {
     /// One step, logged.
     fn step(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<()>;
     /// An evaluation, logged, and whether to stop; the best is kept.
-    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)>;
+    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Readings>, bool)>;
     /// Writes all that going on needs.
     fn checkpoint(&self, logger: &mut RunLogger) -> Result<PathBuf>;
 }
@@ -73,7 +74,7 @@ pub(crate) fn run(
     logger: &mut RunLogger,
     progress: &mut Progress,
     stop: &AtomicBool,
-) -> Result<(Ended, Option<Measured>)> {
+) -> Result<(Ended, Option<Readings>)> {
     let (mut eval, mut ended) = (None, Ended::Done);
     while stages.rhythm().done < stages.rhythm().steps {
         if stop.load(Ordering::Relaxed) {
@@ -84,8 +85,8 @@ pub(crate) fn run(
         let Rhythm { done, steps, eval_every, save_every } = stages.rhythm();
         let due = |every: u64| every > 0 && done.is_multiple_of(every) && done < steps;
         if due(eval_every) {
-            let (measured, stop_now) = stages.evaluate(logger, progress)?;
-            eval = measured;
+            let (readings, stop_now) = stages.evaluate(logger, progress)?;
+            eval = readings;
             if stop_now {
                 ended = Ended::EarlyStop;
                 break;
@@ -119,7 +120,10 @@ pub(crate) fn observe(
     let value = row.get(&metric).ok_or_else(|| {
         Error::config(
             "train.metric",
-            format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with classes, eval_f1"),
+            format!(
+                "`{metric}` is not measured here; what is: {}",
+                row.values().map(|(k, _)| in_file(k)).collect::<Vec<_>>().join(", ")
+            ),
         )
     })?;
     let verdict = early_stop.observe(step, value);
@@ -156,8 +160,14 @@ impl TrainerState {
             tokens,
             seconds,
             epoch: Some(self.epochs),
+            metrics: made.rewards.iter().flat_map(Rewards::named).map(|(k, v)| (k.to_owned(), v)).collect(),
         }
     }
+}
+
+/// A metric's name in the log.
+fn in_file(name: &str) -> String {
+    if name.starts_with("eval_") { name.to_owned() } else { format!("eval_{name}") }
 }
 
 /// Passes over the data so far.

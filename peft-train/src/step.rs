@@ -16,6 +16,8 @@ use crate::grads::Grads;
 use crate::mezo::{Estimate, Mezo};
 use crate::objective::{Chosen, MicroBatch, Objective, measure_above};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
+use crate::preference::{PreferenceStep, Rewards, Scored};
+use crate::reference::step_of;
 use crate::t_few::Counts;
 use crate::trainer::Plan;
 
@@ -40,6 +42,16 @@ pub(crate) struct Made {
     /// What is lowered, where it is something else.
     pub(crate) objective: Option<f64>,
     pub(crate) grad_norm: f64,
+    /// With a preference objective.
+    pub(crate) rewards: Option<Rewards>,
+}
+
+/// What the backward passes of a step measured.
+#[derive(Default)]
+struct Passed {
+    measured: Measured,
+    objective: Option<f64>,
+    rewards: Option<Rewards>,
 }
 
 impl Made {
@@ -58,7 +70,7 @@ impl<M: Segmented> Step<'_, M> {
     ) -> Result<Made> {
         let refs: Vec<&Parameter> = self.parameters.iter().collect();
         let mut grads = Grads::new(&refs);
-        let (measured, objective) = self.backward(micro_batches, &mut grads)?;
+        let Passed { measured, objective, rewards } = self.backward(micro_batches, &mut grads)?;
         // What is logged is the data's loss alone, so that runs and methods compare.
         let loss = measured.nll / measured.counted.max(1) as f64;
         let mut grads = grads.into_vec();
@@ -67,7 +79,7 @@ impl<M: Segmented> Step<'_, M> {
             None => 0.0,
         };
         let norm = clip_grad_norm(&mut grads, self.plan.max_grad_norm).map_err(message)?;
-        let made = Made { loss, objective, grad_norm: norm.norm };
+        let made = Made { loss, objective, grad_norm: norm.norm, rewards };
         if !(made.is_finite() && norm.is_finite() && penalty.is_finite()) {
             let loss = if penalty.is_finite() { loss } else { penalty };
             return Ok(Made { loss, grad_norm: f64::NAN, ..made });
@@ -83,11 +95,19 @@ impl<M: Segmented> Step<'_, M> {
         Ok(made)
     }
 
+    /// What the micro-batches of a preference objective share.
+    fn preferences(&self, micro_batches: &[MicroBatch]) -> Result<PreferenceStep> {
+        let Some(objective) = self.plan.objective.preference() else { return Ok(PreferenceStep::default()) };
+        let batches: Vec<_> = micro_batches.iter().filter_map(MicroBatch::preferences).collect();
+        step_of(&objective, self.model, &batches, &Ctx::eval(self.set, &Route::Uniform(0)))
+    }
+
     /// Gradients of all micro-batches; the likelihood of the rows' own targets, and the objective where it is another.
-    fn backward(&self, micro_batches: &[MicroBatch], grads: &mut Grads) -> Result<(Measured, Option<f64>)> {
+    fn backward(&self, micro_batches: &[MicroBatch], grads: &mut Grads) -> Result<Passed> {
         let counted: usize = micro_batches.iter().map(|b| b.batch().targets().ids.len()).sum();
         let (counts, route) = (Counts::of(micro_batches), Route::Uniform(0));
-        let (mut measured, mut objective) = (Measured::default(), None);
+        let of_step = self.preferences(micro_batches)?;
+        let (mut measured, mut objective, mut rewards) = (Measured::default(), None, None);
         // A prompt's own targets count once for each row.
         let of_prompt = self.adapter.training_hook().map_or(&[][..], |hook| hook.prompt_targets());
         let rows: usize = micro_batches.iter().map(|b| b.batch().sequences()).sum();
@@ -99,8 +119,9 @@ impl<M: Segmented> Step<'_, M> {
             let rng = StepRng { seed: self.plan.seed, step: self.state.micro_batches.wrapping_add(i as u32), run: 0 };
             let ctx = Ctx::train(self.set, &route, rng);
             match (self.plan.objective, micro_batch) {
-                (Objective::TFew(_), _) if !of_prompt.is_empty() => {
-                    return Err(Error::config("train.objective", "t_few is not the loss of this method; use loss"));
+                (Objective::TFew(_) | Objective::Preference(_), _) if !of_prompt.is_empty() => {
+                    let message = format!("{} is not the loss of this method; use loss", self.plan.objective);
+                    return Err(Error::config("train.objective", message));
                 }
                 (Objective::TFew(losses), MicroBatch::Choices(choices)) => {
                     let found = Cell::new((0.0, Measured::default()));
@@ -114,6 +135,24 @@ impl<M: Segmented> Step<'_, M> {
                     let (value, own) = found.get();
                     measured += own;
                     objective = Some(objective.unwrap_or(0.0) + value);
+                }
+                (Objective::Preference(preference), MicroBatch::Preferences(preferences)) => {
+                    let found = Cell::new((0.0, Scored::default()));
+                    let weigh = |nll: &[f32]| {
+                        let weighed = preference.weigh(nll, preferences, &of_step);
+                        found.set((weighed.value, weighed.scored));
+                        weighed.weights
+                    };
+                    let loss = LossOf::Weighed(&weigh);
+                    forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
+                    let (value, scored) = found.get();
+                    measured += scored.own;
+                    objective = Some(objective.unwrap_or(0.0) + value);
+                    let sum: &mut Rewards = rewards.get_or_insert_default();
+                    *sum += scored.rewards;
+                    if preference.takes_single_answers() {
+                        *sum = sum.with_kl(of_step.kl);
+                    }
                 }
                 (Objective::Loss, MicroBatch::Rows(_)) => {
                     let scale = 1.0 / (counted + rows * of_prompt.len()) as f64;
@@ -132,7 +171,7 @@ impl<M: Segmented> Step<'_, M> {
                 }
             }
         }
-        Ok((measured, objective))
+        Ok(Passed { measured, objective, rewards })
     }
 
     /// Losses at two points for each sample, one update along the samples' directions. Dropout is off.
@@ -199,7 +238,7 @@ impl<M: Segmented> Step<'_, M> {
         }
         let loss = measured.nll / measured.counted.max(1) as f64;
         let loss = if estimate.loss.is_finite() { loss } else { estimate.loss };
-        Ok(Made { loss, objective: (!plain).then_some(estimate.loss), grad_norm: estimate.norm })
+        Ok(Made { loss, objective: (!plain).then_some(estimate.loss), grad_norm: estimate.norm, rewards: None })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
@@ -11,12 +11,14 @@ use std::sync::Arc;
 
 use crate::checkpoint::{self, TrainerState};
 use crate::classify::{evaluate_choices, evaluate_classes};
-use crate::data::{Batch, Choices, Dataset, Sampler};
+use crate::data::{Batch, Choices, Dataset, Preferences, Sampler};
 use crate::driver::{Keep, Measured, evaluate};
 use crate::early_stop::{Best, EarlyStop};
 use crate::log::{Progress, RunLogger};
 use crate::objective::{MicroBatch, Objective};
 use crate::optim::OptParam;
+use crate::preference_eval::evaluate_preferences;
+use crate::reference::{Reference, rows_of_run};
 use crate::run_loop::{self, Readings, Resumable, Rhythm, Stages};
 use crate::schedule::Schedule;
 use crate::step::Step;
@@ -35,6 +37,8 @@ pub struct Plan {
     pub choices: Option<Arc<Choices>>,
     /// The evaluation rows with all of their answers, of which accuracy and F1 are then made.
     pub eval_choices: Option<Arc<Choices>>,
+    /// The rows with a preferred answer, where the objective is one of these.
+    pub preferences: Option<PreferenceRows>,
     /// Order of the rows.
     pub sampler: Sampler,
     /// Rows an evaluation batch.
@@ -67,6 +71,17 @@ pub struct Plan {
     pub fingerprint: String,
 }
 
+/// What a preference objective trains on.
+#[derive(Debug, Clone)]
+pub struct PreferenceRows {
+    /// Training rows, in the order of [`Plan::train`].
+    pub train: Arc<Preferences>,
+    /// Evaluation rows.
+    pub eval: Option<Arc<Preferences>>,
+    /// An adapter to compare with; the base where there is none.
+    pub reference: Option<Arc<Adapter>>,
+}
+
 /// How a run ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ended {
@@ -87,8 +102,17 @@ pub struct Outcome {
     pub state: TrainerState,
     /// The last evaluation.
     pub eval: Option<Measured>,
+    /// Its further metrics.
+    pub metrics: BTreeMap<String, f64>,
     /// The best evaluation.
     pub best: Option<Best>,
+}
+
+impl Outcome {
+    pub(crate) fn new(ended: Ended, state: TrainerState, eval: Option<Readings>, best: Option<Best>) -> Self {
+        let (eval, metrics) = eval.map_or_else(Default::default, |eval| (Some(eval.measured), eval.metrics));
+        Self { ended, state, eval, metrics, best }
+    }
 }
 
 /// Trains `adapter` on `model`.
@@ -106,6 +130,8 @@ pub struct Trainer<'a, M: Segmented> {
     early_stop: EarlyStop,
     plan: Plan,
     state: TrainerState,
+    /// What preference objectives compare with, on the training and on the evaluation rows.
+    references: [Option<Reference>; 2],
 }
 
 impl<'a, M: Segmented> Trainer<'a, M> {
@@ -123,7 +149,30 @@ impl<'a, M: Segmented> Trainer<'a, M> {
         let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
         let opt_params = opt_params(&parameters, plan.weight_decay, plan.loraplus_lr_ratio);
         let lowest = adapter.lowest_segment(model.sites()).unwrap_or(0);
-        Self { model, adapter, set, parameters, opt_params, lowest, rule: rule.into(), early_stop, plan, state }
+        let reference = |rows: &PreferenceRows, of: Option<&Arc<Preferences>>| {
+            of.map(|of| Reference::new(rows.reference.clone(), of))
+        };
+        let references = match &plan.preferences {
+            Some(rows) => [reference(rows, Some(&rows.train)), reference(rows, rows.eval.as_ref())],
+            None => [None, None],
+        };
+        let rule = rule.into();
+        Self { model, adapter, set, parameters, opt_params, lowest, rule, early_stop, plan, state, references }
+    }
+
+    /// Makes what the run's steps will compare with, until `stop` is raised.
+    fn learn_reference(&mut self, progress: &mut Progress, stop: &AtomicBool) -> Result<()> {
+        let plan = &self.plan;
+        let ([Some(reference), _], Some(rows)) = (&mut self.references, &plan.preferences) else { return Ok(()) };
+        let compares = plan.objective.preference().is_some_and(|objective| objective.has_reference());
+        if !compares || self.state.step >= plan.steps {
+            return Ok(());
+        }
+        let batches = plan.steps.saturating_mul(plan.accumulation as u64);
+        let of_run = rows_of_run(&plan.sampler, batches);
+        progress.message(&format!("reference: the likelihoods of {} rows, once", of_run.len()));
+        let answers = plan.eval_batch_size.saturating_mul(rows.train.most_answers());
+        reference.learn(self.model, &rows.train, &of_run, answers, || stop.load(Ordering::Relaxed))
     }
 
     /// What changes the parameters, with its state.
@@ -139,8 +188,15 @@ impl<'a, M: Segmented> Trainer<'a, M> {
     }
 
     /// The micro-batches of the coming step.
-    fn micro_batches(&mut self) -> Vec<MicroBatch> {
+    fn micro_batches(&mut self) -> Result<Vec<MicroBatch>> {
         let plan = &mut self.plan;
+        if let (Some(objective), Some(of), [Some(reference), _]) =
+            (plan.objective.preference(), &plan.preferences, &self.references)
+        {
+            let rows: Vec<Vec<usize>> = (0..plan.accumulation).map(|_| plan.sampler.next_batch()).collect();
+            let batches = reference.micro_batches(self.model, &of.train, &rows, &objective)?;
+            return Ok(batches.into_iter().map(MicroBatch::Preferences).collect());
+        }
         let next = |_| {
             let rows = plan.sampler.next_batch();
             match &plan.choices {
@@ -148,7 +204,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
                 None => MicroBatch::Rows(Batch::new(&plan.train, &rows)),
             }
         };
-        (0..plan.accumulation).map(next).collect()
+        Ok((0..plan.accumulation).map(next).collect())
     }
 
     fn not_finite(&self, loss: f64, batches: &[MicroBatch], logger: &mut RunLogger) -> Error {
@@ -157,6 +213,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             .flat_map(|b| match b {
                 MicroBatch::Rows(batch) => batch.rows.iter().filter_map(|&r| self.plan.train.source(r)).collect(),
                 MicroBatch::Choices(choices) => choices.sources.clone(),
+                MicroBatch::Preferences(preferences) => preferences.sources.clone(),
             })
             .take(4)
             .map(|l| l.to_string())
@@ -187,8 +244,9 @@ impl<M: Segmented> Resumable for Trainer<'_, M> {
     }
 
     fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
+        self.learn_reference(progress, stop)?;
         let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
+        Ok(Outcome::new(ended, self.state.clone(), eval, self.early_stop.best()))
     }
 }
 
@@ -200,7 +258,7 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
 
     fn step(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<()> {
         let started = Instant::now();
-        let batches = self.micro_batches();
+        let batches = self.micro_batches()?;
         if batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
             return Err(Error::msg("a batch has no counted token"));
         }
@@ -239,14 +297,37 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
         checkpoint::save(&self.plan.output, &state, &self.adapter, &self.rule, self.plan.keep_checkpoints)
     }
 
-    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
-        let Some(readings) = readings(self.model, &self.set, &self.plan)? else { return Ok((None, false)) };
-        let measured = readings.measured;
-        let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings, logger, progress)?;
+    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Readings>, bool)> {
+        let preferred = self.preferred_readings()?;
+        let readings = match preferred {
+            Some(readings) => Some(readings),
+            None => readings(self.model, &self.set, &self.plan)?,
+        };
+        let Some(readings) = readings else { return Ok((None, false)) };
+        let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings.clone(), logger, progress)?;
         if verdict.is_best {
             checkpoint::write_adapter_files(&self.plan.output.join("best"), &self.adapter)?;
         }
-        Ok((Some(measured), verdict.stop))
+        Ok((Some(readings), verdict.stop))
+    }
+}
+
+impl<M: Segmented> Trainer<'_, M> {
+    /// What the evaluation rows give, with a preference objective.
+    fn preferred_readings(&mut self) -> Result<Option<Readings>> {
+        let plan = &self.plan;
+        let eval = plan.preferences.as_ref().and_then(|rows| rows.eval.as_deref());
+        let (Some(objective), Some(eval), [_, Some(reference)]) =
+            (plan.objective.preference(), eval, &mut self.references)
+        else {
+            return Ok(None);
+        };
+        let (route, batch_size) = (Route::Uniform(0), plan.eval_batch_size);
+        let ctx = Ctx::eval(&self.set, &route);
+        let found = evaluate_preferences(self.model, eval, &objective, reference, &ctx, batch_size, |_| {})?;
+        let rewards = found.scored.rewards.named().map(|(k, v)| (k.to_owned(), v));
+        let metrics = rewards.chain([("objective".to_owned(), found.objective)]).collect();
+        Ok(Some(Readings { measured: found.scored.own, metrics }))
     }
 }
 

@@ -16,6 +16,8 @@ use serde_json::{Map, Value, json};
 use crate::args::EvalArgs;
 use crate::open;
 
+mod preferences;
+
 pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let mut files = open::model(&args.model.model)?;
     let folders = args.adapter.iter().map(|spec| open::adapter(spec)).collect::<Result<Vec<_>>>()?;
@@ -44,10 +46,14 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         set.adapters().filter_map(|a| a.virtual_tokens()).map(|tokens| tokens.count).max().unwrap_or(0);
     peft_alloc::keep_pages();
 
-    let format = args.format.as_deref().map(str::parse::<Format>).transpose()?;
+    let format = match args.format.as_deref() {
+        Some(name) => Some(name.parse::<Format>()?),
+        None => preferences::asked(args).then_some(Format::Preference),
+    };
     // Rows of tokens need no tokenizer, so a base without one will do.
     let tokenizer = match format {
         Some(Format::Tokens) => None,
+        Some(Format::Preference) => files.tokenizer().ok().as_ref().map(open::text_tokenizer).transpose()?,
         _ => Some(open::text_tokenizer(&files.tokenizer()?)?),
     };
     let tokenizer = tokenizer.as_ref().map(|t| t as &dyn TextTokenizer);
@@ -66,6 +72,10 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     if !args.choices.is_empty() {
         let model = model.as_language_model().context("--choice")?;
         return choices(args, model, &ctx, format, tokenizer, &options);
+    }
+    if preferences::are_these(args, format, &options)? {
+        let model = model.as_language_model().context("rows of format preference")?;
+        return preferences::measure(args, model, &ctx, tokenizer, &options);
     }
     let (data, _) = Dataset::load(&DataSpec::from(args.data.as_path()), format, tokenizer, &options)?;
     if several {

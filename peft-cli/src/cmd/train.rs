@@ -10,12 +10,13 @@ use peft_core::{AdapterSet, BaseModel, Task};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
-    Choices, DataSpec, Dataset, EncodeOptions, Format, Sampler, SamplerOptions, TextTokenizer, labels_in, preview,
+    Choices, DataSpec, Dataset, EncodeOptions, Format, Preferences, Sampler, SamplerOptions, TextTokenizer, labels_in,
+    preview,
 };
 use peft_train::methods::{self, Prepared};
 use peft_train::optim::OptimizerKind;
 use peft_train::recipe::{Recipe, parse_value};
-use peft_train::{Checkpointing, Keep, Plan, Trainer, UpdateRule};
+use peft_train::{Checkpointing, Keep, Plan, PreferenceRows, Trainer, UpdateRule};
 use serde_json::json;
 
 use crate::args::TrainArgs;
@@ -28,6 +29,7 @@ use start::prepare_adapter;
 mod bdpl;
 mod drive;
 mod mezo;
+mod preferences;
 mod results;
 mod rule;
 mod start;
@@ -90,6 +92,7 @@ struct Run {
     eval: Option<Arc<Dataset>>,
     choices: Option<Arc<Choices>>,
     eval_choices: Option<Arc<Choices>>,
+    preferences: Option<PreferenceRows>,
     format: Format,
     options: EncodeOptions,
 }
@@ -103,10 +106,14 @@ impl Run {
         let mut placement = open::placement(&recipe.model.device, &recipe.model.dtype)?;
         // Where bf16 was asked for, not only found.
         placement.narrow_products = placement.weights == Some(DType::BF16);
-        let format = recipe.data.format.as_deref().map(str::parse::<Format>).transpose()?;
+        let preference = preferences::check(&recipe, &files)?;
+        let format = match preference {
+            Some(_) => Some(Format::Preference),
+            None => recipe.data.format.as_deref().map(str::parse::<Format>).transpose()?,
+        };
         let tokenizer = match format {
             // Rows of tokens need none, so a base without one will do.
-            Some(Format::Tokens) => files.tokenizer().ok(),
+            Some(Format::Tokens | Format::Preference) => files.tokenizer().ok(),
             _ => Some(files.tokenizer()?),
         };
         let text = tokenizer.as_ref().map(open::text_tokenizer).transpose()?;
@@ -119,6 +126,7 @@ impl Run {
             class_head: open::class_head(&files),
             decoder: open::decoder_inputs(&files),
             tasks: open::tasks(&recipe.method)?,
+            preferences: preference.is_some(),
             ..text_options(&recipe, format)
         };
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
@@ -141,9 +149,21 @@ impl Run {
             Some(v) if compares || !recipe.data.choices.is_empty() => Some(with_answers(&spec(v)?)?),
             _ => None,
         };
+        let preferences = preference
+            .map(|objective| -> Result<_> {
+                let load = |v: &toml::Value| -> Result<_> {
+                    Ok(Arc::new(Preferences::load(&spec(v)?, text, &options, &objective)?))
+                };
+                Ok((
+                    load(recipe.data.train.as_ref().context("data.train is missing")?)?,
+                    recipe.data.eval.as_ref().map(load).transpose()?,
+                ))
+            })
+            .transpose()?;
         // Full fine-tuning trains copies of all weights and reads the base's own once, so they need not stay in memory.
         let full = recipe.method.get("type").and_then(toml::Value::as_str) == Some("full");
-        let model = match full && recipe.sample.prompts.is_empty() {
+        let read_again = preference.is_some_and(|objective| objective.has_reference());
+        let model = match full && !read_again && recipe.sample.prompts.is_empty() {
             true => files.load_deferred(&placement, recipe.train.seed)?,
             false => files.load(&placement, recipe.train.seed)?,
         };
@@ -158,6 +178,12 @@ impl Run {
         if rule::kind(&recipe)?.is_forward_only() {
             mezo::check(&prepared.adapter, prepared.method, rule::kind(&recipe)?)?;
         }
+        let preferences = match preferences {
+            Some((train, eval)) => {
+                Some(PreferenceRows { train, eval, reference: preferences::reference(&recipe, &model)? })
+            }
+            None => None,
+        };
         prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
         for note in &prepared.notes {
             eprintln!("{note}");
@@ -171,7 +197,20 @@ impl Run {
             started.elapsed().as_secs_f64()
         );
         let train = Arc::new(train);
-        Ok(Self { recipe, files, model, tokenizer, prepared, train, eval, choices, eval_choices, format, options })
+        Ok(Self {
+            recipe,
+            files,
+            model,
+            tokenizer,
+            prepared,
+            train,
+            eval,
+            choices,
+            eval_choices,
+            preferences,
+            format,
+            options,
+        })
     }
 
     fn plan(&self) -> Result<Plan> {
@@ -185,6 +224,7 @@ impl Run {
             objective: self.recipe.objective()?,
             choices: self.choices.clone(),
             eval_choices: self.eval_choices.clone(),
+            preferences: self.preferences.clone(),
             schedule: schedule(&self.recipe, steps)?,
             sampler,
             eval_batch_size: t.eval_batch_size.unwrap_or(t.batch_size),
@@ -235,6 +275,11 @@ impl Run {
 
     /// The largest micro-batch that the data can give.
     fn longest_batch(&self) -> LongestBatch {
+        if let Some(PreferenceRows { train, .. }) = &self.preferences {
+            let rows = self.recipe.train.batch_size;
+            let sequences = rows.saturating_mul(train.most_answers());
+            return LongestBatch { tokens: rows.saturating_mul(train.longest_row()), sequences };
+        }
         if let Some(choices) = &self.choices {
             let rows = self.recipe.train.batch_size;
             let sequences = rows.saturating_mul(choices.most_answers());

@@ -10,6 +10,7 @@ mod endpoint;
 mod harness;
 mod methods;
 mod mezo;
+mod preferences;
 mod resume;
 mod road;
 mod serve;

@@ -30,7 +30,7 @@ impl EndpointJudge {
         let unfit = |message: &str| Err(Error::config("train.objective", format!("is \"{objective}\", {message}")));
         let choices = train.rows.iter().all(|row| row.answers.len() > 1);
         match objective {
-            Objective::TFew(_) => {
+            Objective::TFew(_) | Objective::Preference(_) => {
                 unfit("which needs the likelihood of single tokens; use loss, accuracy or f1 at an endpoint")
             }
             Objective::Accuracy | Objective::F1 if !choices => {
@@ -78,7 +78,7 @@ impl Judge for EndpointJudge {
             let value = match self.objective {
                 Objective::Accuracy => -tally.accuracy(),
                 Objective::F1 => -tally.f1(),
-                Objective::Loss | Objective::TFew(_) => tally.loss(),
+                Objective::Loss | Objective::TFew(_) | Objective::Preference(_) => tally.loss(),
             };
             Ok((tally.measured, value))
         });

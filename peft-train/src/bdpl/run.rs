@@ -135,7 +135,7 @@ impl<J: Judge> Resumable for BdplTrainer<J> {
 
     fn run(&mut self, logger: &mut RunLogger, progress: &mut Progress, stop: &AtomicBool) -> Result<Outcome> {
         let (ended, eval) = run_loop::run(self, logger, progress, stop)?;
-        Ok(Outcome { ended, state: self.state.clone(), eval, best: self.early_stop.best() })
+        Ok(Outcome::new(ended, self.state.clone(), eval, self.early_stop.best()))
     }
 }
 
@@ -166,6 +166,7 @@ impl<J: Judge> Stages for BdplTrainer<J> {
             loss: if mean.is_finite() { loss } else { mean },
             objective: (self.plan.objective != Objective::Loss).then_some(mean),
             grad_norm: self.bdpl.update(&drawn, &losses, lr)?,
+            rewards: None,
         };
         if !made.is_finite() {
             let why = format!("the loss is not finite at step {}: check the rows, or use f32", self.state.step + 1);
@@ -185,18 +186,17 @@ impl<J: Judge> Stages for BdplTrainer<J> {
         checkpoint::save_with(&self.plan.output, &state, &rule, self.plan.keep_checkpoints, |folder| self.write(folder))
     }
 
-    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Measured>, bool)> {
+    fn evaluate(&mut self, logger: &mut RunLogger, progress: &mut Progress) -> Result<(Option<Readings>, bool)> {
         let prompt = self.prompt();
         let readings = match self.judge.evaluate(&prompt) {
             Ok(Some(readings)) => readings,
             Ok(None) => return Ok((None, false)),
             Err(e) => return Err(self.ended_by(e, logger)),
         };
-        let measured = readings.measured;
-        let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings, logger, progress)?;
+        let verdict = run_loop::observe(&mut self.early_stop, self.state.step, readings.clone(), logger, progress)?;
         if verdict.is_best {
             self.write(&self.plan.output.join("best"))?;
         }
-        Ok((Some(measured), verdict.stop))
+        Ok((Some(readings), verdict.stop))
     }
 }

@@ -233,6 +233,15 @@ impl Dataset {
     }
 }
 
+/// The format that the columns of the first row of a data set decide, as [`Dataset::load`] finds it.
+///
+/// # Errors
+/// An unreadable row, columns of no format.
+pub fn format_of(spec: &DataSpec, options: &EncodeOptions) -> Result<Format, DataError> {
+    let files: Vec<Vec<_>> = spec.parts()?.0.iter().map(|p| data_files(p)).collect::<Result<_, _>>()?;
+    first_format(&files, options)
+}
+
 /// The format that the first row's columns decide.
 pub(super) fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
     let path = files.iter().flatten().next().ok_or_else(|| DataError::Config("no data file".into()))?;

@@ -8,6 +8,7 @@
 //! - `chat`: the rendered conversation in one piece without further special tokens (the template writes them), as
 //!   `apply_chat_template` does. Every token that shares a byte with an assistant turn counts, end of turn included.
 //! - `tokens`: as they are.
+//! - `preference`: each answer as one of these (`preferred_rows.rs`); a row's own is the chosen one.
 //!
 //! Rows for a class head are in `classes.rs`, those for an encoder–decoder in `pairs.rs`.
 //!
@@ -53,6 +54,8 @@ pub struct EncodeOptions {
     pub decoder: Option<DecoderInputs>,
     /// How many tasks the adapter has, where it depends on them; rows then name theirs.
     pub tasks: Option<usize>,
+    /// Takes rows of format `preference`, of which the chosen answer, or the only one, is then the row's own.
+    pub preferences: bool,
 }
 
 impl EncodeOptions {
@@ -69,6 +72,7 @@ impl EncodeOptions {
             class_head: None,
             decoder: None,
             tasks: None,
+            preferences: false,
         }
     }
 }
@@ -134,7 +138,7 @@ pub struct Encoder<'a> {
     pub(super) max_length: Option<usize>,
     text_eos: bool,
     vocab_size: Option<usize>,
-    tasks: Option<usize>,
+    pub(super) tasks: Option<usize>,
 }
 
 impl std::fmt::Debug for Encoder<'_> {
@@ -158,7 +162,8 @@ impl<'a> Encoder<'a> {
         if options.max_length.is_some_and(|m| m < 2) {
             return Err(config("data.max_length must be 2 or more".into()));
         }
-        if tokenizer.is_none() && format != Format::Tokens {
+        // Rows of preferences may hold tokens, too.
+        if tokenizer.is_none() && !matches!(format, Format::Tokens | Format::Preference) {
             return Err(config(format!(
                 "format {format} needs a tokenizer and the model has none; put its tokenizer.json beside the model, or use \
                  format tokens"
@@ -166,7 +171,7 @@ impl<'a> Encoder<'a> {
         }
         let template = options.template.as_deref().map(RowTemplate::new).transpose()?;
         let chat = match (format, tokenizer) {
-            (Format::Chat, Some(tokenizer)) => {
+            (Format::Chat | Format::Preference, Some(tokenizer)) => {
                 let own = options.chat_template.as_deref().map(ChatTemplate::source_of).transpose();
                 let source =
                     own.map_err(|e| config(e.to_string()))?.or_else(|| tokenizer.chat_template().map(str::to_string));
@@ -185,6 +190,7 @@ impl<'a> Encoder<'a> {
             class_head: options.class_head.clone(),
             decoder: options.decoder,
             vocab_size: options.vocab_size,
+            preferences: options.preferences,
         };
         renderer.check()?;
         let closes = match format {
@@ -227,7 +233,16 @@ impl<'a> Encoder<'a> {
         if let Some(decoder) = self.renderer.decoder {
             return self.paired(row, decoder);
         }
-        let (mut input_ids, mut labels) = match self.renderer.render(row)? {
+        if self.renderer.format == Format::Preference {
+            self.renderer.check()?;
+            return Ok(self.preferred(row)?.own());
+        }
+        self.of_rendered(self.renderer.render(row)?, row)
+    }
+
+    /// Tokens and labels of what a row was rendered to, for a causal language model.
+    pub(super) fn of_rendered(&self, rendered: Rendered, row: &Row) -> Result<Example, DataError> {
+        let (mut input_ids, mut labels) = match rendered {
             Rendered::Tokens { input_ids, labels } => (input_ids, labels),
             rendered => self.tokenise(rendered, row)?,
         };
@@ -284,7 +299,11 @@ impl<'a> Encoder<'a> {
 
     fn tokenise(&self, rendered: Rendered, row: &Row) -> Result<(Vec<u32>, Vec<i32>), DataError> {
         let failed = |e: super::tokenizer::TokenizerError| DataError::row(&row.at, format!("tokenizer: {e}"));
-        let tokenizer = self.tokenizer.ok_or_else(|| DataError::row(&row.at, "this format needs a tokenizer"))?;
+        let tokenizer = self.tokenizer.ok_or_else(|| {
+            let message = "this row needs a tokenizer, and the model has none; put its tokenizer.json beside the model, or give \
+                           token ids";
+            DataError::row(&row.at, message)
+        })?;
         let close = |ids: &mut Vec<u32>| {
             if let Some(eos) = tokenizer.eos_id().filter(|eos| ids.last() != Some(eos)) {
                 ids.push(eos);

@@ -22,7 +22,7 @@ pub enum Format {
     Seq2seq,
     /// `input_ids`, `labels`: as labelled.
     Tokens,
-    /// `prompt`, `chosen`, `rejected`.
+    /// `prompt`, `chosen`, `rejected`; or, for KTO, `prompt`, `completion`, `label`: preference objectives.
     Preference,
 }
 
@@ -79,7 +79,7 @@ impl Format {
             Self::Chat
         } else if has("input_ids") {
             Self::Tokens
-        } else if has("chosen") && has("rejected") {
+        } else if (has("chosen") && has("rejected")) || has("prompt_ids") {
             Self::Preference
         } else if has("prompt") && has("completion") {
             Self::Completion
@@ -155,6 +155,7 @@ mod tests {
             (&["source", "target"], false, Format::Seq2seq),
             (&["input_ids"], false, Format::Tokens),
             (&["prompt", "chosen", "rejected"], false, Format::Preference),
+            (&["prompt_ids", "completion_ids", "label"], false, Format::Preference),
             (&["question", "label"], true, Format::Completion),
             (&["question", "answer"], true, Format::Text),
         ] {

@@ -75,6 +75,8 @@ pub(crate) struct Renderer {
     pub(crate) class_head: Option<ClassHead>,
     pub(crate) decoder: Option<DecoderInputs>,
     pub(crate) vocab_size: Option<usize>,
+    /// Whether rows of answers that are preferred to others are asked for.
+    pub(crate) preferences: bool,
 }
 
 impl Renderer {
@@ -121,6 +123,7 @@ impl Renderer {
                      `completion` and use format completion",
                 );
             }
+            Format::Preference if self.preferences => {}
             Format::Preference => {
                 return config(
                     "format preference comes with preference objectives; to train on the chosen answers, name the columns \
@@ -277,10 +280,17 @@ impl Renderer {
     }
 
     fn chat(&self, row: &Row) -> Result<Rendered, DataError> {
+        self.conversation(row, &messages(row)?)
+    }
+
+    /// Messages of a row, through the chat template.
+    pub(super) fn conversation(&self, row: &Row, messages: &[Value]) -> Result<Rendered, DataError> {
         let Some(chat) = &self.chat else {
-            return Err(DataError::row(&row.at, "format chat needs a chat template"));
+            return Err(DataError::row(
+                &row.at,
+                "messages need a chat template, and the tokenizer has none; set `data.chat_template`",
+            ));
         };
-        let messages = messages(row)?;
         let mut extra = Map::new();
         for name in ["tools", "documents"] {
             match row.fields.get(name) {
@@ -298,7 +308,7 @@ impl Renderer {
             }
         }
         let (text, targets) =
-            chat.render_with_targets(&messages, &extra).map_err(|e| DataError::row(&row.at, e.to_string()))?;
+            chat.render_with_targets(messages, &extra).map_err(|e| DataError::row(&row.at, e.to_string()))?;
         Ok(Rendered::Chat { text, targets })
     }
 
@@ -322,11 +332,7 @@ impl Renderer {
                 "`attention_mask` marks padding; leave padding out of `input_ids` and `labels`, batches are packed without it",
             ));
         }
-        let ids = integers(row, "input_ids")?;
-        ids.into_iter()
-            .enumerate()
-            .map(|(i, id)| self.in_vocab(row, "input_ids", i, id).map(i32::unsigned_abs))
-            .collect()
+        token_ids(self, row, "input_ids")
     }
 
     fn tokens(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -374,6 +380,12 @@ impl Renderer {
     }
 }
 
+/// A column of token ids.
+pub(super) fn token_ids(renderer: &Renderer, row: &Row, name: &str) -> Result<Vec<u32>, DataError> {
+    let ids = integers(row, name)?.into_iter().enumerate();
+    ids.map(|(i, id)| renderer.in_vocab(row, name, i, id).map(i32::unsigned_abs)).collect()
+}
+
 /// A column of integers.
 fn integers(row: &Row, name: &str) -> Result<Vec<i64>, DataError> {
     let value = row.required(name)?;
@@ -385,7 +397,7 @@ fn integers(row: &Row, name: &str) -> Result<Vec<i64>, DataError> {
 }
 
 /// Renders a prompt; a template that reads the target would show the answer to the model.
-fn prompt_of(template: &RowTemplate, target: &str, row: &Row) -> Result<String, DataError> {
+pub(super) fn prompt_of(template: &RowTemplate, target: &str, row: &Row) -> Result<String, DataError> {
     if template.reads(target) {
         return Err(DataError::Config(format!(
             "data.template reads column `{target}`, which is the target: the template renders the prompt only, and ends \
@@ -407,8 +419,16 @@ fn scalar_text(value: &Value) -> Option<String> {
 /// `messages` as they are, or `conversations` (ShareGPT) with its speakers named as roles.
 fn messages(row: &Row) -> Result<Vec<Value>, DataError> {
     let sharegpt = !row.fields.contains_key("messages") && row.fields.contains_key("conversations");
-    let (column, role_key, content_key) =
-        if sharegpt { ("conversations", "from", "value") } else { ("messages", "role", "content") };
+    turns(row, if sharegpt { "conversations" } else { "messages" }, sharegpt)
+}
+
+/// A column of messages `{role, content}`.
+pub(super) fn message_list(row: &Row, column: &str) -> Result<Vec<Value>, DataError> {
+    turns(row, column, false)
+}
+
+fn turns(row: &Row, column: &str, sharegpt: bool) -> Result<Vec<Value>, DataError> {
+    let (role_key, content_key) = if sharegpt { ("from", "value") } else { ("role", "content") };
     let value = row.required(column)?;
     let list = value
         .as_array()

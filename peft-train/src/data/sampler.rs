@@ -138,6 +138,16 @@ impl Sampler {
         rows
     }
 
+    /// The same at the first batch of epoch 0.
+    pub(crate) fn restarted(&self) -> Self {
+        Self { state: SamplerState::default(), plan: self.plan_epoch(0), ..self.clone() }
+    }
+
+    /// Rows of the data.
+    pub(crate) fn rows(&self) -> usize {
+        self.lengths.len()
+    }
+
     /// The next batch to be drawn.
     pub fn state(&self) -> SamplerState {
         self.state

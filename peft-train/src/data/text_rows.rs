@@ -138,6 +138,7 @@ fn renderer(format: Format, options: &EncodeOptions) -> Result<Renderer, DataErr
         class_head: options.class_head.clone(),
         decoder: options.decoder,
         vocab_size: options.vocab_size,
+        preferences: options.preferences,
     };
     renderer.check()?;
     Ok(renderer)

@@ -35,9 +35,15 @@ pub struct StepRow {
     pub seconds: f64,
     /// Passes over the data so far, if known.
     pub epoch: Option<f64>,
+    /// Further values, by name: rewards of preference objectives.
+    pub metrics: BTreeMap<String, f64>,
 }
 
 impl StepRow {
+    /// The columns that every row may have.
+    const COLUMNS: [&str; 8] =
+        ["step", "loss", "objective", "learning_rate", "grad_norm", "tokens", "seconds", "epoch"];
+
     /// Input tokens a second, if the step took measurable time.
     pub fn tokens_per_second(&self) -> Option<f64> {
         let v = self.tokens as f64 / self.seconds;
@@ -58,6 +64,7 @@ impl StepRow {
         if let Some(epoch) = self.epoch {
             m.insert("epoch".into(), epoch.into());
         }
+        m.extend(self.metrics.iter().map(|(k, v)| (k.clone(), (*v).into())));
         m
     }
 
@@ -72,6 +79,11 @@ impl StepRow {
             tokens: m.get("tokens").and_then(Value::as_u64).unwrap_or(0),
             seconds: get("seconds"),
             epoch: m.get("epoch").and_then(Value::as_f64),
+            metrics: m
+                .iter()
+                .filter(|(k, _)| !Self::COLUMNS.contains(&k.as_str()))
+                .map(|(k, v)| (k.clone(), v.as_f64().unwrap_or(f64::NAN)))
+                .collect(),
         }
     }
 }
@@ -286,6 +298,7 @@ mod tests {
             tokens: 1024,
             seconds: 0.25,
             epoch: None,
+            metrics: BTreeMap::new(),
         }
     }
 
@@ -313,6 +326,11 @@ mod tests {
         assert_eq!(m.evals[0].get("eval_loss"), Some(2.0));
         assert_eq!(m.evals[0].get("f1"), None);
         assert_eq!(row(1).tokens_per_second(), Some(4096.0));
+        let rewards =
+            StepRow { metrics: BTreeMap::from([("rewards_margin".to_owned(), -0.25)]), objective: Some(0.5), ..row(2) };
+        w.write_step(&rewards).unwrap();
+        assert!(fs::read_to_string(&path).unwrap().ends_with(",\"rewards_margin\":-0.25}\n"));
+        assert_eq!(read_metrics(&path).unwrap().steps, [row(1), rewards]);
     }
 
     #[test]

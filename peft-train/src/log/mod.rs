@@ -100,6 +100,8 @@ impl RunLogger {
         scalars.extend(row.objective.map(|v| ("train/objective", v)));
         scalars.extend(row.tokens_per_second().map(|v| ("train/tokens_per_second", v)));
         scalars.extend(row.epoch.map(|v| ("train/epoch", v)));
+        let named: Vec<(String, f64)> = row.metrics.iter().map(|(k, v)| (format!("train/{k}"), *v)).collect();
+        scalars.extend(named.iter().map(|(k, v)| (k.as_str(), *v)));
         self.events.scalars(row.step, &scalars)
     }
 
@@ -150,6 +152,7 @@ mod tests {
             tokens: 64,
             seconds: 0.5,
             epoch: Some(0.1),
+            metrics: Default::default(),
         }
     }
 

@@ -236,6 +236,7 @@ mod tests {
             tokens: 1000,
             seconds: 2.0,
             epoch: None,
+            metrics: Default::default(),
         }
     }
 

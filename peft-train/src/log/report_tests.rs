@@ -17,6 +17,7 @@ fn rows(n: u64) -> Vec<StepRow> {
                 tokens: 4096,
                 seconds: 9.0 + noise(step + 9),
                 epoch: Some(t),
+                metrics: BTreeMap::new(),
             }
         })
         .collect()

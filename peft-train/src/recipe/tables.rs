@@ -154,8 +154,24 @@ pub struct TrainTable {
     /// Black-Box Prompt Learning: pointwise mutual information, in nats, from which two neighbouring words are one candidate; 2 if
     /// left out.
     pub bdpl_pmi: Option<f64>,
-    /// What is lowered: `loss`; `t_few`, T-Few's losses on rows with choices; or, with `mezo`, `bbt` and `bdpl`, minus `accuracy` or minus `f1`.
+    /// What is lowered: `loss`; `t_few`, T-Few's losses on rows with choices; `dpo`, `ipo`, `kto`, `orpo` or `simpo` on rows with a
+    /// preferred answer; or, with `mezo`, `bbt` and `bdpl`, minus `accuracy` or minus `f1`.
     pub objective: String,
+    /// Preference objectives: DPO's, IPO's (τ), KTO's, ORPO's (λ) and SimPO's β; 0.1 if left out.
+    pub beta: Option<f64>,
+    /// DPO: `sigmoid`, `hinge` or `robust`; `sigmoid` if left out.
+    pub loss_type: Option<String>,
+    /// DPO, SimPO: the share of pairs that are taken to be the wrong way round; 0 if left out.
+    pub label_smoothing: Option<f64>,
+    /// KTO: weight of the losses of desirable answers; 1 if left out.
+    pub desirable_weight: Option<f64>,
+    /// KTO: weight of the losses of undesirable answers; 1 if left out.
+    pub undesirable_weight: Option<f64>,
+    /// SimPO: the margin of rewards that is aimed at; 0.5 if left out.
+    pub simpo_gamma: Option<f64>,
+    /// DPO, IPO, KTO: the model that answers are compared with: `base`, without an adapter, or `init_from`, the adapter of
+    /// `method.init_from` as it was; `base` if left out.
+    pub reference: Option<String>,
     /// T-Few: weight of the unlikelihood loss; 1 if left out.
     pub unlikelihood: Option<f64>,
     /// T-Few: weight of the length-normalised loss; 1 if left out.
@@ -166,7 +182,7 @@ pub struct TrainTable {
     pub seed: u64,
     /// Rows an evaluation batch; left out, `batch_size`.
     pub eval_batch_size: Option<usize>,
-    /// Metric that picks the best adapter.
+    /// Metric that picks the best adapter: `eval_loss` if left out, and with a preference objective that objective's loss.
     pub metric: String,
     /// Evaluations without progress before training stops; 0 never stops.
     pub early_stopping_patience: u32,
@@ -209,6 +225,13 @@ impl Default for TrainTable {
             bdpl_ngram: None,
             bdpl_pmi: None,
             objective: "loss".into(),
+            beta: None,
+            loss_type: None,
+            label_smoothing: None,
+            desirable_weight: None,
+            undesirable_weight: None,
+            simpo_gamma: None,
+            reference: None,
             unlikelihood: None,
             length_normalised: None,
             loraplus_lr_ratio: None,

@@ -160,12 +160,15 @@ impl Finished<'_> {
         }
         if args.json {
             let eval = outcome.eval.map(|m| m.nll / m.counted as f64);
-            let result = json!({
+            let mut result = json!({
                 "output": output, "steps": outcome.state.step, "loss": outcome.state.last_loss, "eval_loss": eval,
                 "best": outcome.best, "tokens": outcome.state.tokens, "seconds": outcome.state.seconds,
                 "trainable_parameters": self.facts.trainable_parameters, "peak_memory": self.facts.peak_memory,
                 "early_stop": outcome.ended == Ended::EarlyStop
             });
+            if let Some(result) = result.as_object_mut() {
+                result.extend(outcome.metrics.iter().map(|(k, v)| (format!("eval_{k}"), json!(v))));
+            }
             out!("{result}");
         }
         Ok(())
