@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py, combine.py, foreign.py, llm_adapters.py and xlora.py too, interop/adapterhub.py, which compares with
+# without options of that, interop/inits.py, combine.py, foreign.py, llm_adapters.py, xlora.py and heads.py too, interop/adapterhub.py, which compares with
 # AdapterHub's package, and interop/openai_client.py, which asks `peft-cli serve` with OpenAI's client.
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
@@ -37,6 +37,7 @@ if [ $# = 0 ]; then
     "$python" interop/foreign.py "$program" --seed "$seed"
     "$python" interop/llm_adapters.py "$program" --seed "$seed"
     "$python" interop/xlora.py "$program" --seed "$seed"
+    "$python" interop/heads.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
     "$(scripts/openai-env.sh)" interop/openai_client.py "$program"
 fi

@@ -14,6 +14,7 @@ mod build;
 mod ctx;
 mod first_pass;
 mod gate;
+mod head;
 mod heads;
 mod layers;
 mod module;
@@ -33,6 +34,7 @@ pub use build::{Built, candidates, insert_saved, parameter_name, selected_site, 
 pub use ctx::{Ctx, Mode, Route, StepRng};
 pub use first_pass::first_pass;
 pub use gate::Gate;
+pub use head::{HeadKind, Labels};
 pub use heads::{AttentionModule, FrozenKeysValues, Heads};
 pub use layers::{FrozenEmbedding, FrozenLinear, FrozenNorm, NormKind};
 pub use module::{Delta, EmbeddingModule, FrozenLogits, NormModule, PeftModule};

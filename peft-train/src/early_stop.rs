@@ -16,7 +16,7 @@ impl Better {
     /// The direction that a metric's name implies: names that speak of a loss, perplexity or error are better lower.
     pub fn of_metric(name: &str) -> Self {
         let name = name.to_ascii_lowercase();
-        let lower = ["loss", "perplexity", "ppl", "nll", "error", "_mae", "_mse"];
+        let lower = ["loss", "perplexity", "ppl", "nll", "error", "mae", "mse"];
         if lower.iter().any(|w| name.contains(w)) { Self::Lower } else { Self::Higher }
     }
 

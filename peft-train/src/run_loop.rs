@@ -116,11 +116,10 @@ pub(crate) fn observe(
     let Readings { measured, metrics } = readings;
     let row = EvalRow { step, eval_loss: measured.nll / measured.counted as f64, metrics };
     let metric = early_stop.metric().to_string();
+    let names: Vec<String> =
+        row.values().map(|(name, _)| format!("eval_{}", name.trim_start_matches("eval_"))).collect();
     let value = row.get(&metric).ok_or_else(|| {
-        Error::config(
-            "train.metric",
-            format!("`{metric}` is not measured here; use eval_loss, eval_accuracy or, with classes, eval_f1"),
-        )
+        Error::config("train.metric", format!("`{metric}` is not measured here; there are {}", names.join(", ")))
     })?;
     let verdict = early_stop.observe(step, value);
     progress.eval(&row, verdict.is_best);
