@@ -134,7 +134,10 @@ fn what_does_not_fit_the_head_is_said() {
         train(&dir, &one(json!({"text": "a", "label": "good"})), &[]),
         &["rows.jsonl:1", "\"good\" is not a number"],
     );
-    nothing_written(train(&dir, &one(json!({"text": "a", "label": [1, 2]})), &[]), &["rows.jsonl:1", "2 numbers"]);
+    nothing_written(
+        train(&dir, &one(json!({"text": "a", "label": [1, 2]})), &["data.labels=[\"score\"]"]),
+        &["rows.jsonl:1", "2 numbers"],
+    );
     nothing_written(train(&dir, &tagged(), &[]), &["rows.jsonl:1"]);
     nothing_written(
         train(&dir, &numbers(), &["model.head=token_classification"]),

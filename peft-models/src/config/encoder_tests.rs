@@ -115,7 +115,10 @@ fn what_cannot_be_honoured_is_an_error_with_its_key() {
         (json!({"position_embedding_type": "relative_key"}), vec!["position_embedding_type", "absolute"]),
         (json!({"is_decoder": true}), vec!["is_decoder"]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), vec!["gptq"]),
-        (json!({"problem_type": "regresion"}), vec!["problem_type", "regression, ", "single_label_classification"]),
+        (
+            json!({"problem_type": "regresion"}),
+            vec!["problem_type", "multi_label_classification, regression", "single_label_classification"],
+        ),
         (json!({"problem_type": "single_label_classification", "num_labels": 1}), vec!["id2label", "regression"]),
         (json!({"architectures": ["BertForQuestionAnswering"], "num_labels": 3}), vec!["id2label", "two"]),
         (json!({"num_labels": u64::MAX}), vec!["num_labels"]),
