@@ -48,7 +48,7 @@ fn options(kind: HeadKind, labels: &[&str], max: usize) -> EncodeOptions {
 
 fn load(rows: &[Value], options: &EncodeOptions) -> Result<Dataset, DataError> {
     let folder = Folder::new();
-    let path = folder.write("rows.jsonl", &rows.iter().map(|row| format!("{row}\n")).collect::<String>());
+    let path = folder.write("rows.jsonl", rows.iter().map(|row| format!("{row}\n")).collect::<String>());
     Dataset::load(&DataSpec::from(path.as_path()), None, Some(&tokenizer()), options).map(|(data, _)| data)
 }
 
