@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
-# without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py and xlora.py too, interop/adapterhub.py (AdapterHub's
+# without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py, xlora.py and heads.py too, interop/adapterhub.py (AdapterHub's
 # package), interop/preference.py (TRL's trainers), interop/openai_client.py (OpenAI's client asks `peft-cli serve`) and interop/openapi.py
 # (the server beside its own description).
 #
@@ -39,6 +39,7 @@ if [ $# = 0 ]; then
     "$python" interop/experts.py "$program" --seed "$seed"
     "$python" interop/llm_adapters.py "$program" --seed "$seed"
     "$python" interop/xlora.py "$program" --seed "$seed"
+    "$python" interop/heads.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
     "$(scripts/trl-env.sh)" interop/preference.py "$program" --seed "$seed"
     "$(scripts/openai-env.sh)" interop/openai_client.py "$program"

@@ -57,9 +57,14 @@ fn packed(settings: &Settings, vocab: usize, task: Task) -> Batch {
     let input_ids = random_tokens(settings.batch * settings.seq, vocab);
     let (labels, predictor) = match task {
         Task::CausalLm | Task::Seq2SeqLm => (input_ids.iter().map(|&id| id as i32).collect(), Predictor::Previous),
-        Task::Classification { classes, reads } => {
-            let place = if reads == ClassToken::First { 0 } else { settings.seq - 1 };
-            let label = |row, t| if t == place { (row % classes) as i32 } else { IGNORE_INDEX };
+        Task::Head { outputs: classes, reads, .. } => {
+            let last = settings.seq - 1;
+            let counts = |t| match reads {
+                ClassToken::First => t == 0,
+                ClassToken::Last => t == last,
+                ClassToken::Every => true,
+            };
+            let label = |row, t| if counts(t) { (row % classes) as i32 } else { IGNORE_INDEX };
             let rows = (0..settings.batch).flat_map(|row| (0..settings.seq).map(move |t| label(row, t)));
             (rows.collect(), Predictor::Own)
         }

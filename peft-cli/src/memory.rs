@@ -83,7 +83,7 @@ fn estimate_parts(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, kee
     let again = if kept < blocks { block_bytes(model, tokens, DType::F32) + copies } else { 0 };
     let width = match model.task() {
         Task::CausalLm | Task::Seq2SeqLm => model.vocab_size(),
-        Task::Classification { classes, .. } => classes,
+        Task::Head { outputs, .. } => outputs,
     };
     // Their gradient takes their place.
     let logits = (tokens.min(LOGIT_ROWS) * width * 4) as u64;

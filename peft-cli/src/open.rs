@@ -19,19 +19,23 @@ pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
     Ok(ModelFiles::open(&locate(spec, Kind::Model)?)?)
 }
 
-/// Settles the classes of a model with a class head: `labels` where they are given, or those of the head that the adapter
-/// folder holds. Other models are left as they are.
+/// Settles the head of a model that has one of its own: what it is for, as the head of the adapter folder, and its classes: `labels`
+/// where they are given, or those of the adapter's. Other models are left as they are.
 pub(crate) fn settle_classes(files: &mut ModelFiles, labels: &[String], adapter: Option<&Path>) -> Result<()> {
-    if !labels.is_empty() {
-        return Ok(files.set_labels(labels.to_vec())?);
-    }
-    if let (Some(folder), true) = (adapter, files.config().labels().is_some())
-        && let Some(labels) = class_labels::read(folder)?
+    let of_adapter = match (adapter, files.config().labels().is_some()) {
+        (Some(folder), true) => class_labels::read(folder)?.map(|head| (folder, head)),
+        _ => None,
+    };
+    if let Some((folder, head)) = &of_adapter
         && (files.lacks_class_head() || folder.join(class_labels::FILE).is_file())
     {
-        files.set_labels(labels).with_context(|| format!("adapter {}", folder.display()))?;
+        let of = || format!("adapter {}", folder.display());
+        files.set_head(head.kind).with_context(of)?;
+        if labels.is_empty() {
+            files.set_labels(head.names.clone()).with_context(of)?;
+        }
     }
-    Ok(())
+    if labels.is_empty() { Ok(()) } else { Ok(files.set_labels(labels.to_vec())?) }
 }
 
 /// The base model that `spec` names, with the classes of these adapters' heads, read matrix by matrix as it is asked for them.
@@ -54,7 +58,7 @@ pub(crate) fn refuse_filled(output: &Path) -> Result<()> {
 /// The class head as the data road takes it.
 pub(crate) fn class_head(files: &ModelFiles) -> Option<ClassHead> {
     match (files.config().task(), files.config().labels()) {
-        (Task::Classification { reads, .. }, Some(labels)) => Some(ClassHead { labels: labels.to_vec(), reads }),
+        (Task::Head { kind, reads, .. }, Some(labels)) => Some(ClassHead { labels: labels.to_vec(), reads, kind }),
         _ => None,
     }
 }

@@ -63,8 +63,8 @@ pub fn insert_saved(adapter: &mut Adapter, selection: &Selection, base: &dyn Bas
     Ok(())
 }
 
-/// The keys of a config as PEFT completes them for the task of `base`: `task_type`, and for a class head the modules of
-/// the head in `modules_to_save`, trained and stored whole (`PeftModelForSequenceClassification`). Layers of the head that
+/// The keys of a config as PEFT completes them for the task of `base`: `task_type`, and for a head of its own the modules
+/// of the head in `modules_to_save`, trained and stored whole (`PeftModelForSequenceClassification` and its like). Layers of the head that
 /// the checkpoint has no weights for are among them, which PEFT leaves to the user.
 ///
 /// # Errors
@@ -77,11 +77,11 @@ pub fn task_keys(spec: &TargetSpec, base: &dyn BaseModel) -> Result<Map<String, 
     }
     let mut keys = Map::new();
     keys.insert("task_type".into(), task.peft_name().into());
-    if matches!(task, Task::Classification { .. }) {
+    if let Task::Head { kind, .. } = task {
         let mut saved = spec.modules_to_save.clone();
-        for name in ["classifier", "score"] {
+        for name in kind.saved_modules() {
             if !saved.iter().any(|s| s == name) {
-                saved.push(name.into());
+                saved.push((*name).into());
             }
         }
         let missing = |path: &&String| !saved.iter().any(|name| is_or_holds(name, path));

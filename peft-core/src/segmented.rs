@@ -9,6 +9,7 @@ use peft_kernels::FrozenWeight;
 use crate::ctx::Ctx;
 use crate::error::{Error, Result};
 use crate::experts::FrozenExperts;
+use crate::head::HeadKind;
 use crate::layers::{FrozenEmbedding, FrozenLinear, FrozenNorm};
 use crate::read_rows::ReadRows;
 use crate::site::{SiteId, SiteTable};
@@ -55,12 +56,13 @@ pub enum Task {
     /// Logits over the vocabulary: every hidden state of a target's decoder predicts a token of the target, which the
     /// decoder reads one place later (`*ForConditionalGeneration`).
     Seq2SeqLm,
-    /// Logits over classes: one hidden state of each sequence predicts the class of the whole
-    /// (`*ForSequenceClassification`).
-    Classification {
-        /// How many classes the head has.
-        classes: usize,
-        /// Whose hidden state reaches the head.
+    /// The outputs of a head of its own (`*ForSequenceClassification`, `*ForTokenClassification`, `*ForQuestionAnswering`).
+    Head {
+        /// What they are held against.
+        kind: HeadKind,
+        /// How many there are.
+        outputs: usize,
+        /// Whose hidden states reach the head.
         reads: ClassToken,
     },
 }
@@ -72,18 +74,20 @@ impl Task {
         match self {
             Self::CausalLm => "CAUSAL_LM",
             Self::Seq2SeqLm => "SEQ_2_SEQ_LM",
-            Self::Classification { .. } => "SEQ_CLS",
+            Self::Head { kind, .. } => kind.peft_name(),
         }
     }
 }
 
-/// The token whose hidden state stands for its sequence.
+/// The tokens whose hidden states reach a head: the one that stands for its sequence, or all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ClassToken {
     /// The first, `[CLS]` of encoders.
     First,
     /// The last, which alone has seen all others in a causal model.
     Last,
+    /// Every token, each for itself.
+    Every,
 }
 
 /// A frozen layer, looked up by its site.
@@ -200,7 +204,7 @@ pub trait Segmented: BaseModel {
         self.final_norm(hidden, ctx)
     }
 
-    /// Logits `[rows, vocab]`, or `[rows, classes]` of a class head, from what [`Segmented::final_norm`] gives.
+    /// Logits `[rows, vocab]`, or `[rows, outputs]` of a head of its own, from what [`Segmented::final_norm`] gives.
     ///
     /// # Errors
     /// When a tensor operation fails.

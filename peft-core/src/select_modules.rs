@@ -29,11 +29,13 @@ impl<'a> Modules<'a> {
     }
 
     /// What `all-linear` stands for: every linear layer but the language-model head or, where there is none, the
-    /// classification head of a sequence classifier.
+    /// model's own head.
     pub(crate) fn all_linear(&self, task_type: Option<&str>) -> BTreeSet<String> {
         let has_head = self.candidates.iter().any(|candidate| candidate.is_output_head);
-        let class_head = if !has_head && task_type == Some("SEQ_CLS") {
-            ["score", "classifier"].into_iter().find(|name| self.paths().any(|path| path == *name))
+        // PEFT leaves out that of SEQ_CLS alone; heads of the others are trained whole as well.
+        let has_class_head = ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"].map(Some).contains(&task_type);
+        let class_head = if !has_head && has_class_head {
+            ["score", "classifier", "qa_outputs"].into_iter().find(|name| self.paths().any(|path| path == *name))
         } else {
             None
         };

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::ctx::Ctx;
 use crate::error::{Error, Result};
+use crate::head::Labels;
 use crate::heads::AttentionModule;
 use crate::layers::FrozenLinear;
 use crate::module::{EmbeddingModule, ExpertsModule, NormModule, PeftModule};
@@ -175,8 +176,8 @@ pub type Exported = (Map<String, Value>, Vec<(String, Tensor)>);
 pub struct Adapter {
     /// The `adapter_config.json` of this adapter.
     pub config: Map<String, Value>,
-    /// Names of the classes, by their number, where the adapter trains a class head; PEFT's files have no place for them.
-    pub labels: Vec<String>,
+    /// The outputs of the head that the adapter trains, where it does; PEFT's files have no place for them.
+    pub labels: Labels,
     sites: Vec<Option<SiteAdapter>>,
     /// Which sites are `Conv1D`.
     fan_in_fan_out: Vec<bool>,
@@ -207,7 +208,7 @@ impl Adapter {
     pub fn new(config: Map<String, Value>, sites: &SiteTable) -> Self {
         Self {
             config,
-            labels: Vec::new(),
+            labels: Labels::default(),
             sites: (0..sites.len()).map(|_| None).collect(),
             fan_in_fan_out: sites.iter().map(|site| site.stored.fan_in_fan_out).collect(),
             virtual_tokens: None,

@@ -11,7 +11,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use peft_core::{ClassToken, Task};
+use peft_core::{ClassToken, HeadKind, Task};
 use serde_json::{Map, Value};
 
 use crate::rope::RopeScaling;
@@ -34,6 +34,7 @@ pub use encoder::{ENCODER_FAMILIES, EncoderConfig, EncoderFamily, EncoderNames, 
 pub use experts::{ExpertsConfig, ExpertsRule};
 pub use family::{DecoderKeys, FAMILIES, Family, GgufFamily, IsOf, RopeRule, Switch, WindowRule};
 pub(crate) use gguf::GgufDescription;
+pub(crate) use labels::check_outputs;
 pub use layout::{DecoderLayout, ExpertsLayout, MlpLayout, Norm, Projections, QueryKeyNorm, SublayerNorms};
 pub use model::ModelConfig;
 pub use seq2seq::{RelativePositions, SEQ2SEQ_FAMILIES, Seq2SeqConfig, Seq2SeqFamily, Seq2SeqPositions};
@@ -238,6 +239,8 @@ pub struct DecoderConfig {
     pub pad_token_id: Option<u32>,
     /// Names of the classes, where the model is a `*ForSequenceClassification`: its head gives a logit each.
     pub labels: Option<Vec<String>>,
+    /// What that head is for.
+    pub kind: HeadKind,
     /// Floating-point type that the weights are stored in, where the file says so.
     pub dtype: Option<DType>,
     /// The `config.json` as read, with keys that this type does not know; empty if the source was a GGUF file.
@@ -250,11 +253,20 @@ impl DecoderConfig {
         self.family.model_type
     }
 
-    /// What the head computes: the next token, or a class from the last token.
+    /// What the head computes: the next token, or what a head of its own makes of the last token or of every one.
     pub fn task(&self) -> Task {
+        let reads = if self.kind.is_of_tokens() { ClassToken::Every } else { ClassToken::Last };
         match &self.labels {
-            Some(labels) => Task::Classification { classes: labels.len(), reads: ClassToken::Last },
+            Some(labels) => Task::Head { kind: self.kind, outputs: labels.len(), reads },
             None => Task::CausalLm,
+        }
+    }
+
+    /// Path of a head of its own, and whether it has a bias (transformers `modeling_layers.py`).
+    pub fn head_out(&self) -> (&'static str, bool) {
+        match self.kind {
+            HeadKind::TokenClassification => (self.family.token_head.unwrap_or("score"), true),
+            _ => ("score", false),
         }
     }
 

@@ -28,7 +28,8 @@ mod block;
 mod mixture;
 mod source;
 
-/// A decoder-only language model, or one with a class head on the last token (`LlamaForSequenceClassification`).
+/// A decoder-only language model, or one with a head on the last token or on every one (`LlamaForSequenceClassification`,
+/// `LlamaForTokenClassification`).
 #[derive(Debug)]
 pub struct Decoder {
     config: DecoderConfig,
@@ -141,7 +142,10 @@ impl Decoder {
         let norm = norm(&mut l, c, &format!("{body}.{}", layout.final_norm), dim)?;
         let tied = c.tie_word_embeddings && c.labels.is_none();
         let head = match &c.labels {
-            Some(labels) => l.linear("score", dim, labels.len(), false)?,
+            Some(labels) => {
+                let (path, bias) = c.head_out();
+                l.linear(path, dim, labels.len(), bias)?
+            }
             None => {
                 let alias = layout.head_alias.map(|name| format!("{name}.weight")).filter(|name| source.contains(name));
                 let name = alias.as_deref().unwrap_or("lm_head.weight");

@@ -1,5 +1,5 @@
-//! The shared encoder skeleton: summed embeddings, post-norm blocks of bidirectional attention and an MLP, and a class
-//! head on the first token (Devlin et al. 2018, arXiv:1810.04805). Every linear, norm and embedding is a site under the
+//! The shared encoder skeleton: summed embeddings, post-norm blocks of bidirectional attention and an MLP, and a head
+//! on the first token or on every one (Devlin et al. 2018, arXiv:1810.04805). Every linear, norm and embedding is a site under the
 //! name that transformers gives it.
 //!
 //! Virtual tokens stand where PEFT puts them. A prompt is put in front of the words' embeddings and takes the first positions, so
@@ -22,7 +22,7 @@ use crate::prompted::Prompted;
 use crate::source::{Placement, RandomSource, WeightSource};
 use crate::virtual_rows::VirtualRows;
 
-/// An encoder with a class head.
+/// An encoder with a head.
 #[derive(Debug)]
 pub struct Encoder {
     config: EncoderConfig,
@@ -32,7 +32,8 @@ pub struct Encoder {
     types: Option<FrozenEmbedding>,
     norm: FrozenNorm,
     blocks: Vec<Block>,
-    head_dense: FrozenLinear,
+    /// Of a head that reads a whole sequence.
+    head_dense: Option<FrozenLinear>,
     head_out: FrozenLinear,
     fresh: Vec<String>,
     device: Device,
@@ -155,7 +156,8 @@ impl Encoder {
             fresh.push(path.to_owned());
             l.linear_from(&random, path, hidden, out, true)
         };
-        let (head_dense, head_out) = (head(names.head_dense, hidden)?, head(names.head_out, c.labels.len())?);
+        let head_dense = c.head_dense().map(|path| head(path, hidden)).transpose()?;
+        let head_out = head(c.head_out(), c.labels.len())?;
         Ok(Self {
             sites: Arc::new(l.sites),
             words,
@@ -183,7 +185,7 @@ impl Encoder {
     }
 
     fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
-        self.blocks.iter().flat_map(Block::linears).chain([&self.head_dense, &self.head_out])
+        self.blocks.iter().flat_map(Block::linears).chain(&self.head_dense).chain([&self.head_out])
     }
 
     fn norms(&self) -> impl Iterator<Item = &FrozenNorm> {
@@ -395,6 +397,13 @@ impl Segmented for Encoder {
                      data.max_length = {room}"
                 )));
             }
+            if c.kind.is_of_tokens() && rows.len() > tokens.len() {
+                return Err(Error::msg(format!(
+                    "a head for {} reads every token, and a prompt in front of them has no labels (PEFT does not line them up \
+                     either): use a prefix or another method",
+                    c.kind
+                )));
+            }
             moved.push((tokens.start as u32, (rows.start - tokens.start) as u32));
             sequences.push(SequenceSpan { queries: rows.clone(), keys: rows.clone(), prefix });
         }
@@ -457,7 +466,8 @@ impl Segmented for Encoder {
             HeadActivation::Tanh => kernels::Activation::Tanh,
             HeadActivation::Relu => kernels::Activation::Relu,
         };
-        Ok(activation(&self.head_dense.forward(hidden, ctx)?, act)?)
+        let Some(dense) = &self.head_dense else { return Ok(hidden.clone()) };
+        Ok(activation(&dense.forward(hidden, ctx)?, act)?)
     }
 
     fn last_hidden_state(&self, hidden: &Tensor, _: &Ctx<'_>) -> Result<Tensor> {

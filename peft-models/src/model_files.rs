@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
-use peft_core::{Checkpoint, Error, Result};
+use peft_core::{Checkpoint, Error, HeadKind, Result, Task};
 
 use crate::any_model::AnyModel;
-use crate::config::{DecoderConfig, ModelConfig};
+use crate::config::{DecoderConfig, ModelConfig, check_outputs};
 use crate::decoder::Decoder;
 use crate::encoder::Encoder;
 use crate::encoder_decoder::EncoderDecoder;
@@ -116,17 +116,54 @@ impl ModelFiles {
     pub fn lacks_class_head(&self) -> bool {
         match (&self.config, &self.weights) {
             (ModelConfig::Encoder(c), Weights::Folder(checkpoint)) => {
-                !checkpoint.contains(&format!("{}.weight", c.family.names.head_out))
+                !checkpoint.contains(&format!("{}.weight", c.head_out()))
             }
             (ModelConfig::Encoder(_), Weights::Random) => true,
             _ => false,
         }
     }
 
+    /// Says what the head is for, where the checkpoint leaves it open: a checkpoint of the encoder alone may have any head, and one that
+    /// reads a whole sequence may be for classes or for numbers. A head that is not made yet has two outputs, of a regression one, until
+    /// [`ModelFiles::set_labels`] names others.
+    ///
+    /// # Errors
+    /// When the checkpoint holds the head of another class, or when the model is no encoder and has none.
+    pub fn set_head(&mut self, kind: HeadKind) -> Result<()> {
+        let Task::Head { kind: now, outputs, .. } = self.config.task() else {
+            let message = format!(
+                "is a {} and has no head for {kind}: give an encoder, or a checkpoint whose class is a `*{}`",
+                self.config.task().peft_name(),
+                kind.architecture()
+            );
+            return Err(Error::file(&self.path, message));
+        };
+        if kind == now {
+            return Ok(());
+        }
+        if let Some(named) = self.config.named_head().filter(|named| named.architecture() != kind.architecture()) {
+            let message = format!(
+                "has the head of a `*{}`, and {kind} needs that of a `*{}`: give the encoder that it was made from",
+                named.architecture(),
+                kind.architecture()
+            );
+            return Err(Error::file(&self.path, message));
+        }
+        self.config.set_head(kind);
+        if !self.lacks_class_head() {
+            return check_outputs(kind, outputs).map_err(|why| {
+                Error::file(&self.path, format!("its config.json {why}, so its head is not one for {kind}"))
+            });
+        }
+        let outputs = if kind == HeadKind::Regression { 1 } else { 2 };
+        self.config.set_labels((0..outputs).map(|i| format!("LABEL_{i}")).collect());
+        Ok(())
+    }
+
     /// Names the classes of the class head, by their number.
     ///
     /// # Errors
-    /// When the model has no class head, when the names are fewer than two or not all different, or when the checkpoint
+    /// When the model has no class head, when the names are too few for what it is for or not all different, or when the checkpoint
     /// holds a head with another number of classes.
     pub fn set_labels(&mut self, labels: Vec<String>) -> Result<()> {
         let Some(known) = self.config.labels() else {
@@ -136,11 +173,8 @@ impl ModelFiles {
         {
             return Err(Error::file(&self.path, format!("class {i} has a name that another has: `{twice}`")));
         }
-        if labels.len() < 2 {
-            return Err(Error::file(
-                &self.path,
-                format!("{} class is not enough for a class head: two at least", labels.len()),
-            ));
+        if let Task::Head { kind, .. } = self.config.task() {
+            check_outputs(kind, labels.len()).map_err(|why| Error::file(&self.path, format!("a head that {why}")))?;
         }
         if labels.len() != known.len() && !self.lacks_class_head() {
             return Err(Error::file(

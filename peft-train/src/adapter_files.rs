@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use peft_adapters::{adapterhub, linear};
-use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Result, atomic, write_adapter};
+use peft_core::{AdapterConfig, AdapterFolder, BaseModel, Labels, Result, atomic, write_adapter};
 use peft_lora::foreign::Layout;
 use peft_lora::xlora;
 
@@ -34,7 +34,7 @@ pub fn open(folder: &Path, base: Option<&dyn BaseModel>) -> Result<AdapterFolder
 pub fn write<'a>(
     out: &Path,
     config: &AdapterConfig,
-    labels: &[String],
+    labels: &Labels,
     tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
 ) -> Result<()> {
     atomic::replace_dir(out, |dir| write_into(dir, config, labels, tensors))
@@ -44,7 +44,7 @@ pub fn write<'a>(
 pub(crate) fn write_into<'a>(
     dir: &Path,
     config: &AdapterConfig,
-    labels: &[String],
+    labels: &Labels,
     tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
 ) -> Result<()> {
     if !labels.is_empty() {

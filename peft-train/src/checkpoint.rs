@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use peft_core::{
-    Adapter, AdapterConfig, Context, Error, ExpectedTensor, Result, SafetensorsFile, atomic, write_safetensors,
+    Adapter, AdapterConfig, Context, Error, ExpectedTensor, Labels, Result, SafetensorsFile, atomic, write_safetensors,
 };
 use serde::{Deserialize, Serialize};
 
@@ -101,7 +101,7 @@ fn write_files(
     dir: &Path,
     config: serde_json::Map<String, serde_json::Value>,
     tensors: &[(String, Tensor)],
-    labels: &[String],
+    labels: &Labels,
 ) -> Result<()> {
     adapter_files::write_into(dir, &AdapterConfig::new(config)?, labels, tensors.iter().map(|(n, t)| (n.as_str(), t)))
 }

@@ -1,10 +1,11 @@
-//! Measuring a class head: loss, accuracy and F1 over a data set.
+//! Measuring a head: its loss and scores over a data set. Classes: accuracy, F1 and Matthews correlation.
 
-use peft_core::{Ctx, Error, Result, Segmented};
+use peft_core::{Ctx, Error, Result, Segmented, Task};
 
 use crate::data::{Batch, Choices, Dataset};
-use crate::driver::{Measured, predict, token_losses};
+use crate::driver::{Measured, outputs_above, token_losses};
 use crate::objective::Chosen;
+use crate::scores::Scores;
 use crate::trainer::sum_over;
 
 /// How often each class was predicted for each class.
@@ -41,6 +42,25 @@ impl Confusion {
         right as f64 / self.counts.iter().sum::<u64>().max(1) as f64
     }
 
+    /// Matthews correlation of class and prediction, for any number of classes (Gorodkin 2004, scikit-learn's `matthews_corrcoef`);
+    /// 0 where all rows are of one class or predicted as one.
+    #[must_use]
+    pub fn mcc(&self) -> f64 {
+        let of = |c: usize| -> (u64, u64) {
+            ((0..self.classes).map(|p| self.count(c, p)).sum(), (0..self.classes).map(|t| self.count(t, c)).sum())
+        };
+        let all = self.counts.iter().sum::<u64>() as f64;
+        let right: u64 = (0..self.classes).map(|c| self.count(c, c)).sum();
+        let (mut both, mut rows, mut columns) = (0.0, 0.0, 0.0);
+        for (row, column) in (0..self.classes).map(of) {
+            both += row as f64 * column as f64;
+            rows += (row as f64).powi(2);
+            columns += (column as f64).powi(2);
+        }
+        let spread = (all * all - rows) * (all * all - columns);
+        if spread > 0.0 { (right as f64 * all - both) / spread.sqrt() } else { 0.0 }
+    }
+
     /// Mean over the classes of the harmonic mean of precision and recall; a class that neither occurs nor is predicted
     /// is left out (scikit-learn's `f1_score(average="macro")`).
     #[must_use]
@@ -56,33 +76,33 @@ impl Confusion {
     }
 }
 
-/// Loss and confusion of a model with a head of `classes` classes over a whole data set, whatever the batch size.
-/// `progress` is told the rows done.
+/// Loss and scores of a model with a head of its own over a whole data set, whatever the batch size. `progress` is told the rows done.
 ///
 /// # Errors
-/// When a tensor operation fails, or the loss is not finite.
-pub fn evaluate_classes<M: Segmented>(
+/// When the model has no such head, a tensor operation fails, or the loss is not finite.
+pub fn evaluate_head<M: Segmented>(
     model: &M,
     data: &Dataset,
-    classes: usize,
     ctx: &Ctx<'_>,
     batch_size: usize,
     progress: impl FnMut(usize),
-) -> Result<(Measured, Confusion)> {
-    let mut confusion = Confusion::new(classes);
+) -> Result<(Measured, Scores)> {
+    let mut scores = scores_of(model)?;
     let one = |batch: &Batch| {
-        let (measured, predicted) = predict(model, batch, ctx)?;
-        let labels = batch.targets().ids;
-        if predicted.len() != labels.len() {
-            return Err(Error::msg("predictions do not line up with the batch"));
-        }
-        for (class, predicted) in labels.into_iter().zip(predicted) {
-            confusion.add(class, predicted);
-        }
-        Ok(measured)
+        let found = outputs_above(model, batch, None, ctx)?;
+        scores.add(batch, Some(data), &found.outputs)?;
+        Ok(found.measured())
     };
     let measured = sum_over(model, data, batch_size, one, progress)?;
-    Ok((measured, confusion))
+    Ok((measured, scores))
+}
+
+/// The scores of a model's head, of nothing yet.
+pub(crate) fn scores_of<M: Segmented>(model: &M) -> Result<Scores> {
+    match model.task() {
+        Task::Head { kind, outputs, .. } => Ok(Scores::new(kind, outputs)),
+        _ => Err(Error::msg("this model has no head but that of a language model")),
+    }
 }
 
 /// What rows with several possible answers gave.
@@ -102,6 +122,12 @@ impl ChoicesMeasured {
     #[must_use]
     pub fn accuracy(&self) -> f64 {
         self.right as f64 / self.rows.max(1) as f64
+    }
+
+    /// Matthews correlation, where the answers are the same for all rows.
+    #[must_use]
+    pub fn mcc(&self) -> Option<f64> {
+        self.confusion.as_ref().map(Confusion::mcc)
     }
 
     /// Macro F1, where the answers are the same for all rows.
@@ -147,7 +173,7 @@ pub fn evaluate_choices<M: Segmented>(
 mod tests {
     use super::*;
 
-    /// Against scikit-learn 1.7: `accuracy_score`, `f1_score(average="macro")`.
+    /// Against scikit-learn: `accuracy_score`, `f1_score(average="macro")`, `matthews_corrcoef`.
     #[test]
     fn scores_of_three_classes() {
         let mut c = Confusion::new(3);
@@ -157,7 +183,16 @@ mod tests {
         assert!((c.accuracy() - 0.625).abs() < 1e-12);
         // Precision and recall: 2/3 and 2/3; 1/2 and 1/2; 2/3 and 2/3.
         assert!((c.macro_f1() - (2.0 / 3.0 + 0.5 + 2.0 / 3.0) / 3.0).abs() < 1e-12);
-        assert_eq!(Confusion::new(2).accuracy(), 0.0);
+        assert!((c.mcc() - 0.428_571_428_571_428_55).abs() < 1e-12);
+        assert_eq!((Confusion::new(2).accuracy(), Confusion::new(2).mcc()), (0.0, 0.0));
+        let mut two = Confusion::new(2);
+        for (class, predicted) in [(1, 1), (1, 0), (1, 1), (0, 1), (0, 0), (1, 1), (0, 0)] {
+            two.add(class, predicted);
+        }
+        assert!((two.mcc() - 0.416_666_666_666_666_6).abs() < 1e-12);
+        let mut one_sided = Confusion::new(2);
+        [(0, 1), (1, 1), (0, 1)].into_iter().for_each(|(class, predicted)| one_sided.add(class, predicted));
+        assert_eq!(one_sided.mcc(), 0.0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use peft_core::combine::Combined;
-use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Result};
+use peft_core::{Adapter, AdapterConfig, AdapterFolder, BaseModel, Context, Error, Labels, Result};
 use peft_lora::combine::{CombineOptions, CombineType, RankRule, Source};
 use peft_lora::foreign::Layout;
 
@@ -78,26 +78,28 @@ pub fn unscaled(input: Input<'_>, base: Option<&dyn BaseModel>) -> Result<Combin
 ///
 /// # Errors
 /// When the disk refuses.
-pub fn write(out: &Path, combined: &Combined, labels: &[String]) -> Result<()> {
+pub fn write(out: &Path, combined: &Combined, labels: &Labels) -> Result<()> {
     let config = AdapterConfig::new(combined.config.clone())?;
     adapter_files::write(out, &config, labels, combined.tensors.iter().map(|(key, t)| (key.as_str(), t)))
 }
 
-/// The names of the classes of all adapters that have a class head.
+/// The outputs of all adapters that have a head.
 ///
 /// # Errors
-/// Names that differ, or a folder that cannot be read.
-pub fn labels(inputs: &[Input<'_>]) -> Result<Vec<String>> {
-    let mut found: Option<(&str, Vec<String>)> = None;
+/// Names or kinds that differ, or a folder that cannot be read.
+pub fn labels(inputs: &[Input<'_>]) -> Result<Labels> {
+    let mut found: Option<(&str, Labels)> = None;
     for input in inputs {
         let Some(labels) = class_labels::read(input.folder)? else { continue };
         match &found {
             Some((other, first)) if *first != labels => {
                 let message = format!(
-                    "{other} has the classes {} and {} has {}",
-                    first.join(", "),
+                    "{other} has the classes {} ({}) and {} has {} ({})",
+                    first.names.join(", "),
+                    first.kind,
                     input.name,
-                    labels.join(", ")
+                    labels.names.join(", "),
+                    labels.kind
                 );
                 return Err(Error::file(input.folder, message));
             }

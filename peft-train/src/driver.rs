@@ -5,8 +5,8 @@
 //! end that no gradient is made of: [`Record::unread`]), takes the gradients out and drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
 //! differentiated at all. Records may be held in `bf16` ([`Keep`]).
 //!
-//! What a row asks of the model, the next tokens or a class, is in the batch's targets alone: the hidden states that reach
-//! the head, and what each should predict.
+//! What a row asks of the model, the next tokens, a class, numbers or an answer, is in the batch alone: the hidden states that reach
+//! the head, what each should predict, and which loss that makes ([`HeadLoss`]).
 
 use candle_core::{DType, Tensor, TensorId, Var};
 use peft_core::kernels::{self, LossSpec, Record, Unread};
@@ -14,6 +14,8 @@ use peft_core::{ByTask, Ctx, Error, PromptTarget, ReadRows, Result, Segmented, T
 
 use crate::data::Batch;
 use crate::grads::Grads;
+use crate::head_loss::{HeadLoss, host};
+use crate::scores::likeliest;
 
 /// Rows of logits that are held at a time: enough for the head's weight to be laid out for many of them. Twice as many made
 /// a step no faster, and its peak 5 % larger.
@@ -94,9 +96,10 @@ impl Checkpointing {
 /// What a pass over a batch measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Measured {
-    /// Sum of the negative log-likelihoods of the counted tokens (of the rows, with a class head), in nats.
+    /// Sum of the losses: of the negative log-likelihoods of the counted tokens (of the rows, with a class head), in nats, or of what
+    /// another head has in their place.
     pub nll: f64,
-    /// Counted tokens.
+    /// Counted tokens, rows or questions.
     pub counted: usize,
     /// Counted tokens whose most likely prediction was right.
     pub hits: usize,
@@ -160,23 +163,46 @@ pub(crate) fn evaluate_above<M: Segmented>(
 /// # Errors
 /// When a tensor operation fails or a label is outside the head.
 pub fn predict<M: Segmented>(model: &M, batch: &Batch, ctx: &Ctx<'_>) -> Result<(Measured, Vec<u32>)> {
-    predict_above(model, batch, None, ctx)
+    let found = outputs_above(model, batch, None, ctx)?;
+    let counted = batch.targets().ids.len();
+    let width = found.outputs.len().checked_div(counted).unwrap_or(0).max(1);
+    Ok((found.measured(), found.outputs.chunks(width).map(likeliest).collect()))
 }
 
-/// As [`predict`], from the hidden states that no parameter reaches.
-pub(crate) fn predict_above<M: Segmented>(
+/// Loss of a batch without gradients and the outputs of its head, from the hidden states that no parameter reaches. Logits are held whole,
+/// so this is not for a head over a vocabulary.
+///
+/// # Errors
+/// When a tensor operation fails or a label is outside the head.
+pub(crate) fn outputs_above<M: Segmented>(
     model: &M,
     batch: &Batch,
     below: Option<&Below>,
     ctx: &Ctx<'_>,
-) -> Result<(Measured, Vec<u32>)> {
+) -> Result<Outputs> {
     with_head(model, batch, below, ctx, |head, ctx| {
         let logits = model.logits(&head.normed(model, ctx)?, &head.read.ctx(ctx))?;
-        let scored = kernels::cross_entropy_rows(&logits, head.targets, 1.0, None, false)?;
-        let nll = scored.nll.iter().map(|&x| f64::from(x)).sum();
-        let predicted = logits.argmax(1)?.to_vec1::<u32>()?;
-        Ok((Measured { nll, counted: head.targets.len(), hits: scored.hits }, predicted))
+        let scored = head.loss.score(&logits, head.targets, 1.0, false)?;
+        Ok(Outputs { losses: scored.losses, hits: scored.hits, outputs: host(&logits)? })
     })
+}
+
+/// What a head made of a batch.
+#[derive(Debug)]
+pub(crate) struct Outputs {
+    /// One an item of the loss.
+    pub(crate) losses: Vec<f32>,
+    /// Rows whose largest output is that of their class.
+    pub(crate) hits: usize,
+    /// Of the rows that count, `[counted, outputs]`.
+    pub(crate) outputs: Vec<f32>,
+}
+
+impl Outputs {
+    pub(crate) fn measured(&self) -> Measured {
+        let nll = self.losses.iter().map(|&x| f64::from(x)).sum();
+        Measured { nll, counted: self.losses.len(), hits: self.hits }
+    }
 }
 
 /// Negative log-likelihood of each counted token, in the order of [`Batch::targets`].
@@ -309,7 +335,7 @@ pub fn forward_backward<'a, M: Segmented>(
 
     let needs_below = first < blocks || lowest == 0;
     let own = targets.len() - of_prompt.len();
-    let head = Head { rows: hidden.detach(), read: &read, targets: &targets, own };
+    let head = Head { rows: hidden.detach(), read: &read, targets: &targets, own, loss: HeadLoss::of(batch) };
     drop(hidden);
     let (measured, d_rows) = head.backward(model, ctx, loss, needs_below, grads)?;
     let Some(mut gradient) = d_rows else { return Ok(measured) };
@@ -358,10 +384,6 @@ fn leaf(hidden: &Tensor, tracked: bool) -> Result<Tensor> {
     })
 }
 
-fn chunks(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
-    targets.chunks(LOGIT_ROWS).enumerate().map(|(i, ids)| (i * LOGIT_ROWS, ids))
-}
-
 /// Block `i` on `hidden`; of the last, only the rows that are read.
 fn run_block<M: Segmented>(
     model: &M,
@@ -400,7 +422,7 @@ fn with_head<M: Segmented, R>(
     let ctx = &about.ctx(ctx);
     let (read, targets) = read(batch, &[], ctx)?;
     let rows = read_hidden(model, batch, &read, below, ctx)?;
-    f(&Head { rows, read: &read, targets: &targets, own: targets.len() }, ctx)
+    f(&Head { rows, read: &read, targets: &targets, own: targets.len(), loss: HeadLoss::of(batch) }, ctx)
 }
 
 /// What a pass without a graph gives of the rows that are read, `[rows, hidden]`.
@@ -456,9 +478,17 @@ struct Head<'a> {
     targets: &'a [u32],
     /// How many of them, in front, are the batch's own: those that are measured.
     own: usize,
+    loss: HeadLoss<'a>,
 }
 
 impl Head<'_> {
+    /// Rows whose logits are held at a time, with the first of them. Other losses than the cross-entropy have few outputs, and look at all
+    /// rows of a sequence.
+    fn chunks(&self) -> impl Iterator<Item = (usize, &[u32])> {
+        let rows = if self.loss.is_cross_entropy() { LOGIT_ROWS } else { self.targets.len().max(1) };
+        self.targets.chunks(rows).enumerate().map(move |(i, ids)| (i * rows, ids))
+    }
+
     /// The rows behind the final norm.
     fn normed<M: Segmented>(&self, model: &M, ctx: &Ctx<'_>) -> Result<Tensor> {
         model.final_norm(&self.rows, &self.read.ctx(ctx))
@@ -475,7 +505,8 @@ impl Head<'_> {
     ) -> Result<(Measured, Option<Tensor>)> {
         let rows = leaf(&self.rows, needs_rows)?;
         let normed = model.final_norm(&rows, &self.read.ctx(ctx))?;
-        if let (LossOf::Sum(scale), Some((weight, softcap))) = (loss, model.plain_head(&self.read.ctx(ctx))) {
+        let plain = if self.loss.is_cross_entropy() { model.plain_head(&self.read.ctx(ctx)) } else { None };
+        if let (LossOf::Sum(scale), Some((weight, softcap))) = (loss, plain) {
             let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
             let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
             let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
@@ -489,6 +520,9 @@ impl Head<'_> {
             LossOf::WithPrompt(scale, targets) => {
                 let of_prompt = targets.iter().map(|target| target.weight * scale);
                 std::iter::repeat_n(scale, self.own).chain(of_prompt).collect()
+            }
+            LossOf::Weighed(_) if !self.loss.is_cross_entropy() => {
+                return Err(Error::msg("only likelihoods are weighed"));
             }
             LossOf::Weighed(weigh) => {
                 let weights = weigh(&self.losses(model, &normed.detach(), &ctx.untracked())?);
@@ -511,7 +545,7 @@ impl Head<'_> {
     fn losses<M: Segmented>(&self, model: &M, normed: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
         let mut losses = Vec::with_capacity(self.targets.len());
         self.each_chunk(model, normed, ctx, |logits, ids| {
-            losses.extend(kernels::cross_entropy_rows(logits, ids, 1.0, None, false)?.nll);
+            losses.extend(self.loss.score(logits, ids, 1.0, false)?.losses);
             Ok(())
         })?;
         Ok(losses)
@@ -525,7 +559,7 @@ impl Head<'_> {
         ctx: &Ctx<'_>,
         mut f: impl FnMut(&Tensor, &[u32]) -> Result<()>,
     ) -> Result<()> {
-        for (start, ids) in chunks(self.targets) {
+        for (start, ids) in self.chunks() {
             let rows = self.read.part(start..start + ids.len())?;
             f(&model.logits(&normed.narrow(0, start, ids.len())?, &rows.ctx(ctx))?, ids)?;
         }
@@ -543,8 +577,8 @@ impl Head<'_> {
         mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
         ctx: &Ctx<'_>,
     ) -> Result<Measured> {
-        let mut measured = Measured { counted: self.own, ..Measured::default() };
-        for (start, ids) in chunks(self.targets) {
+        let mut measured = Measured { counted: self.loss.items(self.own), ..Measured::default() };
+        for (start, ids) in self.chunks() {
             let rows = self.read.part(start..start + ids.len())?;
             let ctx = rows.ctx(ctx);
             let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
@@ -554,9 +588,9 @@ impl Head<'_> {
             let weights = weights.get(start..start + ids.len()).unwrap_or_default();
             let shared = weights.first().copied().filter(|first| weights.iter().all(|w| w == first));
             let scale = shared.unwrap_or(1.0);
-            let scored = kernels::cross_entropy_rows(&logits.detach(), ids, scale, None, backward.is_some())?;
+            let scored = self.loss.score(&logits.detach(), ids, scale, backward.is_some())?;
             let own = self.own.saturating_sub(start);
-            measured.nll += scored.nll.iter().take(own).map(|&x| f64::from(x)).sum::<f64>();
+            measured.nll += scored.losses.iter().take(own).map(|&x| f64::from(x)).sum::<f64>();
             measured.hits += scored.hits;
             if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
                 && logits.track_op()

@@ -17,7 +17,7 @@ impl Better {
     /// training lowers, the objective.
     pub fn of_metric(name: &str) -> Self {
         let name = name.to_ascii_lowercase();
-        let lower = ["loss", "perplexity", "ppl", "nll", "error", "_mae", "_mse", "objective"];
+        let lower = ["loss", "perplexity", "ppl", "nll", "error", "mae", "mse", "objective"];
         if lower.iter().any(|w| name.contains(w)) { Self::Lower } else { Self::Higher }
     }
 

@@ -6,11 +6,12 @@ use std::str::FromStr;
 use peft_core::suggest::did_you_mean;
 use peft_core::{Ctx, Error, Result, Segmented, Task};
 
-use crate::classify::Confusion;
+use crate::classify::{Confusion, scores_of};
 use crate::data::{Batch, ChoiceBatch, PreferenceBatch};
-use crate::driver::{Below, Measured, evaluate_above, predict_above, token_losses_above};
+use crate::driver::{Below, Measured, evaluate_above, outputs_above, token_losses_above};
 use crate::preference::{Preference, PreferenceStep};
 use crate::reference::step_of;
+use crate::scores::Scores;
 use crate::t_few::{Counts, TFew};
 
 /// What training lowers.
@@ -23,6 +24,12 @@ pub enum Objective {
     Accuracy,
     /// Minus the macro F1 of the classes.
     F1,
+    /// Minus the Matthews correlation of the classes.
+    Mcc,
+    /// Minus Pearson's correlation of a regression.
+    Pearson,
+    /// Minus Spearman's correlation of a regression.
+    Spearman,
     /// T-Few's losses on rows with choices.
     TFew(TFew),
     /// A loss of answers of which one is preferred.
@@ -30,7 +37,8 @@ pub enum Objective {
 }
 
 impl Objective {
-    const NAMES: [&str; 9] = ["loss", "accuracy", "f1", "t_few", "dpo", "ipo", "kto", "orpo", "simpo"];
+    const NAMES: [&str; 12] =
+        ["loss", "accuracy", "f1", "mcc", "pearson", "spearman", "t_few", "dpo", "ipo", "kto", "orpo", "simpo"];
 
     /// Whether it has a gradient.
     #[must_use]
@@ -53,7 +61,42 @@ impl Objective {
         match self {
             Self::Loss | Self::Preference(_) => false,
             Self::TFew(_) => true,
-            Self::Accuracy | Self::F1 => !matches!(task, Task::Classification { .. }),
+            _ => !matches!(task, Task::Head { .. }),
+        }
+    }
+
+    /// The score that it is minus of.
+    pub(crate) fn score(self) -> Option<&'static str> {
+        match self {
+            Self::Loss | Self::TFew(_) | Self::Preference(_) => None,
+            Self::Accuracy => Some("accuracy"),
+            Self::F1 => Some("f1"),
+            Self::Mcc => Some("mcc"),
+            Self::Pearson => Some("pearson"),
+            Self::Spearman => Some("spearman"),
+        }
+    }
+
+    /// Refuses a score that a model with this task does not have.
+    ///
+    /// # Errors
+    /// One, naming those that there are.
+    pub fn check(self, task: Task) -> Result<()> {
+        let names = match task {
+            Task::Head { kind, .. } => Scores::names(kind),
+            Task::CausalLm | Task::Seq2SeqLm => vec!["accuracy", "f1", "mcc"],
+        };
+        match self.score() {
+            Some(name) if !names.contains(&name) => {
+                let known: Vec<_> = Self::NAMES.into_iter().filter(|known| names.contains(known)).collect();
+                let message = format!(
+                    "`{name}` is not a score of this model's head; use loss{}{}",
+                    if known.is_empty() { "" } else { ", " },
+                    known.join(", ")
+                );
+                Err(Error::config("train.objective", message))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -66,6 +109,9 @@ impl FromStr for Objective {
             "loss" => Self::Loss,
             "accuracy" => Self::Accuracy,
             "f1" => Self::F1,
+            "mcc" => Self::Mcc,
+            "pearson" => Self::Pearson,
+            "spearman" => Self::Spearman,
             "t_few" => Self::TFew(TFew::default()),
             _ => {
                 if let Some(preference) = Preference::named(name) {
@@ -83,10 +129,9 @@ impl fmt::Display for Objective {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Loss => "loss",
-            Self::Accuracy => "accuracy",
-            Self::F1 => "f1",
             Self::TFew(_) => "t_few",
             Self::Preference(preference) => preference.name(),
+            score => score.score().unwrap_or_default(),
         })
     }
 }
@@ -145,7 +190,8 @@ pub(crate) fn measure_above<M: Segmented>(
     below: &[Below],
     ctx: &Ctx<'_>,
 ) -> Result<(Measured, f64)> {
-    let (mut tally, mut of_t_few, mut of_preference) = (Tally::new(classes), 0.0, 0.0);
+    let (mut tally, mut scores) = (Tally::new(classes), None::<Scores>);
+    let (mut of_t_few, mut of_preference) = (0.0, 0.0);
     let of_step = match objective {
         Objective::Preference(objective) => {
             let batches: Vec<_> = micro_batches.iter().filter_map(MicroBatch::preferences).collect();
@@ -159,11 +205,6 @@ pub(crate) fn measure_above<M: Segmented>(
         match (micro_batch, objective) {
             (MicroBatch::Rows(batch), _) if batch.targets().ids.is_empty() => {}
             (MicroBatch::Rows(batch), Objective::Loss) => tally.add(evaluate_above(model, batch, below, ctx)?, &[]),
-            (MicroBatch::Rows(batch), Objective::Accuracy | Objective::F1) => {
-                let (found, predicted) = predict_above(model, batch, below, ctx)?;
-                let pairs: Vec<(u32, u32)> = batch.targets().ids.into_iter().zip(predicted).collect();
-                tally.add(found, &pairs);
-            }
             (MicroBatch::Rows(_), Objective::TFew(_)) => return Err(Error::msg("t_few needs rows with choices")),
             (MicroBatch::Preferences(batch), Objective::Preference(objective)) => {
                 let nll = token_losses_above(model, &batch.batch, below, ctx)?;
@@ -173,6 +214,15 @@ pub(crate) fn measure_above<M: Segmented>(
             }
             (MicroBatch::Preferences(_), _) | (_, Objective::Preference(_)) => {
                 return Err(Error::msg(format!("{objective} and rows with a preferred answer do not go together")));
+            }
+            (MicroBatch::Rows(batch), _) => {
+                let found = outputs_above(model, batch, below, ctx)?;
+                let scores = match &mut scores {
+                    Some(scores) => scores,
+                    none => none.insert(scores_of(model)?),
+                };
+                scores.add(batch, None, &found.outputs)?;
+                tally.measured += found.measured();
             }
             (MicroBatch::Choices(choices), _) => {
                 let nll = token_losses_above(model, &choices.batch, below, ctx)?;
@@ -188,8 +238,14 @@ pub(crate) fn measure_above<M: Segmented>(
         Objective::TFew(_) => of_t_few,
         Objective::Preference(_) => of_preference,
         Objective::Loss => tally.loss(),
-        Objective::Accuracy => -tally.accuracy(),
-        Objective::F1 => -tally.f1(),
+        score => {
+            let name = score.score().unwrap_or_default();
+            let value = match &scores {
+                Some(scores) => scores.get(name),
+                None => tally.get(name),
+            };
+            -value.ok_or_else(|| Error::msg(format!("rows have no `{name}`")))?
+        }
     };
     Ok((tally.measured, value))
 }
@@ -231,6 +287,16 @@ impl Tally {
     /// Macro F1 of the classes.
     pub(crate) fn f1(&self) -> f64 {
         self.confusion.macro_f1()
+    }
+
+    /// The score of this name.
+    pub(crate) fn get(&self, name: &str) -> Option<f64> {
+        match name {
+            "accuracy" => Some(self.accuracy()),
+            "f1" => Some(self.f1()),
+            "mcc" => Some(self.confusion.mcc()),
+            _ => None,
+        }
     }
 }
 

@@ -117,14 +117,9 @@ pub(crate) fn observe(
     let Readings { measured, metrics } = readings;
     let row = EvalRow { step, eval_loss: measured.nll / measured.counted as f64, metrics };
     let metric = early_stop.metric().to_string();
+    let names: Vec<String> = row.values().map(|(name, _)| in_file(name)).collect();
     let value = row.get(&metric).ok_or_else(|| {
-        Error::config(
-            "train.metric",
-            format!(
-                "`{metric}` is not measured here; what is: {}",
-                row.values().map(|(k, _)| in_file(k)).collect::<Vec<_>>().join(", ")
-            ),
-        )
+        Error::config("train.metric", format!("`{metric}` is not measured here; there are {}", names.join(", ")))
     })?;
     let verdict = early_stop.observe(step, value);
     progress.eval(&row, verdict.is_best);

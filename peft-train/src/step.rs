@@ -4,8 +4,7 @@ use std::cell::Cell;
 
 use candle_core::Tensor;
 use peft_core::{
-    Adapter, AdapterSet, Ctx, Error, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, Task,
-    TrainingHook,
+    Adapter, AdapterSet, Ctx, Error, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, TrainingHook,
 };
 
 use crate::audit::{AuditEntry, audit_gradients};
@@ -104,7 +103,7 @@ impl<M: Segmented> Step<'_, M> {
 
     /// Gradients of all micro-batches; the likelihood of the rows' own targets, and the objective where it is another.
     fn backward(&self, micro_batches: &[MicroBatch], grads: &mut Grads) -> Result<Passed> {
-        let counted: usize = micro_batches.iter().map(|b| b.batch().targets().ids.len()).sum();
+        let counted: usize = micro_batches.iter().map(|b| b.batch().counted()).sum();
         let (counts, route) = (Counts::of(micro_batches), Route::Uniform(0));
         let of_step = self.preferences(micro_batches)?;
         let (mut measured, mut objective, mut rewards) = (Measured::default(), None, None);
@@ -219,10 +218,7 @@ impl<M: Segmented> Step<'_, M> {
     ) -> Result<Made> {
         let route = Route::Uniform(0);
         let ctx = Ctx::eval(self.set, &route);
-        let classes = match self.model.task() {
-            Task::Classification { classes, .. } => Some(classes),
-            Task::CausalLm | Task::Seq2SeqLm => self.plan.choices.as_ref().and_then(|c| c.classes()),
-        };
+        let classes = self.plan.choices.as_ref().and_then(|c| c.classes());
         // What lies below the lowest parameter is the same at all points of a step.
         let below = micro_batches.iter().map(|b| Below::run(self.model, b.batch(), lowest, &ctx));
         let below = below.collect::<Result<Vec<_>>>()?;

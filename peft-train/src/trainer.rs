@@ -10,7 +10,7 @@ use peft_core::{Adapter, AdapterSet, BaseLayer, Ctx, Error, Parameter, Result, R
 use std::sync::Arc;
 
 use crate::checkpoint::{self, TrainerState};
-use crate::classify::{evaluate_choices, evaluate_classes};
+use crate::classify::{evaluate_choices, evaluate_head};
 use crate::data::{Batch, Choices, Dataset, Preferences, Sampler};
 use crate::driver::{Keep, Measured, evaluate};
 use crate::early_stop::{Best, EarlyStop};
@@ -339,7 +339,7 @@ fn readings<M: Segmented>(model: &M, set: &AdapterSet, plan: &Plan) -> Result<Op
     }
 }
 
-/// Loss, accuracy and F1 of rows through the one adapter of `set`.
+/// Loss and scores of rows through the one adapter of `set`.
 pub(crate) fn evaluate_rows<M: Segmented>(
     model: &M,
     set: &AdapterSet,
@@ -351,15 +351,16 @@ pub(crate) fn evaluate_rows<M: Segmented>(
     let ctx = Ctx::eval(set, &route);
     let mut metrics = BTreeMap::new();
     let measured = match (model.task(), choices) {
-        (Task::Classification { classes, .. }, _) => {
-            let (measured, confusion) = evaluate_classes(model, data, classes, &ctx, batch_size, |_| {})?;
-            metrics.insert("f1".to_string(), confusion.macro_f1());
-            measured
+        (Task::Head { .. }, _) => {
+            let (measured, scores) = evaluate_head(model, data, &ctx, batch_size, |_| {})?;
+            metrics.extend(scores.all().into_iter().map(|(name, value)| (name.to_string(), value)));
+            return Ok(Readings { measured, metrics });
         }
         (_, Some(choices)) => {
             let found = evaluate_choices(model, choices, &ctx, batch_size, |_| {})?;
             metrics.insert("accuracy".to_string(), found.accuracy());
             metrics.extend(found.f1().map(|f1| ("f1".to_string(), f1)));
+            metrics.extend(found.mcc().map(|mcc| ("mcc".to_string(), mcc)));
             found.own
         }
         (_, None) => evaluate_dataset(model, data, &ctx, batch_size, |_| {})?,

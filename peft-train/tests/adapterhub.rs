@@ -57,7 +57,7 @@ fn what_is_written_reads_back() {
     let (dir, adapter) = folder(&method());
     let hub = dir.path().join("hub");
     assert!(adapterhub::is_adapterhub(&hub).unwrap() && !adapterhub::is_adapterhub(&dir.path().join("ours")).unwrap());
-    assert_eq!(class_labels::read(&hub).unwrap().unwrap(), ["no", "yes"]);
+    assert_eq!(class_labels::read(&hub).unwrap().unwrap().names, ["no", "yes"]);
     let config = std::fs::read_to_string(hub.join("adapter_config.json")).unwrap();
     // A constant that is no float is no constant to AdapterHub's package.
     for line in
@@ -278,7 +278,7 @@ fn a_setup_is_written_and_read_back() {
     let (dir, adapter) = setup_folder();
     let hub = dir.path().join("hub");
     assert!(adapterhub::is_adapterhub(&hub).unwrap());
-    assert_eq!(class_labels::read(&hub).unwrap().unwrap(), ["no", "yes"]);
+    assert_eq!(class_labels::read(&hub).unwrap().unwrap().names, ["no", "yes"]);
     let setup: Value = serde_json::from_slice(&std::fs::read(hub.join("adapter_setup.json")).unwrap()).unwrap();
     let single = |name: &str| json!({"type": "single", "children": [name]});
     assert_eq!(setup["adapter_setup"], json!({"type": "Fuse", "children": [single("one"), single("two")]}));

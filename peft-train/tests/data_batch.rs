@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use peft_train::data::{
-    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, Location, MixturePart, Predictor, Sampler,
+    Batch, DataSpec, Dataset, EncodeOptions, Example, Format, HeadRow, Location, MixturePart, Predictor, Sampler,
     SamplerOptions, SamplerState, Truncation,
 };
 use proptest::prelude::*;
@@ -21,6 +21,7 @@ fn dataset(lengths: &[usize]) -> Dataset {
             source_tokens: 0,
             task: None,
             predictor: Predictor::Previous,
+            head: HeadRow::default(),
             source: Location::line(&file, row as u64 + 1),
             truncation: Truncation::default(),
         })
@@ -64,6 +65,7 @@ fn a_batch_is_packed_and_shifted_within_sequences() {
         source_tokens: 0,
         task: None,
         predictor: Predictor::Previous,
+        head: HeadRow::default(),
         source: Location::line(&file, 1),
         truncation: Truncation::default(),
     };

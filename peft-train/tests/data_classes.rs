@@ -4,7 +4,7 @@
 mod data_support;
 
 use data_support::Folder;
-use peft_core::ClassToken;
+use peft_core::{ClassToken, HeadKind};
 use peft_train::data::{
     Batch, ClassHead, DataError, DataSpec, Dataset, EncodeOptions, Format, HfTextTokenizer, Predictor, preview,
 };
@@ -35,7 +35,7 @@ fn tokenizer() -> HfTextTokenizer {
 fn options(reads: ClassToken) -> EncodeOptions {
     let labels = ["no", "yes"].map(str::to_string).to_vec();
     EncodeOptions {
-        class_head: Some(ClassHead { labels, reads }),
+        class_head: Some(ClassHead { labels, reads, kind: HeadKind::Classification }),
         vocab_size: Some(8),
         ..EncodeOptions::new(Format::Classification)
     }

@@ -6,15 +6,15 @@ mod model_support;
 
 use std::path::Path;
 
-use peft_core::{AdapterSet, ClassToken, Ctx, Route, Segmented};
+use peft_core::{AdapterSet, ClassToken, Ctx, HeadKind, Route, Segmented, Task};
 use peft_models::EncoderDecoder;
 use peft_models::config::Seq2SeqConfig;
 use peft_models::source::{Placement, RandomSource};
 use peft_train::data::{ClassHead, DataSpec, Dataset, DecoderInputs, EncodeOptions, Format};
-use peft_train::{evaluate_classes, evaluate_dataset, evaluate_each};
+use peft_train::{evaluate_dataset, evaluate_each, evaluate_head};
 use serde_json::{Value, json};
 
-use self::model_support::encoders::encoder;
+use self::model_support::encoders::{encoder, encoder_for};
 use self::model_support::moved;
 
 fn data(rows: &[Value], options: &EncodeOptions) -> Dataset {
@@ -34,20 +34,23 @@ fn set_of(model: &impl Segmented, methods: &[Value]) -> AdapterSet {
 }
 
 /// Each adapter's loss, hits and counted tokens in one pass are those of a pass of its own.
-fn check(model: &impl Segmented, data: &Dataset, methods: &[Value], classes: Option<usize>) {
+fn check(model: &impl Segmented, data: &Dataset, methods: &[Value]) {
     let set = set_of(model, methods);
-    let found = evaluate_each(model, data, &set, classes, 3, |_| {}).unwrap();
+    let found = evaluate_each(model, data, &set, 3, |_| {}).unwrap();
     assert_eq!(found.len(), methods.len());
     for (slot, of) in found.iter().enumerate() {
         let route = Route::Uniform(slot);
         let ctx = Ctx::eval(&set, &route);
-        let want = match classes {
-            None => evaluate_dataset(model, data, &ctx, 3, |_| {}).unwrap(),
-            Some(classes) => {
-                let (want, confusion) = evaluate_classes(model, data, classes, &ctx, 3, |_| {}).unwrap();
-                assert_eq!(of.confusion, Some(confusion), "{}", methods[slot]);
+        let want = match model.task() {
+            Task::Head { .. } => {
+                let (want, scores) = evaluate_head(model, data, &ctx, 3, |_| {}).unwrap();
+                for (name, value) in scores.all() {
+                    let got = of.scores.as_ref().unwrap().get(name).unwrap();
+                    assert!((got - value).abs() < 1e-4, "{}: {name} {got}, not {value}", methods[slot]);
+                }
                 want
             }
+            _ => evaluate_dataset(model, data, &ctx, 3, |_| {}).unwrap(),
         };
         assert_eq!((of.measured.counted, of.measured.hits), (want.counted, want.hits), "{}", methods[slot]);
         assert!((of.measured.nll - want.nll).abs() < 1e-4 * want.nll, "{}: {of:?}, not {want:?}", methods[slot]);
@@ -57,7 +60,11 @@ fn check(model: &impl Segmented, data: &Dataset, methods: &[Value], classes: Opt
 
 #[test]
 fn classes_of_an_encoder() {
-    let head = ClassHead { labels: ["a", "b", "c"].map(str::to_owned).to_vec(), reads: ClassToken::First };
+    let head = ClassHead {
+        labels: ["a", "b", "c"].map(str::to_owned).to_vec(),
+        reads: ClassToken::First,
+        kind: HeadKind::Classification,
+    };
     let options = EncodeOptions { class_head: Some(head), ..EncodeOptions::new(Format::Tokens) };
     let rows: Vec<Value> = (0..8).map(|row| json!({"input_ids": ids(row, 2 + row % 5), "label": row % 3})).collect();
     let gated = json!({"type": "union", "methods": [
@@ -65,7 +72,33 @@ fn classes_of_an_encoder() {
         {"r": 2, "target_modules": ["query"], "use_gating": true}]});
     let methods =
         [json!({"r": 2, "target_modules": ["query"]}), gated, json!({"type": "prompt", "num_virtual_tokens": 2})];
-    check(&encoder("bert", "-"), &data(&rows, &options), &methods, Some(3));
+    check(&encoder("bert", "-"), &data(&rows, &options), &methods);
+}
+
+#[test]
+fn other_heads_of_an_encoder() {
+    let methods = [json!({"r": 2, "target_modules": ["query"]}), json!({"type": "prefix", "num_virtual_tokens": 2})];
+    for kind in HeadKind::ALL.into_iter().filter(|kind| *kind != HeadKind::Classification) {
+        let outputs = if kind == HeadKind::QuestionAnswering { 2 } else { 3 };
+        let labels = (0..outputs).map(|i| i.to_string()).collect();
+        let reads = if kind.is_of_tokens() { ClassToken::Every } else { ClassToken::First };
+        let head = ClassHead { labels, reads, kind };
+        let options = EncodeOptions { class_head: Some(head), ..EncodeOptions::new(Format::Tokens) };
+        let row = |row: usize| {
+            let n = 2 + row % 5;
+            let flags: Vec<usize> = (0..3).map(|i| (row + i) % 2).collect();
+            let tags: Vec<usize> = (0..n).map(|t| (row + t) % 3).collect();
+            match kind {
+                HeadKind::TokenClassification => json!({"input_ids": ids(row, n), "labels": tags}),
+                HeadKind::QuestionAnswering => {
+                    json!({"input_ids": ids(row, n), "start_positions": row % 2, "end_positions": n - 1})
+                }
+                _ => json!({"input_ids": ids(row, n), "labels": flags}),
+            }
+        };
+        let rows: Vec<Value> = (0..8).map(row).collect();
+        check(&encoder_for("bert", "-", kind), &data(&rows, &options), &methods);
+    }
 }
 
 #[test]
@@ -88,5 +121,5 @@ fn targets_of_an_encoder_decoder() {
         json!({"type": "prefix", "num_virtual_tokens": 2}),
         json!({"type": "prompt", "num_virtual_tokens": 2}),
     ];
-    check(&model, &data(&rows, &options), &methods, None);
+    check(&model, &data(&rows, &options), &methods);
 }

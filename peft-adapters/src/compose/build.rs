@@ -256,7 +256,7 @@ fn fill_head(adapter: &Adapter, files: &AdapterFolder, base: &dyn BaseModel) -> 
 /// Whether a tensor is one of a class head.
 fn is_of_head(key: &str, base: &dyn BaseModel) -> bool {
     let head = base.sites().iter().map(|site| site.segment).max();
-    matches!(base.task(), Task::Classification { .. })
+    matches!(base.task(), Task::Head { .. })
         && base
             .sites()
             .iter()

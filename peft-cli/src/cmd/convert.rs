@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use peft_adapters::adapterhub::{self, HubModel};
-use peft_core::{AdapterFolder, BaseModel};
+use peft_core::{AdapterFolder, BaseModel, HeadKind, Labels};
 use peft_lora::mlx;
 use peft_models::ModelFiles;
 use peft_models::gguf::write_gguf_adapter;
@@ -39,8 +39,14 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<()> {
     let labels = class_labels::read(&dir)?.unwrap_or_default();
     let written = match args.to {
         ConvertTo::Adapterhub => {
+            if !labels.is_empty() && labels.kind != HeadKind::Classification {
+                bail!(
+                    "AdapterHub's heads are written for classification, and this adapter has one for {}",
+                    labels.kind
+                );
+            }
             let model = hub_model(&adapter, args.model.as_deref())?;
-            adapterhub::write(output, &adapter, &args.name, &labels, &model)
+            adapterhub::write(output, &adapter, &args.name, &labels.names, &model)
         }
         _ => peft_folder(output, &adapter, &labels),
     };
@@ -77,7 +83,7 @@ fn factors(args: &ConvertArgs, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-fn peft_folder(output: &Path, adapter: &AdapterFolder, labels: &[String]) -> peft_core::Result<()> {
+fn peft_folder(output: &Path, adapter: &AdapterFolder, labels: &Labels) -> peft_core::Result<()> {
     let tensors = adapter.keys().map(|key| Ok((key, adapter.tensor(key, &Device::Cpu)?)));
     let tensors = tensors.collect::<peft_core::Result<Vec<_>>>()?;
     adapter_files::write(output, adapter.config(), labels, tensors.iter().map(|(key, t)| (*key, t)))

@@ -1,14 +1,14 @@
-//! `peft-cli eval`: loss over a file of rows, or the accuracy of choosing among completions.
+//! `peft-cli eval`: loss over a file of rows and the scores of a head, or the accuracy of choosing among completions.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use peft_core::{AdapterSet, BaseModel, Ctx, Route, Segmented, Task};
+use peft_core::{AdapterSet, BaseModel, Ctx, HeadKind, Labels, Route, Segmented, Task};
 use peft_models::{AnyModel, Decoder, ModelFiles};
 use peft_train::data::{Choices, DataSpec, Dataset, EncodeOptions, Format, TextTokenizer};
 use peft_train::{
-    Confusion, Measured, OfAdapter, class_labels, evaluate_choices, evaluate_classes, evaluate_dataset, evaluate_each,
+    Measured, OfAdapter, Scores, class_labels, evaluate_choices, evaluate_dataset, evaluate_each, evaluate_head,
     methods,
 };
 use serde_json::{Map, Value, json};
@@ -62,6 +62,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
         max_length: Some(open::max_length(&files, args.max_length, virtual_tokens)),
         vocab_size: Some(model.vocab_size()),
         class_head: open::class_head(&files),
+        keep_answers: true,
         decoder: open::decoder_inputs(&files),
         tasks: set.adapter(0).and_then(|a| a.tasks()),
         ..EncodeOptions::new(format.unwrap_or(Format::Text))
@@ -81,8 +82,8 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     if several {
         return side_by_side(args, &model, &data, &set);
     }
-    if let Task::Classification { classes, .. } = model.task() {
-        return classified(args, &model, &data, classes, &ctx);
+    if let Task::Head { kind, .. } = model.task() {
+        return headed(args, &model, &data, kind, &ctx);
     }
     let measured = evaluate_dataset(&model, &data, &ctx, args.batch_size, |_| {})?;
     let loss = measured.nll / measured.counted as f64;
@@ -105,13 +106,16 @@ fn settle_classes(args: &EvalArgs, files: &mut ModelFiles, folders: &[PathBuf]) 
         return Ok(());
     }
     let of = |folder: &PathBuf| class_labels::read(folder);
+    let says = |head: &Labels| format!("{:?} ({})", head.names, head.kind);
     for (spec, folder) in args.adapter.iter().zip(folders).skip(1) {
         if let (Some(own), Some(first)) = (of(folder)?, folders.first().map(of).transpose()?.flatten())
             && own != first
         {
             bail!(
-                "{spec} has the classes {own:?}, and {} has {first:?}: evaluate it by itself",
-                args.adapter.first().map_or("", |s| s)
+                "{spec} has the classes {}, and {} has {}: evaluate it by itself",
+                says(&own),
+                args.adapter.first().map_or("", |s| s),
+                says(&first)
             );
         }
     }
@@ -119,19 +123,19 @@ fn settle_classes(args: &EvalArgs, files: &mut ModelFiles, folders: &[PathBuf]) 
 }
 
 /// What `--json` says of a data set of so many rows, `examples`.
-fn result(measured: &Measured, confusion: Option<&Confusion>, examples: usize) -> Map<String, Value> {
+fn result(measured: &Measured, head: Option<(HeadKind, &Scores)>, examples: usize) -> Map<String, Value> {
     let loss = measured.nll / measured.counted as f64;
     let mut result = Map::new();
     let mut set = |key: &str, value: Value| result.insert(key.to_owned(), value);
     set("loss", json!(loss));
-    set("perplexity", json!(loss.exp()));
+    // Other losses are no likelihoods of one thing.
+    if head.is_none_or(|(kind, _)| matches!(kind, HeadKind::Classification | HeadKind::TokenClassification)) {
+        set("perplexity", json!(loss.exp()));
+    }
     set("tokens", json!(measured.counted));
     set("examples", json!(examples));
-    match confusion {
-        Some(confusion) => {
-            set("accuracy", json!(confusion.accuracy()));
-            set("f1", json!(confusion.macro_f1()));
-        }
+    match head {
+        Some((_, scores)) => scores.all().into_iter().for_each(|(name, value)| drop(set(name, json!(value)))),
         None => {
             set("token_accuracy", json!(measured.hits as f64 / measured.counted as f64));
         }
@@ -141,19 +145,23 @@ fn result(measured: &Measured, confusion: Option<&Confusion>, examples: usize) -
 
 /// What each of several adapters gives on the same rows.
 fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &AdapterSet) -> Result<()> {
-    let classes = match model.task() {
-        Task::Classification { classes, .. } => Some(classes),
-        _ => None,
+    let kind = match model.task() {
+        Task::Head { kind, .. } => kind,
+        _ => HeadKind::default(),
     };
-    let found = evaluate_each(model, data, set, classes, args.batch_size, |_| {})?;
+    let found = evaluate_each(model, data, set, args.batch_size, |_| {})?;
     let mut results = Vec::new();
-    for (name, OfAdapter { measured, confusion }) in set.names().zip(&found) {
+    for (name, OfAdapter { measured, scores }) in set.names().zip(&found) {
         let (counted, hits) = (measured.counted, measured.hits);
         let loss = measured.nll / counted as f64;
-        let line = match confusion {
-            Some(confusion) => {
-                let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
-                format!("accuracy {:.2} % ({hits} of {counted} rows), f1 {f1:.4}", 100.0 * accuracy)
+        let line = match scores {
+            Some(scores) => {
+                let said = |(name, value)| format!("{name} {value:.4}");
+                format!(
+                    "{}, {counted} {}",
+                    scores.all().into_iter().map(said).collect::<Vec<_>>().join(", "),
+                    counted_of(kind)
+                )
             }
             None => {
                 let accuracy = hits as f64 / counted as f64;
@@ -164,7 +172,7 @@ fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &Adapter
             out!("{name}: loss {loss:.6}, {line}");
         }
         let mut of_adapter = Map::from_iter([("adapter".into(), name.into())]);
-        of_adapter.extend(result(measured, confusion.as_ref(), data.len()));
+        of_adapter.extend(result(measured, scores.as_ref().map(|scores| (kind, scores)), data.len()));
         results.push(of_adapter);
     }
     if args.json {
@@ -173,17 +181,29 @@ fn side_by_side(args: &EvalArgs, model: &AnyModel, data: &Dataset, set: &Adapter
     Ok(())
 }
 
-/// Loss a row, accuracy and F1 of a class head.
-fn classified(args: &EvalArgs, model: &AnyModel, data: &Dataset, classes: usize, ctx: &Ctx<'_>) -> Result<()> {
-    let (measured, confusion) = evaluate_classes(model, data, classes, ctx, args.batch_size, |_| {})?;
-    let loss = measured.nll / measured.counted as f64;
-    let (accuracy, f1) = (confusion.accuracy(), confusion.macro_f1());
+/// What the loss of a head is a mean over.
+fn counted_of(kind: HeadKind) -> &'static str {
+    match kind {
+        HeadKind::TokenClassification => "tokens",
+        HeadKind::QuestionAnswering => "questions",
+        _ => "rows",
+    }
+}
+
+/// Loss and scores of a head of its own.
+fn headed(args: &EvalArgs, model: &AnyModel, data: &Dataset, kind: HeadKind, ctx: &Ctx<'_>) -> Result<()> {
+    let (measured, scores) = evaluate_head(model, data, ctx, args.batch_size, |_| {})?;
     if args.json {
-        out!("{}", json!(result(&measured, Some(&confusion), data.len())));
-    } else {
-        out!("loss      {loss:.6} a row");
-        out!("accuracy  {:.2} % ({} of {} rows)", 100.0 * accuracy, measured.hits, measured.counted);
-        out!("f1        {f1:.4}, mean over {classes} classes");
+        out!("{}", json!(result(&measured, Some((kind, &scores)), data.len())));
+        return Ok(());
+    }
+    let loss = measured.nll / measured.counted as f64;
+    out!("loss         {loss:.6}, mean over {} {}", measured.counted, counted_of(kind));
+    for (name, value) in scores.all() {
+        match name {
+            "accuracy" | "exact_match" => out!("{name:<12} {:.2} %", 100.0 * value),
+            _ => out!("{name:<12} {value:.4}"),
+        }
     }
     Ok(())
 }
@@ -208,7 +228,7 @@ fn choices(
     let (accuracy, loss) = (measured.accuracy(), own.nll / own.counted.max(1) as f64);
     if args.json {
         let result = json!({
-            "accuracy": accuracy, "f1": measured.f1(), "loss": loss, "perplexity": loss.exp(), "tokens": own.counted,
+            "accuracy": accuracy, "f1": measured.f1(), "mcc": measured.mcc(), "loss": loss, "perplexity": loss.exp(), "tokens": own.counted,
             "examples": rows
         });
         out!("{result}");

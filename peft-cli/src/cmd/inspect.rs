@@ -129,7 +129,7 @@ fn model(files: &ModelFiles) -> Result<Value> {
                 "kind": "model", "model_type": c.family.model_type, "parameters": parameters, "dtype": dtype,
                 "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
                 "attention_heads": c.num_attention_heads, "head_dim": c.head_dim(), "vocab_size": c.vocab_size,
-                "max_length": c.max_length(), "task_type": c.task().peft_name(),
+                "max_length": c.max_length(), "task_type": c.task().peft_name(), "head": c.kind.name(),
                 "classes": classes,
                 "class_head": if files.lacks_class_head() { "none yet: training makes one" } else { "in the checkpoint" },
                 "tensors": names.len()
@@ -147,7 +147,7 @@ fn model(files: &ModelFiles) -> Result<Value> {
     };
     let mut described = json!({
         "kind": "model", "model_type": c.model_type(), "parameters": parameters, "dtype": dtype,
-        "task_type": c.task().peft_name(), "classes": c.labels.as_deref().unwrap_or_default(),
+        "task_type": c.task().peft_name(), "head": c.labels.as_ref().map(|_| c.kind.name()), "classes": c.labels.as_deref().unwrap_or_default(),
         "layers": c.num_hidden_layers, "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size,
         "attention_heads": c.num_attention_heads, "key_value_heads": c.num_key_value_heads, "head_dim": c.head_dim,
         "vocab_size": c.vocab_size, "max_position_embeddings": c.max_position_embeddings,

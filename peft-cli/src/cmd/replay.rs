@@ -22,6 +22,9 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<()> {
     }
     let mut files = open::model(args.model.as_deref().unwrap_or(&record.base_model))?;
     if files.config().labels().is_some() {
+        if !record.head.is_empty() {
+            files.set_head(record.head.parse()?)?;
+        }
         files.set_labels(record.labels.clone())?;
     }
     let placement = open::placement("cpu", &record.dtype)?;
@@ -32,7 +35,7 @@ pub(crate) fn run(args: &ReplayArgs) -> Result<()> {
             .context("the start of the run; --adapter names another")?,
     };
     let mut adapter = prepared.adapter;
-    adapter.labels = record.labels.clone();
+    adapter.labels = files.config().head().unwrap_or_default();
     adapter.config.insert("base_model_name_or_path".into(), record.base_model.clone().into());
     let parameters: Vec<Parameter> = adapter.parameters().into_iter().cloned().collect();
     if checksum(&adapter.parameters())? != record.start {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use candle_core::DType;
-use peft_core::{AdapterSet, BaseModel, Task};
+use peft_core::{AdapterSet, BaseModel, HeadKind, Task};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
@@ -132,12 +132,16 @@ impl Run {
         let text = text.as_ref().map(|t| t as &dyn TextTokenizer);
         let (train, format) = Dataset::load(&train_spec, format, text, &options)?;
         let eval = match &recipe.data.eval {
-            Some(v) => Some(Arc::new(Dataset::load(&spec(v)?, Some(format), text, &options)?.0)),
+            Some(v) => {
+                let options = EncodeOptions { keep_answers: true, ..options.clone() };
+                Some(Arc::new(Dataset::load(&spec(v)?, Some(format), text, &options)?.0))
+            }
             None => None,
         };
         let task = files.config().task();
+        recipe.objective()?.check(task)?;
         let compares = recipe.objective()?.compares_choices(task);
-        if !recipe.data.choices.is_empty() && matches!(task, Task::Classification { .. }) {
+        if !recipe.data.choices.is_empty() && matches!(task, Task::Head { .. }) {
             bail!(
                 "`data.choices` are answers of a language model; a class head has `data.labels`, the names of its classes"
             );
@@ -184,7 +188,7 @@ impl Run {
             }
             None => None,
         };
-        prepared.adapter.labels = files.config().labels().unwrap_or_default().to_vec();
+        prepared.adapter.labels = files.config().head().unwrap_or_default();
         for note in &prepared.notes {
             eprintln!("{note}");
         }
@@ -378,7 +382,7 @@ impl Run {
         let Run { recipe, files, model, tokenizer, prepared, train, .. } = self;
         let method = prepared.method;
         let adapter = Arc::new(prepared.adapter);
-        let record = mezo::record(&recipe, files.config().labels(), &adapter)?;
+        let record = mezo::record(&recipe, files.config().head(), &adapter)?;
         let mut trainer = Trainer::new(&model, adapter.clone(), rule, early_stop, plan);
         let outcome = drive(&mut trainer, &output, args.resume, planned)?;
         if let (UpdateRule::Mezo(mezo), Some(record)) = (trainer.rule(), record) {
@@ -409,14 +413,30 @@ impl Run {
     }
 }
 
-/// The classes of a class head: those that the recipe names, those of the adapter to start from, those of the checkpoint, or
+/// The head, and its classes: those that the recipe names, those of the adapter to start from, those of the checkpoint, or
 /// those that occur in the training rows.
 fn settle_classes(files: &mut ModelFiles, recipe: &Recipe, train: &DataSpec) -> Result<()> {
     let from = recipe.method.get("init_from").and_then(toml::Value::as_str).map(open::adapter).transpose()?;
+    if let Some(head) = &recipe.model.head {
+        files.set_head(head.parse()?).context("model.head")?;
+    }
     open::settle_classes(files, &recipe.data.labels, from.as_deref())?;
-    if recipe.data.labels.is_empty() && from.is_none() && files.lacks_class_head() {
-        let labels = labels_in(train)?;
-        eprintln!("classes in the training rows: {}", labels.join(", "));
+    if let (Some(wanted), Task::Head { kind, .. }) = (&recipe.model.head, files.config().task())
+        && wanted != kind.name()
+    {
+        bail!("`model.head` is \"{wanted}\", and the adapter to start from has a head for {kind}");
+    }
+    if let Task::Head { kind, .. } = files.config().task()
+        && recipe.data.labels.is_empty()
+        && from.is_none()
+        && files.lacks_class_head()
+    {
+        let labels = labels_in(train, kind)?;
+        if kind == HeadKind::QuestionAnswering {
+            return Ok(files.set_labels(labels)?);
+        }
+        let what = if kind == HeadKind::Regression { "numbers" } else { "classes" };
+        eprintln!("{what} in the training rows: {}", labels.join(", "));
         files.set_labels(labels)?;
     }
     Ok(())

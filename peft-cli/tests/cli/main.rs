@@ -8,6 +8,7 @@ mod combine;
 mod compose;
 mod endpoint;
 mod harness;
+mod heads;
 mod methods;
 mod mezo;
 mod preferences;

@@ -47,7 +47,7 @@ impl XLoraConfig {
         }
         let selection = select_saved(&self.saved, &candidates(base.sites()), unmatched)?;
         let heads: BTreeSet<usize> = match base.task() {
-            Task::Classification { .. } => selection.saved.iter().flat_map(|saved| saved.members.clone()).collect(),
+            Task::Head { .. } => selection.saved.iter().flat_map(|saved| saved.members.clone()).collect(),
             _ => BTreeSet::new(),
         };
         let mut layers: BTreeMap<SiteId, Vec<Expert>> = BTreeMap::new();

@@ -7,11 +7,11 @@
 use std::path::Path;
 
 use candle_core::DType;
-use peft_core::{ClassToken, Task};
+use peft_core::{ClassToken, HeadKind, Task};
 use serde_json::{Map, Value, json};
 
 use super::keys::{Keys, activation, dtype, dtype_name, family, refuse_quantized};
-use super::labels::{class_labels, insert_labels};
+use super::labels::{head, insert_labels};
 use super::{Activation, ConfigError};
 
 /// What tells an encoder family from the others.
@@ -19,8 +19,8 @@ use super::{Activation, ConfigError};
 pub struct EncoderFamily {
     /// `model_type` in `config.json`.
     pub model_type: &'static str,
-    /// The sequence classification class in transformers, for the `architectures` of a written `config.json`.
-    pub architecture: &'static str,
+    /// How the names of its classes in transformers begin: `Bert` of `BertForSequenceClassification`.
+    pub class: &'static str,
     /// Keys of the sizes in `config.json`.
     keys: SizeKeys,
     /// Paths of the layers.
@@ -73,10 +73,10 @@ pub struct EncoderNames {
     pub mlp: [&'static str; 2],
     /// The norm after the MLP, in a block.
     pub mlp_norm: &'static str,
-    /// The dense layer of the head, in the model.
-    pub head_dense: &'static str,
-    /// The output layer of the head, in the model.
-    pub head_out: &'static str,
+    /// The dense layer of a head that reads a whole sequence, in the model.
+    head_dense: &'static str,
+    /// The output layer of such a head, in the model.
+    head_out: &'static str,
 }
 
 const BERT_KEYS: SizeKeys = SizeKeys {
@@ -100,7 +100,7 @@ const BERT_NAMES: EncoderNames = EncoderNames {
 
 const ROBERTA: EncoderFamily = EncoderFamily {
     model_type: "roberta",
-    architecture: "RobertaForSequenceClassification",
+    class: "Roberta",
     keys: BERT_KEYS,
     names: EncoderNames {
         body: "roberta",
@@ -120,7 +120,7 @@ const ROBERTA: EncoderFamily = EncoderFamily {
 pub const ENCODER_FAMILIES: &[EncoderFamily] = &[
     EncoderFamily {
         model_type: "bert",
-        architecture: "BertForSequenceClassification",
+        class: "Bert",
         keys: BERT_KEYS,
         names: BERT_NAMES,
         positions_after_padding: false,
@@ -131,10 +131,10 @@ pub const ENCODER_FAMILIES: &[EncoderFamily] = &[
         pad_token_id: 0,
     },
     ROBERTA,
-    EncoderFamily { model_type: "xlm-roberta", architecture: "XLMRobertaForSequenceClassification", ..ROBERTA },
+    EncoderFamily { model_type: "xlm-roberta", class: "XLMRoberta", ..ROBERTA },
     EncoderFamily {
         model_type: "distilbert",
-        architecture: "DistilBertForSequenceClassification",
+        class: "DistilBert",
         keys: SizeKeys {
             hidden_size: "dim",
             intermediate_size: "hidden_dim",
@@ -161,7 +161,7 @@ pub const ENCODER_FAMILIES: &[EncoderFamily] = &[
     },
 ];
 
-/// Configuration of an encoder with a class head.
+/// Configuration of an encoder with a head.
 #[derive(Debug, Clone)]
 pub struct EncoderConfig {
     /// Names of keys and layers, and what the files leave unsaid.
@@ -188,6 +188,8 @@ pub struct EncoderConfig {
     pub pad_token_id: u32,
     /// Names of the classes: the head gives a logit each.
     pub labels: Vec<String>,
+    /// What the head is for.
+    pub kind: HeadKind,
     /// Floating-point type that the weights are stored in, where the file says so.
     pub dtype: Option<DType>,
     /// The `config.json` as read, with keys that this type does not know.
@@ -213,6 +215,7 @@ impl EncoderConfig {
             return Err(keys.invalid("position_embedding_type", format!("`{kind}` is not supported (known: absolute)")));
         }
         let names = &family.keys;
+        let (kind, labels) = head(&keys)?;
         let config = Self {
             family,
             vocab_size: keys.required_count("vocab_size")?,
@@ -228,7 +231,8 @@ impl EncoderConfig {
                 default => keys.count("type_vocab_size")?.unwrap_or(default),
             },
             pad_token_id: keys.token_ids("pad_token_id")?.first().copied().unwrap_or(family.pad_token_id),
-            labels: class_labels(&keys)?,
+            kind,
+            labels,
             dtype: dtype(&keys)?,
             raw: Map::new(),
         };
@@ -281,9 +285,24 @@ impl EncoderConfig {
         Ok(())
     }
 
-    /// What the head computes: a class from the first token.
+    /// What the head computes, of the first token or of every one.
     pub fn task(&self) -> Task {
-        Task::Classification { classes: self.labels.len(), reads: ClassToken::First }
+        let reads = if self.kind.is_of_tokens() { ClassToken::Every } else { ClassToken::First };
+        Task::Head { kind: self.kind, outputs: self.labels.len(), reads }
+    }
+
+    /// Path of the dense layer of the head, which those that read every token do without.
+    pub fn head_dense(&self) -> Option<&'static str> {
+        (!self.kind.is_of_tokens()).then_some(self.family.names.head_dense)
+    }
+
+    /// Path of the output layer of the head.
+    pub fn head_out(&self) -> &'static str {
+        match self.kind {
+            HeadKind::QuestionAnswering => "qa_outputs",
+            HeadKind::TokenClassification => "classifier",
+            _ => self.family.names.head_out,
+        }
     }
 
     /// The most tokens that a sequence may have.
@@ -301,12 +320,12 @@ impl EncoderConfig {
         self.hidden_size / self.num_attention_heads
     }
 
-    /// The `config.json` to write beside this model's weights: the one that was read, as that of a sequence classifier.
+    /// The `config.json` to write beside this model's weights: the one that was read, as that of the class with this head.
     pub fn to_hf_json(&self) -> Map<String, Value> {
         let mut map = self.raw.clone();
-        map.insert("architectures".into(), json!([self.family.architecture]));
+        map.insert("architectures".into(), json!([format!("{}{}", self.family.class, self.kind.architecture())]));
         map.insert("vocab_size".into(), json!(self.vocab_size));
-        insert_labels(&mut map, &self.labels);
+        insert_labels(&mut map, self.kind, &self.labels);
         if let Some(name) = self.dtype.and_then(dtype_name) {
             let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
             map.insert(key.into(), json!(name));

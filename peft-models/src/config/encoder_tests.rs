@@ -47,6 +47,61 @@ fn classes_are_read_and_written_by_number() {
 }
 
 #[test]
+fn the_class_and_its_problem_say_what_the_head_is_for() {
+    let class = |name: &str, more: Value| {
+        let mut all = json!({"architectures": [name]});
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        with(bert(), all).unwrap()
+    };
+    for (name, more, kind, paths, problem) in [
+        (
+            "BertForSequenceClassification",
+            json!({}),
+            HeadKind::Classification,
+            (Some("bert.pooler.dense"), "classifier"),
+            None,
+        ),
+        (
+            "BertForSequenceClassification",
+            json!({"num_labels": 1}),
+            HeadKind::Regression,
+            (Some("bert.pooler.dense"), "classifier"),
+            Some("regression"),
+        ),
+        (
+            "BertForSequenceClassification",
+            json!({"problem_type": "regression"}),
+            HeadKind::Regression,
+            (Some("bert.pooler.dense"), "classifier"),
+            Some("regression"),
+        ),
+        (
+            "BertForSequenceClassification",
+            json!({"problem_type": "multi_label_classification"}),
+            HeadKind::MultiLabel,
+            (Some("bert.pooler.dense"), "classifier"),
+            Some("multi_label_classification"),
+        ),
+        (
+            "BertForTokenClassification",
+            json!({"num_labels": 9}),
+            HeadKind::TokenClassification,
+            (None, "classifier"),
+            None,
+        ),
+        ("BertForQuestionAnswering", json!({}), HeadKind::QuestionAnswering, (None, "qa_outputs"), None),
+    ] {
+        let c = class(name, more);
+        assert_eq!((c.kind, (c.head_dense(), c.head_out())), (kind, paths), "{name}");
+        let written = c.to_hf_json();
+        assert_eq!(written["architectures"], json!([name]));
+        assert_eq!(written.get("problem_type").and_then(Value::as_str), problem, "{kind}");
+    }
+    let roberta = class("RobertaForTokenClassification", json!({"model_type": "roberta"}));
+    assert_eq!((roberta.head_dense(), roberta.head_out()), (None, "classifier"));
+}
+
+#[test]
 fn what_cannot_be_honoured_is_an_error_with_its_key() {
     for (changes, wanted) in [
         (json!({"model_type": "bertt"}), vec!["model_type", "did you mean `bert`"]),
@@ -60,8 +115,12 @@ fn what_cannot_be_honoured_is_an_error_with_its_key() {
         (json!({"position_embedding_type": "relative_key"}), vec!["position_embedding_type", "absolute"]),
         (json!({"is_decoder": true}), vec!["is_decoder"]),
         (json!({"quantization_config": {"quant_method": "gptq"}}), vec!["gptq"]),
-        (json!({"problem_type": "regression"}), vec!["problem_type", "single_label_classification"]),
-        (json!({"num_labels": 1}), vec!["regression"]),
+        (
+            json!({"problem_type": "regresion"}),
+            vec!["problem_type", "multi_label_classification, regression", "single_label_classification"],
+        ),
+        (json!({"problem_type": "single_label_classification", "num_labels": 1}), vec!["id2label", "regression"]),
+        (json!({"architectures": ["BertForQuestionAnswering"], "num_labels": 3}), vec!["id2label", "two"]),
         (json!({"num_labels": u64::MAX}), vec!["num_labels"]),
         (json!({"id2label": {"0": "a", "2": "b"}}), vec!["id2label", "gaps"]),
         (json!({"id2label": ["a"]}), vec!["id2label"]),
@@ -89,7 +148,15 @@ fn the_model_type_decides_what_a_folder_holds() {
         "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 4
     });
     let ModelConfig::Decoder(config) = read(llama.clone()).unwrap() else { panic!("a decoder") };
-    assert_eq!(config.task(), Task::Classification { classes: 4, reads: ClassToken::Last });
+    let task = Task::Head { kind: HeadKind::Classification, outputs: 4, reads: ClassToken::Last };
+    assert_eq!(config.task(), task);
+    let mut tokens = llama.as_object().unwrap().clone();
+    tokens["architectures"] = json!(["LlamaForTokenClassification"]);
+    let config = DecoderConfig::from_hf_map(tokens.clone(), Path::new("config.json")).unwrap();
+    assert_eq!((config.kind, config.head_out()), (HeadKind::TokenClassification, ("score", true)));
+    tokens["architectures"] = json!(["LlamaForQuestionAnswering"]);
+    let message = DecoderConfig::from_hf_map(tokens, Path::new("config.json")).unwrap_err().to_string();
+    assert!(message.contains("architectures") && message.contains("with encoders"), "{message}");
     let mut causal = llama.as_object().unwrap().clone();
     causal["architectures"] = json!(["LlamaForCausalLM"]);
     let config = DecoderConfig::from_hf_map(causal, Path::new("config.json")).unwrap();

@@ -108,6 +108,8 @@ pub struct Family {
     pub variant: Option<IsOf>,
     /// The causal language model class in transformers, for the `architectures` of a written `config.json`.
     pub architecture: &'static str,
+    /// The layer that gives every token a class in its `*ForTokenClassification`, where transformers has one.
+    pub token_head: Option<&'static str>,
     /// Its GGUF files, where they are read and written.
     pub gguf: Option<GgufFamily>,
     /// What its models are made of.
@@ -195,6 +197,7 @@ pub(super) const LLAMA: Family = Family {
     model_type: "llama",
     variant: None,
     architecture: "LlamaForCausalLM",
+    token_head: Some("score"),
     gguf: Some(GgufFamily { architecture: "llama", permutes_qk: true }),
     layout: layout::LLAMA,
     keys: KEYS,
@@ -315,6 +318,7 @@ const GEMMA2: Family = Family {
 const GEMMA3: Family = Family {
     model_type: "gemma3_text",
     architecture: "Gemma3ForCausalLM",
+    token_head: None,
     layout: layout::GEMMA3,
     window: WindowRule::Periodic { key: Some("sliding_window_pattern"), period: 6 },
     rope: Some(RopeRule { theta: 1_000_000.0, local: Some(("rope_local_base_freq", 10_000.0)), ..ROPE }),
@@ -326,6 +330,7 @@ const GEMMA3: Family = Family {
 const GPT2: Family = Family {
     model_type: "gpt2",
     architecture: "GPT2LMHeadModel",
+    token_head: Some("classifier"),
     gguf: None,
     layout: layout::GPT2,
     keys: DecoderKeys {
@@ -357,6 +362,7 @@ const GPT2: Family = Family {
 const GPT_NEOX: Family = Family {
     model_type: "gpt_neox",
     architecture: "GPTNeoXForCausalLM",
+    token_head: Some("classifier"),
     gguf: None,
     layout: layout::GPT_NEOX,
     keys: DecoderKeys { norm_eps: Some("layer_norm_eps"), ..KEYS },
@@ -375,6 +381,7 @@ const GPT_NEOX: Family = Family {
 const OLMO2: Family = Family {
     model_type: "olmo2",
     architecture: "Olmo2ForCausalLM",
+    token_head: None,
     gguf: None,
     layout: layout::OLMO2,
     mlp_bias: Switch::Never,
@@ -421,6 +428,7 @@ const SMOLLM3: Family = Family {
 const OPT: Family = Family {
     model_type: "opt",
     architecture: "OPTForCausalLM",
+    token_head: None,
     gguf: None,
     layout: layout::OPT,
     keys: DecoderKeys {
@@ -452,6 +460,7 @@ const OPT: Family = Family {
 const FALCON: Family = Family {
     model_type: "falcon",
     architecture: "FalconForCausalLM",
+    token_head: Some("classifier"),
     gguf: None,
     layout: layout::FALCON,
     keys: DecoderKeys {

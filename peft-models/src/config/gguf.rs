@@ -1,5 +1,6 @@
 //! Configuration from the metadata of a GGUF file, and the metadata from a configuration.
 
+use peft_core::HeadKind;
 use peft_core::suggest::did_you_mean;
 use serde_json::Map;
 
@@ -139,6 +140,7 @@ impl DecoderConfig {
             bos_token_id: token("bos_token_id")?,
             eos_token_ids: token("eos_token_id")?.into_iter().collect(),
             pad_token_id: token("padding_token_id")?,
+            kind: HeadKind::default(),
             labels: None,
             dtype: None,
             raw: Map::new(),

@@ -4,11 +4,12 @@
 
 use std::path::Path;
 
+use peft_core::HeadKind;
 use serde_json::{Map, Value, json};
 
 use super::experts::experts;
 use super::keys::{Keys, activation, dtype, dtype_name, family, read_json, refuse_quantized};
-use super::labels::{class_labels, insert_labels, reads_classes};
+use super::labels::{head, insert_labels, named_head};
 use super::layer_kinds::layer_kinds;
 use super::{Activation, ConfigError, DecoderConfig, FAMILIES, Family, Switch, WindowRule};
 
@@ -67,6 +68,18 @@ impl DecoderConfig {
             (None, None) => keys.required_count(names.intermediate_size)?,
         };
         let num_hidden_layers = keys.required_count(names.num_hidden_layers)?;
+        let (kind, labels) = match named_head(&raw) {
+            None => (HeadKind::default(), None),
+            Some(HeadKind::QuestionAnswering) => {
+                let why = "question answering is supported with encoders, not with decoders";
+                return Err(keys.invalid("architectures", why.into()));
+            }
+            Some(of_tokens @ HeadKind::TokenClassification) if family.token_head.is_none() => {
+                let why = format!("transformers has no `{}` of this family", of_tokens.architecture());
+                return Err(keys.invalid("architectures", why));
+            }
+            Some(_) => head(&keys).map(|(kind, labels)| (kind, Some(labels)))?,
+        };
         let max_position_embeddings =
             keys.count(names.max_position_embeddings)?.unwrap_or(family.max_position_embeddings);
         let experts = experts(&keys, family, num_hidden_layers, intermediate_size)?;
@@ -120,7 +133,8 @@ impl DecoderConfig {
                 family.eos_token_id.into_iter().collect()
             },
             pad_token_id: keys.token_ids("pad_token_id")?.first().copied(),
-            labels: reads_classes(&keys).then(|| class_labels(&keys)).transpose()?,
+            kind,
+            labels,
             dtype: dtype(&keys)?,
             raw: Map::new(),
         }
@@ -140,7 +154,7 @@ impl DecoderConfig {
             map.insert("tie_word_embeddings".into(), json!(self.tie_word_embeddings));
         }
         if let Some(labels) = &self.labels {
-            insert_labels(&mut map, labels);
+            insert_labels(&mut map, self.kind, labels);
         }
         if let Some(name) = self.dtype.and_then(dtype_name) {
             let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };

@@ -1,6 +1,7 @@
-//! The classes of a `*ForSequenceClassification`: `id2label`, `label2id` and `num_labels` of a `config.json`
-//! (transformers `configuration_utils.py`).
+//! The head that a `config.json` names: `architectures`, `problem_type`, and `id2label`, `label2id` and `num_labels` (transformers
+//! `configuration_utils.py`).
 
+use peft_core::HeadKind;
 use serde_json::{Map, Value, json};
 
 use super::ConfigError;
@@ -9,41 +10,53 @@ use super::keys::Keys;
 /// More classes than this are a mistake in the file.
 const MOST_CLASSES: usize = 1 << 20;
 
-/// Whether the file describes a model with a head over classes.
-pub(super) fn reads_classes(keys: &Keys<'_>) -> bool {
-    let architectures = keys.value("architectures").and_then(Value::as_array);
-    architectures
-        .is_some_and(|a| a.iter().filter_map(Value::as_str).any(|name| name.ends_with("ForSequenceClassification")))
+/// The head of the class that `architectures` names, where it is not a language model's. Of heads that read a whole sequence it says
+/// classification; `problem_type` and the number of outputs say which.
+pub(crate) fn named_head(map: &Map<String, Value>) -> Option<HeadKind> {
+    let names = map.get("architectures").and_then(Value::as_array)?;
+    let of = |name: &str| HeadKind::ALL.into_iter().find(|kind| name.ends_with(kind.architecture()));
+    names.iter().filter_map(Value::as_str).find_map(of)
 }
 
-/// Names of the classes, by their number. Where the file has none, they are `LABEL_0`, `LABEL_1`, … as in transformers,
-/// two of them if it does not say how many.
+/// The kind of a head, and the names of its outputs by their number. Where the file has none, they are `LABEL_0`, `LABEL_1`, … as in
+/// transformers, two of them if it does not say how many. One output alone is a regression, if `problem_type` says nothing.
 ///
 /// # Errors
-/// Numbers with gaps, one class alone (which transformers takes for a regression), and a `problem_type` other than
-/// `single_label_classification`.
-pub(super) fn class_labels(keys: &Keys<'_>) -> Result<Vec<String>, ConfigError> {
-    match keys.text("problem_type")? {
-        None | Some("single_label_classification") => {}
-        Some(other) => {
-            return Err(keys.invalid(
-                "problem_type",
-                format!("`{other}` is not supported: a class head is trained with one label a row (single_label_classification)"),
-            ));
-        }
-    }
+/// Numbers with gaps, an unknown `problem_type`, and a number of outputs that the kind cannot have.
+pub(super) fn head(keys: &Keys<'_>) -> Result<(HeadKind, Vec<String>), ConfigError> {
     let labels = match keys.value("id2label") {
         Some(map) => named(keys, map)?,
         None => default_labels(keys, keys.count("num_labels")?.unwrap_or(2))?,
     };
-    match labels.len() {
-        0 => Err(keys.invalid("id2label", "names no class".into())),
-        1 => Err(keys.invalid(
-            "id2label",
-            "names one class, which transformers takes for a regression; that is not supported: use two classes or more"
+    let known = || HeadKind::ALL.into_iter().filter_map(HeadKind::problem_type);
+    let kind = match (named_head(keys.map).unwrap_or_default(), keys.text("problem_type")?) {
+        (kind, _) if kind.is_of_tokens() => kind,
+        (_, None) if labels.len() == 1 => HeadKind::Regression,
+        (_, None) => HeadKind::Classification,
+        (_, Some(name)) => {
+            let of = HeadKind::ALL.into_iter().find(|kind| kind.problem_type() == Some(name));
+            of.ok_or_else(|| {
+                let known: Vec<_> = known().collect();
+                keys.invalid("problem_type", format!("`{name}` is not known (known: {})", known.join(", ")))
+            })?
+        }
+    };
+    check_outputs(kind, labels.len()).map_err(|why| keys.invalid("id2label", why))?;
+    Ok((kind, labels))
+}
+
+/// Refuses a number of outputs that a head of this kind cannot have, in words.
+pub(crate) fn check_outputs(kind: HeadKind, outputs: usize) -> Result<(), String> {
+    match (kind, outputs) {
+        (_, 0) => Err("names no class".into()),
+        (HeadKind::Classification, 1) => Err(
+            "names one class, and one is not enough for classification: two at least; one number a row is a regression"
                 .into(),
-        )),
-        _ => Ok(labels),
+        ),
+        (HeadKind::QuestionAnswering, n) if n != 2 => {
+            Err(format!("names {n} outputs, and question answering has two: the start and the end of an answer"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -66,7 +79,13 @@ fn named(keys: &Keys<'_>, map: &Value) -> Result<Vec<String>, ConfigError> {
 }
 
 /// Writes the classes in the place of whatever the map says of them.
-pub(super) fn insert_labels(map: &mut Map<String, Value>, labels: &[String]) {
+pub(super) fn insert_labels(map: &mut Map<String, Value>, kind: HeadKind, labels: &[String]) {
+    // Classification is what several outputs are for where nothing is said.
+    if let Some(name) =
+        kind.problem_type().filter(|_| kind != HeadKind::Classification || map.contains_key("problem_type"))
+    {
+        map.insert("problem_type".into(), json!(name));
+    }
     let numbered = || labels.iter().enumerate();
     map.insert(
         "id2label".into(),

@@ -3,18 +3,19 @@
 use std::path::Path;
 
 use candle_core::DType;
-use peft_core::Task;
+use peft_core::{HeadKind, Labels, Task};
 use serde_json::{Map, Value};
 
 use super::keys::{Keys, read_json};
+use super::labels::named_head;
 use super::{ConfigError, DecoderConfig, ENCODER_FAMILIES, EncoderConfig, SEQ2SEQ_FAMILIES, Seq2SeqConfig};
 
 /// A configuration of one of the skeletons.
 #[derive(Debug, Clone)]
 pub enum ModelConfig {
-    /// A decoder: causal language model, or sequence classifier on its last token.
+    /// A decoder: causal language model, or one with a head of its own.
     Decoder(Box<DecoderConfig>),
-    /// An encoder with a class head.
+    /// An encoder with a head.
     Encoder(Box<EncoderConfig>),
     /// An encoder–decoder that writes a target for a source.
     Seq2Seq(Box<Seq2SeqConfig>),
@@ -88,6 +89,32 @@ impl ModelConfig {
         match self {
             Self::Decoder(c) => c.labels.as_deref(),
             Self::Encoder(c) => Some(&c.labels),
+            Self::Seq2Seq(_) => None,
+        }
+    }
+
+    /// The head and its outputs, where it is not a language model's.
+    pub fn head(&self) -> Option<Labels> {
+        match self.task() {
+            Task::Head { kind, .. } => Some(Labels { names: self.labels()?.to_vec(), kind }),
+            _ => None,
+        }
+    }
+
+    /// Says what the head is for; models of language are left as they are.
+    pub(crate) fn set_head(&mut self, kind: HeadKind) {
+        match self {
+            Self::Decoder(c) => c.kind = kind,
+            Self::Encoder(c) => c.kind = kind,
+            Self::Seq2Seq(_) => {}
+        }
+    }
+
+    /// The head that the file names, where it is not a language model's.
+    pub(crate) fn named_head(&self) -> Option<HeadKind> {
+        match self {
+            Self::Decoder(c) => named_head(&c.raw),
+            Self::Encoder(c) => named_head(&c.raw),
             Self::Seq2Seq(_) => None,
         }
     }

@@ -33,10 +33,13 @@ impl EndpointJudge {
             Objective::TFew(_) | Objective::Preference(_) => {
                 unfit("which needs the likelihood of single tokens; use loss, accuracy or f1 at an endpoint")
             }
-            Objective::Accuracy | Objective::F1 if !choices => {
+            Objective::Pearson | Objective::Spearman => unfit("which is a score of a regression"),
+            Objective::Accuracy | Objective::F1 | Objective::Mcc if !choices => {
                 unfit("which compares answers: name them in data.choices, data.label_words or a column `choices`")
             }
-            Objective::F1 if train.classes.is_none() => unfit("and the rows do not all have the same answers"),
+            Objective::F1 | Objective::Mcc if train.classes.is_none() => {
+                unfit("and the rows do not all have the same answers")
+            }
             _ => Ok(Self { endpoint, objective, train, eval }),
         }
     }
@@ -76,9 +79,8 @@ impl Judge for EndpointJudge {
             let rows = rows.iter().flatten().filter_map(|&row| self.train.rows.get(row));
             let tally = self.tally(prompt, rows, self.train.classes)?;
             let value = match self.objective {
-                Objective::Accuracy => -tally.accuracy(),
-                Objective::F1 => -tally.f1(),
                 Objective::Loss | Objective::TFew(_) | Objective::Preference(_) => tally.loss(),
+                score => -score.score().and_then(|name| tally.get(name)).unwrap_or_default(),
             };
             Ok((tally.measured, value))
         });

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use peft_core::{Adapter, AdapterSet, Ctx, Error, Result, Route, Segmented, Task};
+use peft_core::{Adapter, AdapterSet, Ctx, Error, Labels, Result, Route, Segmented};
 use peft_prompt::PromptConfig;
 use serde_json::{Map, Value};
 
@@ -26,7 +26,7 @@ pub struct LocalJudge<'a, M> {
     /// Further keys of the adapters' config: `base_model_name_or_path`, `tokenizer_name_or_path`.
     pub keys: Map<String, Value>,
     /// Names of the classes of a class head.
-    pub labels: Vec<String>,
+    pub labels: Labels,
     /// What training lowers.
     pub objective: Objective,
     /// Training rows.
@@ -80,10 +80,7 @@ impl<M: Segmented> Judge for LocalJudge<'_, M> {
         if micro_batches.iter().all(|b| b.batch().targets().ids.is_empty()) {
             return Err(Error::msg("a batch has no counted token"));
         }
-        let classes = match self.model.task() {
-            Task::Classification { classes, .. } => Some(classes),
-            Task::CausalLm | Task::Seq2SeqLm => self.choices.and_then(Choices::classes),
-        };
+        let classes = self.choices.and_then(Choices::classes);
         let route = Route::Uniform(0);
         let judged = prompts.iter().map(|prompt| {
             let set = self.set(prompt)?;

@@ -2,12 +2,14 @@
 
 use std::ops::Range;
 
+use peft_core::HeadKind;
+
 use super::dataset::Dataset;
 use super::encode::{IGNORE_INDEX, Predictor};
 
 /// Rows as the model takes them. Sequence `i` is `bounds[i]..bounds[i + 1]` of every token-wise field; for an
 /// encoder–decoder these are what its decoder reads of all rows, then the source of each.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Batch {
     /// `[tokens]`.
     pub input_ids: Vec<u32>,
@@ -25,6 +27,10 @@ pub struct Batch {
     pub tasks: Vec<usize>,
     /// Whose hidden state predicts a label.
     pub predictor: Predictor,
+    /// What the labels are held against; cross-entropy for language models, too.
+    pub kind: HeadKind,
+    /// `[sequences, outputs]`: what the outputs of a head should be that is for numbers or for several classes, or empty.
+    pub values: Vec<f32>,
 }
 
 /// The positions that count towards the loss, after the shift.
@@ -32,7 +38,8 @@ pub struct Batch {
 pub struct Targets {
     /// `[counted]`: rows of the hidden states `[tokens, hidden]` that predict, ascending.
     pub positions: Vec<u32>,
-    /// `[counted]`: what each of them should predict.
+    /// `[counted]`: what each of them should predict. For a head that finds an answer all tokens count, and a bit says which is the
+    /// first of it (1) and which the last (2); for one that is for numbers or several classes, [`Batch::values`] are in this order.
     pub ids: Vec<u32>,
 }
 
@@ -50,6 +57,8 @@ impl Batch {
             types: Vec::new(),
             tasks: Vec::new(),
             predictor: dataset.predictor(),
+            kind: dataset.kind(),
+            values: rows.iter().flat_map(|&row| dataset.values(row)).copied().collect(),
         };
         batch.bounds.push(0);
         for &row in rows {
@@ -74,6 +83,11 @@ impl Batch {
     /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.bounds.len().saturating_sub(1)
+    }
+
+    /// How many losses its own is the mean of: one a counted token, or one a sequence for a head that finds an answer in it.
+    pub fn counted(&self) -> usize {
+        if self.kind == HeadKind::QuestionAnswering { self.sequences() } else { self.targets().ids.len() }
     }
 
     /// Number of tokens.

@@ -4,12 +4,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use peft_core::HeadKind;
 use rayon::prelude::*;
 
 use super::encode::{EncodeOptions, Encoder, Example, IGNORE_INDEX, Predictor};
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::labels::Labels;
+use super::questions::Question;
 use super::source::{DataSpec, Row, data_files, read_rows};
 use super::tokenizer::TextTokenizer;
 
@@ -28,6 +30,11 @@ pub struct Dataset {
     /// The task of each row, or empty where rows have none.
     tasks: Vec<u32>,
     predictor: Predictor,
+    kind: HeadKind,
+    /// `[rows, outputs]`, or empty where rows have none.
+    values: Vec<f32>,
+    /// Of each row, or empty where they are not kept.
+    questions: Vec<Arc<Question>>,
     bounds: Vec<usize>,
     sources: Vec<(u32, u64)>,
     files: Vec<(Arc<Path>, bool)>,
@@ -136,6 +143,9 @@ impl Dataset {
         }
         self.tasks.extend(example.task);
         self.predictor = example.predictor;
+        self.kind = example.head.kind;
+        self.values.extend_from_slice(&example.head.values);
+        self.questions.extend(example.head.question.clone());
         self.bounds.push(self.input_ids.len());
         let at = &example.source;
         if self.files.last().is_none_or(|(file, _)| **file != *at.file) {
@@ -145,8 +155,9 @@ impl Dataset {
         let stats = &mut self.stats;
         stats.rows += 1;
         stats.tokens += example.input_ids.len();
-        stats.counted_tokens +=
-            example.labels.iter().skip(example.predictor.distance()).filter(|l| **l != IGNORE_INDEX).count();
+        let counts = example.labels.iter().skip(example.predictor.distance()).filter(|l| **l != IGNORE_INDEX);
+        // A question has one answer among all of its tokens.
+        stats.counted_tokens += if self.kind == HeadKind::QuestionAnswering { 1 } else { counts.count() };
         stats.max_length = stats.max_length.max(example.input_ids.len());
         stats.truncated_prompts += usize::from(example.truncation.prompt_tokens > 0);
         stats.truncated_targets += usize::from(example.truncation.target_tokens > 0);
@@ -193,6 +204,27 @@ impl Dataset {
     /// The task of a row, where rows have one.
     pub fn task(&self, row: usize) -> Option<usize> {
         self.tasks.get(row).map(|&task| task as usize)
+    }
+
+    /// What the head is for, of rows for a head of its own.
+    pub fn kind(&self) -> HeadKind {
+        self.kind
+    }
+
+    /// What a row holds instead of one class, `[outputs]`; empty where it holds nothing.
+    pub fn values(&self, row: usize) -> &[f32] {
+        let outputs = self.values.len().checked_div(self.len()).unwrap_or(0);
+        self.values.get(row * outputs..(row + 1) * outputs).unwrap_or_default()
+    }
+
+    /// The texts of a row's question, where they were kept.
+    pub fn question(&self, row: usize) -> Option<&Question> {
+        self.questions.get(row).map(Arc::as_ref)
+    }
+
+    /// Whether some rows that are kept have no answer.
+    pub fn has_unanswerable(&self) -> bool {
+        self.questions.iter().any(|question| question.answers.is_empty())
     }
 
     /// Whether rows are a source and what a decoder reads.
@@ -246,15 +278,33 @@ pub fn format_of(spec: &DataSpec, options: &EncodeOptions) -> Result<Format, Dat
 pub(super) fn first_format(files: &[Vec<std::path::PathBuf>], options: &EncodeOptions) -> Result<Format, DataError> {
     let path = files.iter().flatten().next().ok_or_else(|| DataError::Config("no data file".into()))?;
     match read_rows(path)?.next() {
-        Some(Ok(row)) => {
-            Format::detect(row.fields.keys().map(String::as_str), options.template.is_some()).map_err(|e| match e {
-                DataError::Config(message) => DataError::row(&row.at, message),
-                other => other,
-            })
+        Some(Ok(row)) if options.class_head.is_some() => {
+            let has = |name: &str| row.fields.contains_key(name);
+            let kind = options.class_head.as_ref().map_or(HeadKind::default(), |head| head.kind);
+            let of_head = match kind {
+                HeadKind::TokenClassification if has("tokens") => Some(Format::TokenClassification),
+                HeadKind::QuestionAnswering if has("question") && has("context") => Some(Format::QuestionAnswering),
+                HeadKind::MultiLabel | HeadKind::Regression if has("text") && has("labels") => {
+                    Some(Format::Classification)
+                }
+                _ => None,
+            };
+            match of_head.filter(|_| !has("input_ids")) {
+                Some(format) => Ok(format),
+                None => detected(&row, options),
+            }
         }
+        Some(Ok(row)) => detected(&row, options),
         Some(Err(e)) => Err(e),
         None => Err(DataError::file(path, "no rows")),
     }
+}
+
+fn detected(row: &Row, options: &EncodeOptions) -> Result<Format, DataError> {
+    Format::detect(row.fields.keys().map(String::as_str), options.template.is_some()).map_err(|e| match e {
+        DataError::Config(message) => DataError::row(&row.at, message),
+        other => other,
+    })
 }
 
 /// Encodes all rows of a file on all threads, and hands on what comes of them in the file's order.

@@ -10,18 +10,22 @@
 //! - `tokens`: as they are.
 //! - `preference`: each answer as one of these (`preferred_rows.rs`); a row's own is the chosen one.
 //!
-//! Rows for a class head are in `classes.rs`, those for an encoder–decoder in `pairs.rs`.
+//! Rows for a head of its own are in `classes.rs`, `words.rs` and `questions.rs`, those for an encoder–decoder in `pairs.rs`.
 //!
 //! Labels are aligned with the ids: the label at `t` is what position `t − 1` predicts, so that of position 0 never counts.
 //! With a class head or a decoder that reads shifted targets it is what position `t` itself predicts ([`Predictor`]).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use peft_core::HeadKind;
 
 use super::chat::ChatTemplate;
 use super::classes::ClassHead;
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::pairs::DecoderInputs;
+use super::questions::Question;
 use super::render::{Rendered, Renderer};
 use super::source::Row;
 use super::tasks::task_of;
@@ -48,8 +52,10 @@ pub struct EncodeOptions {
     pub text_eos: bool,
     /// The model's vocabulary; ids outside are errors.
     pub vocab_size: Option<usize>,
-    /// The classes of a model with a class head; rows then hold one class each.
+    /// The head of a model that has one of its own; rows then hold what it is for.
     pub class_head: Option<ClassHead>,
+    /// Keeps the texts of question answering rows, which its scores are made of.
+    pub keep_answers: bool,
     /// What the decoder of an encoder–decoder reads; rows then hold a source and a target each.
     pub decoder: Option<DecoderInputs>,
     /// How many tasks the adapter has, where it depends on them; rows then name theirs.
@@ -70,6 +76,7 @@ impl EncodeOptions {
             text_eos: false,
             vocab_size: None,
             class_head: None,
+            keep_answers: false,
             decoder: None,
             tasks: None,
             preferences: false,
@@ -97,8 +104,19 @@ impl Predictor {
     }
 }
 
+/// What a row holds for a head of its own, besides labels.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HeadRow {
+    /// What the head is for.
+    pub kind: HeadKind,
+    /// The numbers of a regression, or of each class whether it is the row's (1 or 0), `[outputs]`; empty for other heads.
+    pub values: Vec<f32>,
+    /// The texts of a question, where they are kept.
+    pub question: Option<Arc<Question>>,
+}
+
 /// One row as tokens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Example {
     /// Token ids.
     pub input_ids: Vec<u32>,
@@ -112,6 +130,8 @@ pub struct Example {
     pub task: Option<u32>,
     /// Whose hidden state predicts a label.
     pub predictor: Predictor,
+    /// What the row holds for a head of its own.
+    pub head: HeadRow,
     /// File and line.
     pub source: Location,
     /// What the length limit took away.
@@ -137,6 +157,7 @@ pub struct Encoder<'a> {
     front: Vec<u32>,
     pub(super) max_length: Option<usize>,
     text_eos: bool,
+    pub(super) keep_answers: bool,
     vocab_size: Option<usize>,
     pub(super) tasks: Option<usize>,
 }
@@ -211,6 +232,7 @@ impl<'a> Encoder<'a> {
             renderer,
             max_length: options.max_length,
             text_eos: options.text_eos,
+            keep_answers: options.keep_answers,
             vocab_size: options.vocab_size,
             tasks: options.tasks,
         })
@@ -228,7 +250,7 @@ impl<'a> Encoder<'a> {
 
     fn tokens(&self, row: &Row) -> Result<Example, DataError> {
         if let Some(head) = &self.renderer.class_head {
-            return self.classified(row, head);
+            return self.headed(row, head);
         }
         if let Some(decoder) = self.renderer.decoder {
             return self.paired(row, decoder);
@@ -277,6 +299,7 @@ impl<'a> Encoder<'a> {
             source_tokens: 0,
             task: None,
             predictor,
+            head: HeadRow::default(),
             source: row.at.clone(),
             truncation,
         })
@@ -341,9 +364,7 @@ impl<'a> Encoder<'a> {
                     .collect();
                 (ids, counted)
             }
-            Rendered::Tokens { .. } | Rendered::Classified { .. } | Rendered::ClassifiedTokens { .. } => {
-                (Vec::new(), Vec::new())
-            }
+            Rendered::Tokens { .. } => (Vec::new(), Vec::new()),
         };
         self.check_vocabulary(&ids, row)?;
         let mut labels = vec![IGNORE_INDEX; ids.len()];

@@ -18,6 +18,10 @@ pub enum Format {
     Chat,
     /// `text`, perhaps `text_pair`, and `label`: on a causal LM, the label's words and the end token count.
     Classification,
+    /// `tokens` (words) and `labels` or `ner_tags`, one a word: for a head over tokens.
+    TokenClassification,
+    /// `question`, `context`, `answers`: for a head that finds the answer in the context.
+    QuestionAnswering,
     /// `source`, `target`: the target counts.
     Seq2seq,
     /// `input_ids`, `labels`: as labelled.
@@ -28,12 +32,14 @@ pub enum Format {
 
 impl Format {
     /// All formats, in the order of the contract.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::Text,
         Self::Completion,
         Self::Alpaca,
         Self::Chat,
         Self::Classification,
+        Self::TokenClassification,
+        Self::QuestionAnswering,
         Self::Seq2seq,
         Self::Tokens,
         Self::Preference,
@@ -47,6 +53,8 @@ impl Format {
             Self::Alpaca => "alpaca",
             Self::Chat => "chat",
             Self::Classification => "classification",
+            Self::TokenClassification => "token_classification",
+            Self::QuestionAnswering => "question_answering",
             Self::Seq2seq => "seq2seq",
             Self::Tokens => "tokens",
             Self::Preference => "preference",
@@ -61,6 +69,8 @@ impl Format {
             Self::Alpaca => "`instruction`, `input` (may be missing), `output`",
             Self::Chat => "`messages` [{role, content}] or `conversations` [{from, value}]",
             Self::Classification => "`text`, `label`",
+            Self::TokenClassification => "`tokens`, `labels` or `ner_tags`",
+            Self::QuestionAnswering => "`question`, `context`, `answers` {text, answer_start}",
             Self::Seq2seq => "`source`, `target`",
             Self::Tokens => "`input_ids`, `labels`",
             Self::Preference => "`prompt`, `chosen`, `rejected`",

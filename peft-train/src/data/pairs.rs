@@ -5,7 +5,7 @@
 //! first, and the padding token where a target does not count. So the hidden state of each of its tokens predicts the label
 //! at its own place.
 
-use super::encode::{Encoder, Example, IGNORE_INDEX, Predictor, Truncation};
+use super::encode::{Encoder, Example, HeadRow, IGNORE_INDEX, Predictor, Truncation};
 use super::error::DataError;
 use super::format::Format;
 use super::render::{Rendered, Renderer};
@@ -95,6 +95,7 @@ impl Encoder<'_> {
             source_tokens,
             task: None,
             predictor: Predictor::Own,
+            head: HeadRow::default(),
             source: row.at.clone(),
             truncation: Truncation { prompt_tokens, target_tokens, whole_targets: 0 },
         })

@@ -1,12 +1,16 @@
 //! Rows as a person sees them: tokens with their label mask.
 
 use std::fmt;
+use std::ops::RangeInclusive;
+
+use peft_core::HeadKind;
 
 use super::dataset::Dataset;
 use super::encode::IGNORE_INDEX;
+use super::questions::{END, START};
 
 /// One row, token by token.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RowPreview {
     /// File and line.
     pub source: String,
@@ -14,14 +18,17 @@ pub struct RowPreview {
     pub tokens: Vec<(u32, String, bool)>,
     /// The row's class, where rows have one.
     pub class: Option<i32>,
+    /// What a row holds instead of one class.
+    pub values: Vec<f32>,
 }
 
 /// The first `rows` rows of a data set. `decode` gives the text of one token.
 pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String) -> Vec<RowPreview> {
     let distance = dataset.predictor().distance();
-    let has_class = distance == 0 && !dataset.is_paired();
-    (0..dataset.len().min(rows))
-        .map(|row| RowPreview {
+    let has_class = distance == 0 && !dataset.is_paired() && dataset.kind() == HeadKind::Classification;
+    let one = |row: usize| {
+        let answer = answer(dataset, row);
+        RowPreview {
             source: dataset.source(row).map(|s| s.to_string()).unwrap_or_default(),
             tokens: dataset
                 .input_ids(row)
@@ -31,12 +38,28 @@ pub fn preview(dataset: &Dataset, rows: usize, decode: &dyn Fn(&[u32]) -> String
                 .map(|(t, (&id, label))| {
                     // A decoder reads its target one place later; a person sees the target itself.
                     let id = u32::try_from(label).ok().filter(|_| dataset.is_paired()).unwrap_or(id);
-                    (id, decode(&[id]), t >= distance && label != IGNORE_INDEX)
+                    let counts = match &answer {
+                        Some(answer) => answer.contains(&t),
+                        None => t >= distance && label != IGNORE_INDEX,
+                    };
+                    (id, decode(&[id]), counts)
                 })
                 .collect(),
             class: dataset.labels(row).into_iter().find(|l| has_class && *l != IGNORE_INDEX),
-        })
-        .collect()
+            values: dataset.values(row).to_vec(),
+        }
+    };
+    (0..dataset.len().min(rows)).map(one).collect()
+}
+
+/// The tokens of a row's answer, for a head that finds one.
+fn answer(dataset: &Dataset, row: usize) -> Option<RangeInclusive<usize>> {
+    if dataset.kind() != HeadKind::QuestionAnswering {
+        return None;
+    }
+    let labels = dataset.labels(row);
+    let has = |bit: u32| labels.iter().position(|label| label & bit as i32 != 0);
+    Some(has(START)?..=has(END)?)
 }
 
 impl RowPreview {
@@ -51,7 +74,12 @@ impl RowPreview {
 impl fmt::Display for RowPreview {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         const SHOWN: usize = 200;
-        let class = self.class.map_or_else(String::new, |c| format!(", class {c}"));
+        let class = match (self.class, self.values.as_slice()) {
+            (Some(class), _) => format!(", class {class}"),
+            (None, []) => String::new(),
+            (None, [value]) => format!(", value {value}"),
+            (None, values) => format!(", values {values:?}"),
+        };
         writeln!(f, "{}  {} tokens, {} counted in ⟦ ⟧{class}", self.source, self.tokens.len(), self.counted())?;
         let first = self.tokens.iter().position(|(_, _, c)| *c).unwrap_or(0);
         let from =

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use peft_core::HeadKind;
 use serde_json::{Map, Value};
 
 use super::chat::ChatTemplate;
-use super::classes::{ClassHead, row_class};
+use super::classes::{ClassHead, label_column};
 use super::encode::IGNORE_INDEX;
 use super::error::{DataError, nearest};
 use super::format::Format;
@@ -47,22 +48,6 @@ pub enum Rendered {
         /// Aligned with `input_ids`; on an encoder–decoder, the target.
         labels: Vec<i32>,
     },
-    /// For a class head: tokenised and framed as one sequence.
-    Classified {
-        /// The text.
-        text: String,
-        /// The second text of a pair.
-        pair: Option<String>,
-        /// The number of the class.
-        class: u32,
-    },
-    /// For a class head: tokenised already.
-    ClassifiedTokens {
-        /// Token ids.
-        input_ids: Vec<u32>,
-        /// The number of the class.
-        class: u32,
-    },
 }
 
 /// What rendering a row needs besides the row.
@@ -83,8 +68,8 @@ impl Renderer {
     /// Refuses formats and settings that do not go together, before any row is read.
     pub(crate) fn check(&self) -> Result<(), DataError> {
         let config = |message: &str| Err(DataError::Config(message.to_string()));
-        if self.class_head.is_some() {
-            return self.check_classes();
+        if let Some(head) = &self.class_head {
+            return self.check_head(head);
         }
         if self.decoder.is_some() {
             self.check_pairs()?;
@@ -117,6 +102,18 @@ impl Renderer {
                 );
             }
             Format::Classification => {}
+            Format::TokenClassification | Format::QuestionAnswering => {
+                return config(&format!(
+                    "format {} comes with models that have a head for it: a `*{}`, or an encoder and model.head = \"{}\"",
+                    self.format,
+                    if self.format == Format::QuestionAnswering {
+                        "ForQuestionAnswering"
+                    } else {
+                        "ForTokenClassification"
+                    },
+                    self.format,
+                ));
+            }
             Format::Seq2seq => {
                 return config(
                     "format seq2seq comes with encoder-decoder models; on a causal LM, name the columns `prompt` and \
@@ -137,28 +134,45 @@ impl Renderer {
         Ok(())
     }
 
-    fn check_classes(&self) -> Result<(), DataError> {
-        match self.format {
-            Format::Classification if self.label_words.is_empty() => Ok(()),
-            Format::Classification => Err(DataError::Config(
+    fn check_head(&self, head: &ClassHead) -> Result<(), DataError> {
+        let config = |message: String| Err(DataError::Config(message));
+        let own = match head.kind {
+            HeadKind::TokenClassification => Format::TokenClassification,
+            HeadKind::QuestionAnswering => Format::QuestionAnswering,
+            _ => Format::Classification,
+        };
+        if self.format != own && self.format != Format::Tokens {
+            let tokens = match head.kind {
+                HeadKind::TokenClassification => "`input_ids`, `labels`",
+                HeadKind::QuestionAnswering => "`input_ids`, `start_positions`, `end_positions`",
+                _ => "`input_ids`, `label`",
+            };
+            let pair = if own == Format::Classification { ", perhaps `text_pair`" } else { "" };
+            return config(format!(
+                "the model has a head for {}, which takes format {own} ({}{pair}) or tokens ({tokens}), not {}",
+                head.kind,
+                own.columns(),
+                self.format
+            ));
+        }
+        if own == Format::Classification && !self.label_words.is_empty() {
+            return config(
                 "`data.label_words` are what a causal LM answers; a class head has `data.labels`, the names of its classes"
                     .into(),
-            )),
-            Format::Tokens if self.template.is_some() => {
-                Err(DataError::Config("format tokens takes no `data.template`: its rows hold token ids".into()))
+            );
+        }
+        match (self.format, &self.template) {
+            (_, None) | (Format::Classification, Some(_)) => Ok(()),
+            (Format::Tokens, Some(_)) => {
+                config("format tokens takes no `data.template`: its rows hold token ids".into())
             }
-            Format::Tokens => Ok(()),
-            other => Err(DataError::Config(format!(
-                "the model has a class head, which takes format classification (`text`, perhaps `text_pair`, and `label`) or \
-                 tokens (`input_ids`, `label`), not {other}"
-            ))),
+            (format, Some(_)) => {
+                config(format!("format {format} takes no `data.template`: its labels are places in the text"))
+            }
         }
     }
 
     pub(crate) fn render(&self, row: &Row) -> Result<Rendered, DataError> {
-        if let Some(head) = &self.class_head {
-            return self.classified(row, head);
-        }
         match self.format {
             Format::Text => self.text(row),
             Format::Completion => self.completion(row),
@@ -167,27 +181,23 @@ impl Renderer {
             Format::Classification => self.classification(row),
             Format::Tokens => self.tokens(row),
             Format::Seq2seq if self.decoder.is_some() => self.pair(row),
-            Format::Seq2seq | Format::Preference => {
+            Format::Seq2seq | Format::Preference | Format::TokenClassification | Format::QuestionAnswering => {
                 self.check()?;
                 Err(DataError::row(&row.at, format!("format {} is not available here", self.format)))
             }
         }
     }
 
-    fn classified(&self, row: &Row, head: &ClassHead) -> Result<Rendered, DataError> {
-        self.check_classes()?;
-        let class = row_class(row, self.format, head)?;
-        if self.format == Format::Tokens {
-            return Ok(Rendered::ClassifiedTokens { input_ids: self.input_ids(row)?, class });
-        }
+    /// The text of a row for a head that reads a whole sequence, and its second text if it has one.
+    pub(super) fn texts(&self, row: &Row) -> Result<(String, Option<String>), DataError> {
         if let Some(template) = &self.template {
-            return Ok(Rendered::Classified { text: prompt_of(template, "label", row)?, pair: None, class });
+            return Ok((prompt_of(template, label_column(row), row)?, None));
         }
         let pair = match row.fields.get("text_pair") {
             None | Some(Value::Null) => None,
             Some(_) => Some(row.string("text_pair")?.to_string()),
         };
-        Ok(Rendered::Classified { text: row.string("text")?.to_string(), pair, class })
+        Ok((row.string("text")?.to_string(), pair))
     }
 
     fn text(&self, row: &Row) -> Result<Rendered, DataError> {
@@ -323,7 +333,7 @@ impl Renderer {
         }
     }
 
-    fn input_ids(&self, row: &Row) -> Result<Vec<u32>, DataError> {
+    pub(super) fn input_ids(&self, row: &Row) -> Result<Vec<u32>, DataError> {
         if let Some(mask) = row.fields.get("attention_mask").and_then(Value::as_array)
             && mask.iter().any(|m| m.as_i64() == Some(0))
         {

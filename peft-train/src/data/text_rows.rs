@@ -2,7 +2,7 @@
 
 use super::choices::{answer_column, of_row};
 use super::dataset::{Dataset, first_format};
-use super::encode::{EncodeOptions, Example, IGNORE_INDEX, Predictor, Truncation};
+use super::encode::{EncodeOptions, Example, HeadRow, IGNORE_INDEX, Predictor, Truncation};
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::render::{Rendered, Renderer};
@@ -95,6 +95,7 @@ impl TextRows {
             types: Vec::new(),
             source_tokens: 0,
             predictor: Predictor::default(),
+            head: HeadRow::default(),
             task: None,
             source: row.source.clone(),
             truncation: Truncation::default(),
@@ -112,21 +113,28 @@ pub fn contexts(spec: &DataSpec, format: Format, options: &EncodeOptions) -> Res
     let renderer = renderer(format, options)?;
     let mut texts = Vec::new();
     each_row(spec, |row| {
+        if renderer.class_head.is_some() {
+            if format != Format::Classification {
+                return Err(no_text(&row));
+            }
+            let (text, pair) = renderer.texts(&row)?;
+            texts.push(text);
+            texts.extend(pair);
+            return Ok(());
+        }
         match renderer.render(&row)? {
             Rendered::Text(text) | Rendered::Chat { text, .. } | Rendered::Prompted { prompt: text, .. } => {
                 texts.push(text)
             }
-            Rendered::Classified { text, pair, .. } => {
-                texts.push(text);
-                texts.extend(pair);
-            }
-            Rendered::Tokens { .. } | Rendered::ClassifiedTokens { .. } => {
-                return Err(DataError::row(&row.at, "holds token ids, and prompts are made of the words of texts"));
-            }
+            Rendered::Tokens { .. } => return Err(no_text(&row)),
         }
         Ok(())
     })?;
     Ok(texts)
+}
+
+fn no_text(row: &Row) -> DataError {
+    DataError::row(&row.at, "holds no plain text, and prompts are made of the words of texts")
 }
 
 fn renderer(format: Format, options: &EncodeOptions) -> Result<Renderer, DataError> {

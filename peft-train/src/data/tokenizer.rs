@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use tokenizers::PreTokenizerWrapper;
+
 /// Tokens with the bytes of the text that each stands for.
 pub type TokenSpans = (Vec<u32>, Vec<Range<usize>>);
 
@@ -21,6 +23,18 @@ impl Framed {
     pub fn of(ids: Vec<u32>) -> Self {
         let text = 0..ids.len();
         Self { ids, types: Vec::new(), texts: vec![text] }
+    }
+
+    /// At most `max` tokens, and which were cut: from the right of the last text. None where that is not long enough.
+    pub fn cut_last(mut self, max: usize) -> Option<(Self, Range<usize>)> {
+        let (cut, text) = (self.ids.len().saturating_sub(max), self.texts.last_mut()?);
+        let gone = text.end.checked_sub(cut).filter(|from| *from >= text.start)?..text.end;
+        text.end = gone.start;
+        self.ids.drain(gone.clone());
+        if !self.types.is_empty() {
+            self.types.drain(gone.clone());
+        }
+        Some((self, gone))
     }
 
     /// At most `max` tokens, and how many were cut: from the right of the longer text, token by token, as transformers'
@@ -51,6 +65,20 @@ impl Framed {
 /// Failure inside a tokenizer.
 pub type TokenizerError = Box<dyn std::error::Error + Send + Sync>;
 
+/// What a tokenizer made of so many texts.
+fn framed(encoding: &tokenizers::Encoding, texts: usize) -> Framed {
+    let (types, sequences) = (encoding.get_type_ids(), encoding.get_sequence_ids());
+    let range = |i: usize| match sequences.iter().position(|s| *s == Some(i)) {
+        Some(start) => start..sequences.iter().rposition(|s| *s == Some(i)).map_or(start, |last| last + 1),
+        None => 0..0,
+    };
+    Framed {
+        ids: encoding.get_ids().to_vec(),
+        types: if types.iter().any(|t| *t != 0) { types.to_vec() } else { Vec::new() },
+        texts: (0..texts).map(range).collect(),
+    }
+}
+
 /// Text to token ids. Implemented by [`HfTextTokenizer`]; a trait so that data does not depend on how a model is loaded.
 pub trait TextTokenizer: Send + Sync {
     /// Token ids of `text`; with `add_special` as the post-processor frames one sequence (`<s>` in front and the like).
@@ -70,6 +98,18 @@ pub trait TextTokenizer: Send + Sync {
     /// # Errors
     /// Whatever stops the tokenizer.
     fn encode_framed(&self, text: &str, pair: Option<&str>) -> Result<Framed, TokenizerError>;
+
+    /// `question` and `context` as the post-processor frames them, and for each token the bytes of its text that it stands for.
+    ///
+    /// # Errors
+    /// Whatever stops the tokenizer.
+    fn encode_question(&self, question: &str, context: &str) -> Result<(Framed, Vec<Range<usize>>), TokenizerError>;
+
+    /// Words as one framed sequence, and for each token the number of its word. What splits texts splits each word by itself.
+    ///
+    /// # Errors
+    /// Whatever stops the tokenizer.
+    fn encode_words(&self, words: &[&str]) -> Result<(Framed, Vec<Option<usize>>), TokenizerError>;
 
     /// The end-of-text token that closes a completion (`eos_token`).
     fn eos_id(&self) -> Option<u32>;
@@ -137,20 +177,32 @@ impl TextTokenizer for HfTextTokenizer {
     }
 
     fn encode_framed(&self, text: &str, pair: Option<&str>) -> Result<Framed, TokenizerError> {
-        let encoding = match pair {
-            Some(pair) => self.tokenizer.encode_fast((text, pair), true)?,
-            None => self.tokenizer.encode_fast(text, true)?,
-        };
-        let (types, sequences) = (encoding.get_type_ids(), encoding.get_sequence_ids());
-        let range = |i: usize| match sequences.iter().position(|s| *s == Some(i)) {
-            Some(start) => start..sequences.iter().rposition(|s| *s == Some(i)).map_or(start, |last| last + 1),
-            None => 0..0,
-        };
-        Ok(Framed {
-            ids: encoding.get_ids().to_vec(),
-            types: if types.iter().any(|t| *t != 0) { types.to_vec() } else { Vec::new() },
-            texts: (0..=usize::from(pair.is_some())).map(range).collect(),
+        Ok(match pair {
+            Some(pair) => framed(&self.tokenizer.encode_fast((text, pair), true)?, 2),
+            None => framed(&self.tokenizer.encode_fast(text, true)?, 1),
         })
+    }
+
+    fn encode_question(&self, question: &str, context: &str) -> Result<(Framed, Vec<Range<usize>>), TokenizerError> {
+        let encoding = self.tokenizer.encode((question, context), true)?;
+        let spans = encoding.get_offsets().iter().map(|&(from, to)| from..to).collect();
+        Ok((framed(&encoding, 2), spans))
+    }
+
+    fn encode_words(&self, words: &[&str]) -> Result<(Framed, Vec<Option<usize>>), TokenizerError> {
+        // A vocabulary of bytes holds words with the space in front of them; transformers asks for `add_prefix_space` here.
+        let spaced: Vec<String>;
+        let (spaced, words) = match self.tokenizer.get_pre_tokenizer() {
+            Some(PreTokenizerWrapper::ByteLevel(bytes)) if !bytes.add_prefix_space => {
+                spaced =
+                    words.iter().map(|w| if w.starts_with(' ') { (*w).to_owned() } else { format!(" {w}") }).collect();
+                (spaced.iter().map(String::as_str).collect(), words)
+            }
+            _ => (words.to_vec(), words),
+        };
+        let encoding = self.tokenizer.encode(spaced, true)?;
+        let of = |word: &Option<u32>| word.map(|word| word as usize).filter(|word| *word < words.len());
+        Ok((framed(&encoding, 1), encoding.get_word_ids().iter().map(of).collect()))
     }
 
     fn eos_id(&self) -> Option<u32> {

@@ -31,7 +31,10 @@ pub struct Record {
     pub method: Map<String, Value>,
     /// The type of weights that was asked for.
     pub dtype: String,
-    /// Names of the classes of a class head.
+    /// What the head is for, where the model has one of its own; empty in files that knew classification alone.
+    #[serde(default)]
+    pub head: String,
+    /// Names of the outputs of such a head.
     pub labels: Vec<String>,
     /// The run's seed.
     pub seed: u64,
@@ -203,6 +206,7 @@ mod tests {
             base_model: "base".into(),
             method: serde_json::json!({"r": 2}).as_object().unwrap().clone(),
             dtype: "auto".into(),
+            head: String::new(),
             labels: vec!["no".into()],
             seed: u64::MAX,
             eps: 1e-3,

@@ -19,6 +19,10 @@ pub struct ModelTable {
     pub device: String,
     /// `pretrained`, or `random` to start from the config alone.
     pub init: String,
+    /// What the head of an encoder is for that its checkpoint lacks: `classification`, `multi_label`, `regression`,
+    /// `token_classification` or `question_answering`; left out, what the checkpoint's class says, or the adapter's head, or
+    /// classification.
+    pub head: Option<String>,
 }
 
 impl Default for ModelTable {
@@ -29,6 +33,7 @@ impl Default for ModelTable {
             quantize: "none".into(),
             device: "auto".into(),
             init: "pretrained".into(),
+            head: None,
         }
     }
 }

@@ -110,7 +110,7 @@ impl Run {
             model: &self.model,
             encode: Box::new(|text| tokenizer.encode(text, false).map_err(|e| peft_core::Error::msg(e.to_string()))),
             keys,
-            labels: self.files.config().labels().unwrap_or_default().to_vec(),
+            labels: self.files.config().head().unwrap_or_default(),
             objective: plan.objective,
             train: &self.train,
             choices: self.choices.as_deref(),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, bail};
-use peft_core::Adapter;
+use peft_core::{Adapter, Labels};
 use peft_train::methods;
 use peft_train::mezo::{Mezo, MezoConfig, Record, checksum};
 use peft_train::optim::OptimizerKind;
@@ -56,7 +56,7 @@ fn dropout(config: &Map<String, Value>) -> Option<(&str, &Value)> {
 
 /// The record of a run about to begin, where its start can be made again: one that was found in the training data, or at random
 /// weights of the base, cannot.
-pub(super) fn record(recipe: &Recipe, labels: Option<&[String]>, adapter: &Adapter) -> Result<Option<Record>> {
+pub(super) fn record(recipe: &Recipe, head: Option<Labels>, adapter: &Adapter) -> Result<Option<Record>> {
     let method = method_table(&recipe.with_absolute_paths())?;
     let from = method.contains_key("init_from");
     let is_mezo = super::rule::kind(recipe)? == OptimizerKind::Mezo;
@@ -69,7 +69,8 @@ pub(super) fn record(recipe: &Recipe, labels: Option<&[String]>, adapter: &Adapt
         base_model: recipe.with_absolute_paths().model.path.unwrap_or_default(),
         method,
         dtype: recipe.model.dtype.clone(),
-        labels: labels.unwrap_or_default().to_vec(),
+        head: head.as_ref().map_or_else(String::new, |head| head.kind.name().into()),
+        labels: head.unwrap_or_default().names,
         seed,
         eps,
         samples,

@@ -121,7 +121,7 @@ impl Finished<'_> {
 
     fn next(&self, output: &Path) -> Vec<String> {
         let out = output.display();
-        let writes = !matches!(self.model.task(), Task::Classification { .. });
+        let writes = !matches!(self.model.task(), Task::Head { .. });
         if self.facts.method == "full" && !writes {
             return vec![format!("peft-cli inspect {out}/model")];
         }
