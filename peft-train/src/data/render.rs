@@ -148,9 +148,12 @@ impl Renderer {
                 _ => "`input_ids`, `label`",
             };
             let pair = if own == Format::Classification { ", perhaps `text_pair`" } else { "" };
+            let what = match head.kind {
+                HeadKind::Classification => "class head".to_string(),
+                kind => format!("head for {kind}"),
+            };
             return config(format!(
-                "the model has a head for {}, which takes format {own} ({}{pair}) or tokens ({tokens}), not {}",
-                head.kind,
+                "the model has a {what}, which takes format {own} ({}{pair}) or tokens ({tokens}), not {}",
                 own.columns(),
                 self.format
             ));
