@@ -303,7 +303,7 @@ mod tests {
             let (plan, weights) = (plan(tokens, experts, top_k), weights(experts, out, inp));
             let x = randn(1, (plan.pairs(), inp), 1.0).unwrap();
             let check = || Check::new("experts").sums_in_half().reads_a_part();
-            check().run(&[x.clone()], |a| expert_linear(&a[0], &weights, &plan)).unwrap();
+            check().run(std::slice::from_ref(&x), |a| expert_linear(&a[0], &weights, &plan)).unwrap();
             let args = [x, randn(2, (experts * r, inp), 0.4).unwrap(), randn(4, (out, r * experts), 0.4).unwrap()];
             check().run(&args, |a| expert_lora_linear(&a[0], &weights, &plan, &a[1], &a[2], 1.5)).unwrap();
         }

@@ -66,6 +66,7 @@ pub(super) const OLMOE: Family = Family {
     model_type: "olmoe",
     architecture: "OlmoeForCausalLM",
     gguf: None,
+    token_head: None,
     layout: layout::OLMOE,
     mlp_bias: Switch::Never,
     experts: Some(ExpertsRule {

@@ -26,7 +26,7 @@ pub(super) struct Block {
 /// The second sublayer.
 #[derive(Debug)]
 enum FeedForward {
-    Mlp(Mlp),
+    Mlp(Box<Mlp>),
     Mixture(Box<Mixture>),
 }
 
@@ -60,9 +60,10 @@ impl Block {
             (Some(experts), Some(names)) => FeedForward::Mixture(Box::new(Mixture::load(l, c, experts, names, path)?)),
             _ => {
                 let widths = [c.hidden_size, c.intermediate_size];
-                FeedForward::Mlp(Mlp::load(layout.mlp, widths, c.hidden_act.into(), |name, inp, out| {
+                let mlp = Mlp::load(layout.mlp, widths, c.hidden_act.into(), |name, inp, out| {
                     linear(l, c, &format!("{path}.{name}"), inp, out, c.mlp_bias)
-                })?)
+                })?;
+                FeedForward::Mlp(Box::new(mlp))
             }
         };
         let mlp_norms = Norms { before, after: optional(l, layout.mlp_norms.after)? };
@@ -71,7 +72,7 @@ impl Block {
 
     pub(super) fn linears(&self) -> impl Iterator<Item = &FrozenLinear> {
         let (mlp, mixture) = match &self.feed_forward {
-            FeedForward::Mlp(mlp) => (Some(mlp), None),
+            FeedForward::Mlp(mlp) => (Some(mlp.as_ref()), None),
             FeedForward::Mixture(mixture) => (None, Some(mixture)),
         };
         let behind = mlp.into_iter().flat_map(Mlp::linears).chain(mixture.into_iter().flat_map(|m| m.linears()));
