@@ -2,96 +2,22 @@
 //!
 //! Each block is recorded by itself ([`kernels::record`]). The forward pass keeps a block's record or only its input; the
 //! backward pass goes through the blocks from the top, runs those again that were not kept (without the operations at their
-//! end that no gradient is made of: [`Record::unread`]), takes the gradients out and drops the record. So at most the kept records and one more are alive, and nothing below the lowest adapted segment is
-//! differentiated at all. Records may be held in `bf16` ([`Keep`]).
+//! end that no gradient is made of: [`Record::unread`]), takes the gradients out and drops the record. So at most the kept records and
+//! one more are alive, and nothing below the lowest adapted segment is differentiated at all. Records may be held in `bf16` ([`Keep`]).
 //!
 //! What a row asks of the model, the next tokens, a class, numbers or an answer, is in the batch alone: the hidden states that reach
 //! the head, what each should predict, and which loss that makes ([`HeadLoss`]).
 
 use candle_core::{DType, Tensor, TensorId, Var};
-use peft_core::kernels::{self, LossSpec, Record, Unread};
+use peft_core::kernels::{self, Record, Unread};
 use peft_core::{ByTask, Ctx, Error, PromptTarget, ReadRows, Result, Segmented, TokenBatch, first_pass};
 
 use crate::data::Batch;
 use crate::grads::Grads;
 use crate::head_loss::{HeadLoss, host};
+use crate::head_pass::Head;
+use crate::keep::Keep;
 use crate::scores::likeliest;
-
-/// Rows of logits that are held at a time: enough for the head's weight to be laid out for many of them. Twice as many made
-/// a step no faster, and its peak 5 % larger.
-pub const LOGIT_ROWS: usize = 128;
-
-/// Which blocks keep their record between forward and backward; the others are run again (gradient checkpointing).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Checkpointing {
-    /// All blocks keep theirs.
-    Off,
-    /// None does.
-    Full,
-    /// The topmost `n` blocks keep theirs: they are the first that the backward pass needs.
-    KeepTop(usize),
-}
-
-/// What waits between the forward and the backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Keep {
-    /// The blocks that keep their record.
-    pub checkpointing: Checkpointing,
-    /// The type in which activations wait, where they were made in a wider one: those of a record, and a block's input, which
-    /// is rounded before the block runs. So a record that is made again is the one that would have been kept.
-    pub records: DType,
-}
-
-impl From<Checkpointing> for Keep {
-    /// Records hold activations as they were made on a CPU.
-    fn from(checkpointing: Checkpointing) -> Self {
-        Self { checkpointing, records: DType::F32 }
-    }
-}
-
-impl Keep {
-    /// Runs a block on its `input` and records it.
-    fn record(self, block: impl FnOnce(&Tensor) -> Result<Tensor>, input: &Tensor) -> Result<(Tensor, Record)> {
-        let (out, record) = kernels::record(|| block(input))?;
-        Ok((out, self.held(record, input)?))
-    }
-
-    /// Runs a block again on the same input, without what its backward pass does not read.
-    fn record_again(
-        self,
-        unread: Unread,
-        block: impl FnOnce(&Tensor) -> Result<Tensor>,
-        input: &Tensor,
-    ) -> Result<Record> {
-        self.held(kernels::record_again(unread, || block(input))?, input)
-    }
-
-    fn held(self, mut record: Record, input: &Tensor) -> Result<Record> {
-        if self.narrows(input.dtype()) {
-            record.hold_in(self.records, input.id())?;
-        }
-        Ok(record)
-    }
-
-    fn narrows(self, dtype: DType) -> bool {
-        self.records.size_in_bytes() < dtype.size_in_bytes()
-    }
-
-    /// A block's input as it waits for the backward pass, where that is in another type.
-    fn narrowed(self, hidden: &Tensor) -> Result<Option<Tensor>> {
-        Ok(if self.narrows(hidden.dtype()) { Some(kernels::convert(hidden, self.records)?) } else { None })
-    }
-}
-
-impl Checkpointing {
-    fn keeps(self, block: usize, blocks: usize) -> bool {
-        match self {
-            Self::Off => true,
-            Self::Full => false,
-            Self::KeepTop(n) => blocks - block <= n,
-        }
-    }
-}
 
 /// What a pass over a batch measured.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -376,7 +302,7 @@ enum Saved {
 }
 
 /// `hidden` as the input of a block: a variable where its gradient is wanted.
-fn leaf(hidden: &Tensor, tracked: bool) -> Result<Tensor> {
+pub(crate) fn leaf(hidden: &Tensor, tracked: bool) -> Result<Tensor> {
     Ok(match (tracked, hidden.is_variable()) {
         (true, true) => hidden.clone(),
         (true, false) => Var::from_tensor(hidden)?.into_inner(),
@@ -468,144 +394,5 @@ impl Below {
     #[cfg(test)]
     pub(crate) fn runs(&self) -> bool {
         self.hidden.is_some()
-    }
-}
-
-/// The hidden states that reach the head, and what they predict.
-struct Head<'a> {
-    rows: Tensor,
-    read: &'a ReadRows,
-    targets: &'a [u32],
-    /// How many of them, in front, are the batch's own: those that are measured.
-    own: usize,
-    loss: HeadLoss<'a>,
-}
-
-impl Head<'_> {
-    /// Rows whose logits are held at a time, with the first of them. Other losses than the cross-entropy have few outputs, and look at all
-    /// rows of a sequence.
-    fn chunks(&self) -> impl Iterator<Item = (usize, &[u32])> {
-        let rows = if self.loss.is_cross_entropy() { LOGIT_ROWS } else { self.targets.len().max(1) };
-        self.targets.chunks(rows).enumerate().map(move |(i, ids)| (i * rows, ids))
-    }
-
-    /// The rows behind the final norm.
-    fn normed<M: Segmented>(&self, model: &M, ctx: &Ctx<'_>) -> Result<Tensor> {
-        model.final_norm(&self.rows, &self.read.ctx(ctx))
-    }
-
-    /// Gradient of the rows (where it is needed) and of the parameters of norm and head.
-    fn backward<M: Segmented>(
-        &self,
-        model: &M,
-        ctx: &Ctx<'_>,
-        loss: LossOf<'_>,
-        needs_rows: bool,
-        grads: &mut Grads,
-    ) -> Result<(Measured, Option<Tensor>)> {
-        let rows = leaf(&self.rows, needs_rows)?;
-        let normed = model.final_norm(&rows, &self.read.ctx(ctx))?;
-        let plain = if self.loss.is_cross_entropy() { model.plain_head(&self.read.ctx(ctx)) } else { None };
-        if let (LossOf::Sum(scale), Some((weight, softcap))) = (loss, plain) {
-            let spec = LossSpec { scale, softcap: softcap.map(f64::from), chunk_rows: LOGIT_ROWS };
-            let head = kernels::linear_cross_entropy(&normed, weight, self.targets, &spec)?;
-            let measured = Measured { nll: head.nll, counted: self.targets.len(), hits: head.hits };
-            let d_rows = if head.loss.track_op() { grads.drain(head.loss.backward()?, Some(rows.id()))? } else { None };
-            return Ok((measured, d_rows));
-        }
-        let inner = leaf(&normed.detach(), normed.track_op())?;
-        let mut d_normed = Vec::new();
-        let weights = match loss {
-            LossOf::Sum(scale) => vec![scale; self.targets.len()],
-            LossOf::WithPrompt(scale, targets) => {
-                let of_prompt = targets.iter().map(|target| target.weight * scale);
-                std::iter::repeat_n(scale, self.own).chain(of_prompt).collect()
-            }
-            LossOf::Weighed(_) if !self.loss.is_cross_entropy() => {
-                return Err(Error::msg("only likelihoods are weighed"));
-            }
-            LossOf::Weighed(weigh) => {
-                let weights = weigh(&self.losses(model, &normed.detach(), &ctx.untracked())?);
-                if weights.len() != self.targets.len() {
-                    return Err(Error::msg("a loss has another number of derivatives than tokens"));
-                }
-                weights
-            }
-        };
-        let measured = self.loss(model, &inner, &weights, Some((grads, &mut d_normed)), ctx)?;
-        if !normed.track_op() {
-            return Ok((measured, None));
-        }
-        let d_normed = Tensor::cat(&d_normed, 0)?;
-        let d_rows = grads.drain(kernels::seed(&normed, &d_normed)?.backward()?, Some(rows.id()))?;
-        Ok((measured, d_rows))
-    }
-
-    /// The negative log-likelihood of each row's target, over chunks of rows.
-    fn losses<M: Segmented>(&self, model: &M, normed: &Tensor, ctx: &Ctx<'_>) -> Result<Vec<f32>> {
-        let mut losses = Vec::with_capacity(self.targets.len());
-        self.each_chunk(model, normed, ctx, |logits, ids| {
-            losses.extend(self.loss.score(logits, ids, 1.0, false)?.losses);
-            Ok(())
-        })?;
-        Ok(losses)
-    }
-
-    /// Hands `f` the logits and the targets of one chunk of rows after another.
-    fn each_chunk<M: Segmented>(
-        &self,
-        model: &M,
-        normed: &Tensor,
-        ctx: &Ctx<'_>,
-        mut f: impl FnMut(&Tensor, &[u32]) -> Result<()>,
-    ) -> Result<()> {
-        for (start, ids) in self.chunks() {
-            let rows = self.read.part(start..start + ids.len())?;
-            f(&model.logits(&normed.narrow(0, start, ids.len())?, &rows.ctx(ctx))?, ids)?;
-        }
-        Ok(())
-    }
-
-    /// The loss over chunks of rows, so that full logits are never held; with `backward`, each chunk's gradients are
-    /// taken at once and its graph dropped. `weights` are the derivatives of the loss by each row's negative log-likelihood; none
-    /// are needed without `backward`.
-    fn loss<M: Segmented>(
-        &self,
-        model: &M,
-        normed: &Tensor,
-        weights: &[f64],
-        mut backward: Option<(&mut Grads, &mut Vec<Tensor>)>,
-        ctx: &Ctx<'_>,
-    ) -> Result<Measured> {
-        let mut measured = Measured { counted: self.loss.items(self.own), ..Measured::default() };
-        for (start, ids) in self.chunks() {
-            let rows = self.read.part(start..start + ids.len())?;
-            let ctx = rows.ctx(ctx);
-            let chunk = normed.detach().narrow(0, start, ids.len())?.contiguous()?;
-            let chunk = leaf(&chunk, backward.is_some() && normed.track_op())?;
-            let logits = model.logits(&chunk, &if backward.is_some() { ctx } else { ctx.untracked() })?;
-            // One factor for all rows goes into the kernel.
-            let weights = weights.get(start..start + ids.len()).unwrap_or_default();
-            let shared = weights.first().copied().filter(|first| weights.iter().all(|w| w == first));
-            let scale = shared.unwrap_or(1.0);
-            let scored = self.loss.score(&logits.detach(), ids, scale, backward.is_some())?;
-            let own = self.own.saturating_sub(start);
-            measured.nll += scored.losses.iter().take(own).map(|&x| f64::from(x)).sum::<f64>();
-            measured.hits += scored.hits;
-            if let (Some((grads, d_normed)), Some(d_logits)) = (&mut backward, scored.grad)
-                && logits.track_op()
-            {
-                let d_logits = match shared {
-                    Some(_) => d_logits,
-                    None => {
-                        let weights = Tensor::new(weights, d_logits.device())?.to_dtype(d_logits.dtype())?;
-                        d_logits.broadcast_mul(&weights.unsqueeze(1)?)?
-                    }
-                };
-                let store = kernels::seed(&logits, &d_logits)?.backward()?;
-                d_normed.extend(grads.drain(store, Some(chunk.id()))?);
-            }
-        }
-        Ok(measured)
     }
 }

@@ -20,6 +20,8 @@ pub mod eva;
 pub mod fnv;
 mod grads;
 mod head_loss;
+mod head_pass;
+mod keep;
 pub mod log;
 pub mod methods;
 pub mod mezo;
@@ -43,10 +45,10 @@ mod trainer;
 mod update_rule;
 
 pub use classify::{ChoicesMeasured, Confusion, evaluate_choices, evaluate_head};
-pub use driver::{
-    Checkpointing, Keep, LOGIT_ROWS, LossOf, Measured, evaluate, forward_backward, predict, token_losses,
-};
+pub use driver::{LossOf, Measured, evaluate, forward_backward, predict, token_losses};
 pub use grads::Grads;
+pub use head_pass::LOGIT_ROWS;
+pub use keep::{Checkpointing, Keep};
 pub use objective::{MicroBatch, Objective, measure};
 pub use preference::{Answer, DpoLoss, Preference, PreferenceLoss, PreferenceStep, Rewards, Scored, Weighed};
 pub use preference_eval::{PreferencesMeasured, evaluate_preferences};
