@@ -28,7 +28,10 @@ impl BottleneckConfig {
     pub fn build(&self, base: &dyn BaseModel, seed: u64, unmatched: Unmatched) -> Result<Built> {
         let sublayers = base.sublayers();
         if sublayers.is_empty() {
-            let message = format!("bottleneck adapters are not supported on model type `{}`", base.model_type());
+            let message = format!(
+                "bottleneck adapters are not supported on model type `{}` here: they stand behind sublayers, where this model does not ask for them",
+                base.model_type()
+            );
             return Err(Error::config("type", message));
         }
         let blocks = sublayers.iter().map(|s| s.block + 1).max().unwrap_or(0);
