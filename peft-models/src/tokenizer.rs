@@ -6,6 +6,7 @@
 //! too. Truncation and padding settings inside `tokenizer.json` are switched off: callers decide about both.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -56,7 +57,7 @@ enum Origin {
 /// A tokenizer with what transformers knows about it.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
     bos_token_id: Option<u32>,
     eos_token_ids: Vec<u32>,
     pad_token_id: Option<u32>,
@@ -153,8 +154,8 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
-    /// The `tokenizers` object, for streaming decoders and offsets.
-    pub fn inner(&self) -> &tokenizers::Tokenizer {
+    /// The `tokenizers` object, for streaming decoders and offsets. A vocabulary is megabytes: clone the pointer.
+    pub fn inner(&self) -> &Arc<tokenizers::Tokenizer> {
         &self.inner
     }
 }

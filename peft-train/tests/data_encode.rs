@@ -218,7 +218,7 @@ fn truncation_keeps_begin_token_and_target() {
 
 #[test]
 fn the_tokenizers_own_truncation_and_padding_are_off() {
-    let mut inner = tokenizer(None).inner().clone();
+    let mut inner = tokenizers::Tokenizer::clone(tokenizer(None).inner());
     inner.with_truncation(Some(tokenizers::TruncationParams { max_length: 3, ..Default::default() })).unwrap();
     inner.with_padding(Some(tokenizers::PaddingParams {
         strategy: tokenizers::PaddingStrategy::Fixed(64),

@@ -80,7 +80,7 @@ impl Tokenizer {
         }
         let chat_template = chat_template(folder, &config)?;
         Ok(Self {
-            inner,
+            inner: inner.into(),
             bos_token_id,
             eos_token_ids,
             pad_token_id,

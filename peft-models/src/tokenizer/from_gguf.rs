@@ -146,7 +146,7 @@ impl Tokenizer {
             }
         }
         Ok(Self {
-            inner,
+            inner: inner.into(),
             bos_token_id: bos,
             eos_token_ids,
             pad_token_id: pad,

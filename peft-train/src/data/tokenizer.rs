@@ -1,6 +1,7 @@
 //! What the data road needs of a tokenizer.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use tokenizers::PreTokenizerWrapper;
 
@@ -127,7 +128,7 @@ pub trait TextTokenizer: Send + Sync {
 /// A `tokenizers` tokenizer with the strings of `tokenizer_config.json` beside it.
 #[derive(Clone, Debug)]
 pub struct HfTextTokenizer {
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: Arc<tokenizers::Tokenizer>,
     eos_id: Option<u32>,
     bos_token: Option<String>,
     eos_token: Option<String>,
@@ -141,13 +142,17 @@ impl HfTextTokenizer {
     /// # Errors
     /// An `eos_token` that the vocabulary lacks.
     pub fn new(
-        mut tokenizer: tokenizers::Tokenizer,
+        tokenizer: impl Into<Arc<tokenizers::Tokenizer>>,
         bos_token: Option<String>,
         eos_token: Option<String>,
         chat_template: Option<String>,
     ) -> Result<Self, TokenizerError> {
-        tokenizer.with_truncation(None)?;
-        tokenizer.with_padding(None);
+        let mut tokenizer = tokenizer.into();
+        if tokenizer.get_truncation().is_some() || tokenizer.get_padding().is_some() {
+            let own = Arc::make_mut(&mut tokenizer);
+            own.with_truncation(None)?;
+            own.with_padding(None);
+        }
         let eos_id = match &eos_token {
             Some(token) => Some(
                 tokenizer
@@ -160,7 +165,7 @@ impl HfTextTokenizer {
     }
 
     /// The tokenizer inside.
-    pub fn inner(&self) -> &tokenizers::Tokenizer {
+    pub fn inner(&self) -> &Arc<tokenizers::Tokenizer> {
         &self.tokenizer
     }
 }
