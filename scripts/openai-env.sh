@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the Python with OpenAI's client and schemathesis, with which interop/openai_client.py and openapi.py ask the server, and
-# prints its interpreter.
+# Makes the Python with OpenAI's client, schemathesis and selenium, with which interop/openai_client.py, openapi.py and page.py ask the
+# server, and prints its interpreter.
 #
 #     python=$(scripts/openai-env.sh)
 #

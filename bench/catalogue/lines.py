@@ -71,6 +71,8 @@ LINES = {
     "ln": Line((3e-3, 5e-3), dict(type="ln"), on_encoder=dict(target_modules=["LayerNorm"])),
     "bitfit": Line((3e-3, 5e-3), dict(type="bitfit"), not_on={"smollm2": "has no biases"}),
     "bitfit, added biases": Line((3e-3, 5e-3), dict(type="bitfit", add_biases=True), not_on={"minilm": "has biases"}),
+    "union, mam": Line((1e-3, 2e-3), dict(type="union", preset="mam")),
+    "union, unipelt": Line((1e-3, 2e-3), dict(type="union", preset="unipelt")),
     "last_layers": Line((1e-4, 5e-4), dict(type="last_layers", num_layers=2)),
     "full": Line((2e-5, 5e-5), dict(type="full")),
 }
@@ -84,5 +86,4 @@ LEFT_OUT = {
     "fusion": "it is made of adapters of other tasks",
     "composition": "it is made of other adapters",
     "xlora": "it is made of other adapters",
-    "union": "it is made of other methods",
 }

@@ -8,6 +8,7 @@ mod body;
 mod error;
 mod keys;
 mod metrics;
+mod page;
 mod prompt;
 mod stream;
 
@@ -139,6 +140,7 @@ impl Server {
             .route("/health", get(health))
             .route("/metrics", get(metrics))
             .route("/openapi.json", get(openapi))
+            .merge(page::routes())
             .fallback(not_found)
             .method_not_allowed_fallback(wrong_method)
             .layer(axum::middleware::from_fn_with_state(shared.clone(), count))

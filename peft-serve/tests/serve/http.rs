@@ -503,3 +503,21 @@ fn what_takes_too_long_is_over() {
     server.wait_until("none is left", |s| s.running + s.waiting == 0 && s.cancelled == 2);
     server.finish();
 }
+
+/// The page's files, which only this server's may join (a headless Chromium uses it, interop/page.py).
+#[test]
+fn the_page_and_what_it_loads_are_there() {
+    let server = Running::start(|_, _| {});
+    let (status, page) = server.send("GET", "/", None, "");
+    assert!(status == 200 && page.contains("<!doctype html>"), "{status} {page}");
+    for (file, holds) in [("page.js", "fetch("), ("page.css", "body {")] {
+        assert!(page.contains(file), "{page}");
+        let (status, text) = server.send("GET", &format!("/{file}"), None, "");
+        assert!(status == 200 && text.contains(holds), "{status} {text}");
+    }
+    assert!(
+        !page.contains("<script>") && !page.contains("style="),
+        "the policy allows no code or style in the page itself"
+    );
+    server.finish();
+}
