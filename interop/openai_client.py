@@ -13,12 +13,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import typing
 
 import openai
+import pydantic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BASE = ROOT / "examples/quickstart/base"
 PROMPT = "Once upon a time there was a brave dog named Rex."
+
+
+class Story(pydantic.BaseModel):
+    mood: typing.Literal["happy", "sad"]
+    ages: typing.Annotated[list[typing.Annotated[int, pydantic.Field(ge=0, le=99)]], pydantic.Field(min_length=2, max_length=2)]
+
 
 checks, failed = 0, []
 
@@ -115,6 +123,17 @@ def main():
         model="base", prompt=PROMPT, max_tokens=8, temperature=1.0, extra_body={"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1}
     )
     check("further fields", extra.choices[0].text != "", extra)
+
+    # A form as a class, which the client makes a schema of and parses the answer with.
+    for name in want:
+        parsed = client.chat.completions.parse(
+            model=name, messages=messages, response_format=Story, max_tokens=200, temperature=0.0, seed=1
+        )
+        story = parsed.choices[0].message.parsed
+        check(f"a form of {name}", isinstance(story, Story) and story.mood in ("happy", "sad") and len(story.ages) == 2, parsed)
+    error("a form that is none", openai.BadRequestError, 400, "response_format", lambda: client.chat.completions.create(
+        model="base", messages=messages,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}))
 
     # A stream that is left in the middle.
     with client.completions.create(model="base", prompt=PROMPT, max_tokens=200, stream=True) as stream:

@@ -29,6 +29,9 @@ def with_what_is_here(api):
         for limit in "max_tokens", "max_completion_tokens":
             fields[limit] |= {"maximum": 16}
         fields["n"] |= {"maximum": 4}
+        # What is a schema and what a grammar no description says: a form that cannot be is refused, which is right, too.
+        fields["response_format"] = {"enum": [None, {"type": "text"}, {"type": "json_object"}]}
+        fields["grammar"] = {"enum": [None]}
     api["components"]["schemas"]["Message"]["properties"]["role"] |= {"enum": ["system", "user", "assistant"]}
     api["paths"]["/v1/models/{model}"]["get"]["parameters"][0]["schema"] |= here
     return api

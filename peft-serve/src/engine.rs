@@ -18,7 +18,7 @@ use crate::arena::Arena;
 use crate::handle::{Counters, EngineOptions};
 use crate::registry::Generation;
 use crate::request::{Event, Logprobs, Request};
-use crate::row::Row;
+use crate::row::{Row, not_numbers};
 
 /// A request with its reader.
 #[derive(Debug)]
@@ -73,7 +73,7 @@ struct Part {
     tokens: usize,
 }
 
-type Chosen = Option<(u32, Option<Logprobs>)>;
+type Chosen = Result<(u32, Option<Logprobs>)>;
 
 /// The state of the compute thread.
 pub(crate) struct Loop {
@@ -419,9 +419,13 @@ impl Loop {
             .zip(reads)
             .filter_map(|(part, read)| if *read { self.batch.get(part.place).map(|p| &p.row) } else { None })
             .collect();
-        let plain = |row: &&Row| row.job.request.sampling.is_plain() && row.job.request.logprobs.is_none();
+        let plain = |row: &&Row| {
+            let request = &row.job.request;
+            request.sampling.is_plain() && request.logprobs.is_none() && request.constraint.is_none()
+        };
         if rows.iter().all(plain) {
-            return Ok(argmax_rows(logits)?.into_iter().map(|token| Some((token?, None))).collect());
+            let plain = |token: Option<u32>| token.map(|token| (token, None)).ok_or_else(not_numbers);
+            return Ok(argmax_rows(logits)?.into_iter().map(plain).collect());
         }
         let mut logits = logits.to_dtype(DType::F32)?.to_vec2::<f32>()?;
         Ok(rows.par_iter().zip(&mut logits).map(|(row, logits)| row.choose(logits)).collect())
@@ -438,8 +442,8 @@ impl Loop {
             place.row.advance(part.tokens);
             let goes_on = match chosen {
                 None => Ok(true),
-                Some(None) => Err(Error::msg("the model's logits are not numbers; check the weights, or use f32")),
-                Some(Some((token, logprobs))) => {
+                Some(Err(e)) => Err(e),
+                Some(Ok((token, logprobs))) => {
                     count(&self.counters.written_tokens, 1);
                     place.row.write(token, logprobs, tokenizer.as_deref())
                 }

@@ -1,8 +1,8 @@
 //! The engine as the rest of a program sees it: requests go in, streams of events come out.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
 use futures_core::Stream;
@@ -12,6 +12,7 @@ use peft_models::tokenizer::Tokenizer;
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::{Command, Job, Loop};
+use crate::grammar::{Constraint, Grammar, Grammars};
 use crate::request::{Event, FinishReason, Logprobs, Refused, Request};
 
 /// How much the engine does at one time.
@@ -83,6 +84,9 @@ pub struct Engine {
     counters: Arc<Counters>,
     options: EngineOptions,
     limits: Limits,
+    tokenizer: Option<Arc<Tokenizer>>,
+    /// Made for the first answer that has to be of a form; the error is the message.
+    grammars: Arc<OnceLock<Result<Grammars, String>>>,
     stopped: watch::Receiver<bool>,
 }
 
@@ -91,7 +95,6 @@ pub struct Engine {
 struct Limits {
     vocabulary: usize,
     positions: usize,
-    tokenizer: bool,
 }
 
 impl Engine {
@@ -105,12 +108,11 @@ impl Engine {
         let limits = Limits {
             vocabulary: model.vocab_size(),
             positions: config.learned_positions().map_or(wanted, |most| most.min(wanted)),
-            tokenizer: tokenizer.is_some(),
         };
         let (commands, received) = mpsc::unbounded_channel();
         let (ended, stopped) = watch::channel(false);
         let counters = Arc::new(Counters::default());
-        let work = Loop::new(model, tokenizer, options, received, counters.clone())?;
+        let work = Loop::new(model, tokenizer.clone(), options, received, counters.clone())?;
         let thread = std::thread::Builder::new().name("peft-serve".into());
         // Should the thread end in a panic, `ended` is dropped, which readers notice as well.
         let run = move || {
@@ -118,7 +120,20 @@ impl Engine {
             ended.send_replace(true);
         };
         thread.spawn(run).map_err(|e| peft_core::Error::msg(format!("no thread for the engine: {e}")))?;
-        Ok(Self { commands, counters, options, limits, stopped })
+        Ok(Self { commands, counters, options, limits, tokenizer, grammars: Arc::default(), stopped })
+    }
+
+    /// The form of an answer, for [`Request::constraint`]. The first one takes tens of milliseconds.
+    ///
+    /// # Errors
+    /// An engine without a tokenizer, one whose tokens do not say which bytes they are, and what is wrong with the grammar: the
+    /// message says it.
+    pub fn constraint(&self, grammar: &Grammar) -> Result<Constraint, String> {
+        let Some(tokenizer) = &self.tokenizer else {
+            return Err("the engine was started without a tokenizer, and forms need one".into());
+        };
+        let make = || Grammars::new(tokenizer, self.limits.vocabulary).map_err(|e| e.to_string());
+        self.grammars.get_or_init(make).as_ref().map_err(Clone::clone)?.begin(grammar)
     }
 
     /// Hands in a request. Dropping the answer frees its place at the next step.
@@ -181,7 +196,7 @@ impl Engine {
         if request.stop.iter().any(String::is_empty) {
             return invalid("stop", "an empty string stops everything".into());
         }
-        if !request.stop.is_empty() && !self.limits.tokenizer {
+        if !request.stop.is_empty() && self.tokenizer.is_none() {
             return invalid("stop", "the engine was started without a tokenizer, and strings need one".into());
         }
         match request.sampling.check() {

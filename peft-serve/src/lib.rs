@@ -12,6 +12,7 @@ This crate does not know how an adapter is opened: the registry is given a closu
 mod arena;
 mod content;
 mod engine;
+mod grammar;
 mod handle;
 #[cfg(feature = "http")]
 pub mod http;
@@ -21,6 +22,7 @@ mod row;
 mod text;
 
 pub use content::ContentHash;
+pub use grammar::{Constraint, Grammar};
 pub use handle::{Answer, Complete, Engine, EngineOptions, EngineStats};
 pub use registry::{Generation, Listed, Opener, Registry, RegistryError, RegistryStats};
 pub use request::{Event, FinishReason, Finished, Logprobs, Refused, Request, Token};

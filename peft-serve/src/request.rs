@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use peft_models::sampling::Sampling;
 
+use crate::grammar::Constraint;
 use crate::registry::Generation;
 
 /// A text to go on with.
@@ -23,6 +24,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Asks for the log-probability of every token, and for so many of the likeliest ones beside it.
     pub logprobs: Option<usize>,
+    /// The form that the text has to have ([`crate::Engine::constraint`]); it then ends where the form is complete.
+    pub constraint: Option<Constraint>,
 }
 
 impl Request {
@@ -37,6 +40,7 @@ impl Request {
             stop_tokens: Vec::new(),
             stop: Vec::new(),
             logprobs: None,
+            constraint: None,
         }
     }
 }

@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use peft_core::Result;
 use peft_core::kernels::Stream;
+use peft_core::{Error, Result};
 use peft_models::sampling::Seen;
 use peft_models::tokenizer::Tokenizer;
 
@@ -68,12 +68,18 @@ impl Row {
         Stream { seed: self.job.request.sampling.seed, step: step as u32, site: 0 }
     }
 
-    /// The next token from a row of logits; nothing where they are not numbers.
-    pub(crate) fn choose(&self, logits: &mut [f32]) -> Option<(u32, Option<Logprobs>)> {
-        let wanted = self.job.request.logprobs;
-        let own = wanted.map(|top| (top, logits.to_vec()));
-        let token = self.job.request.sampling.choose(logits, &self.seen, self.stream())?;
-        Some((token, own.map(|(top, logits)| logprobs(&logits, token, top))))
+    /// The next token from a row of logits.
+    ///
+    /// # Errors
+    /// Logits that are not numbers, and a form that no token can go on with.
+    pub(crate) fn choose(&self, logits: &mut [f32]) -> Result<(u32, Option<Logprobs>)> {
+        let request = &self.job.request;
+        let own = request.logprobs.map(|top| (top, logits.to_vec()));
+        if let Some(constraint) = &request.constraint {
+            constraint.allow(logits, &request.stop_tokens)?;
+        }
+        let token = request.sampling.choose(logits, &self.seen, self.stream()).ok_or_else(not_numbers)?;
+        Ok((token, own.map(|(top, logits)| logprobs(&logits, token, top))))
     }
 
     /// Takes the token that was chosen and tells the reader. Whether the text goes on.
@@ -83,6 +89,7 @@ impl Row {
             return Ok(false);
         }
         self.tokens.push(id);
+        let complete = self.job.request.constraint.as_ref().map_or(Ok(false), |constraint| constraint.wrote(id))?;
         if self.job.request.sampling.looks_back() {
             self.seen.wrote(id);
         }
@@ -93,6 +100,10 @@ impl Row {
         self.job.tell(Event::Token(Token { id, text: piece.text, logprobs }));
         if piece.stopped {
             self.job.tell(Event::Finished(Finished { reason: FinishReason::Stop, text: String::new() }));
+            return Ok(false);
+        }
+        if complete {
+            self.finish(FinishReason::Stop, tokenizer)?;
             return Ok(false);
         }
         if self.tokens.len() - self.job.request.prompt.len() == self.job.request.max_tokens {
@@ -111,6 +122,10 @@ impl Row {
         self.job.tell(Event::Finished(Finished { reason, text: rest.text }));
         Ok(())
     }
+}
+
+pub(crate) fn not_numbers() -> Error {
+    Error::msg("the model's logits are not numbers; check the weights, or use f32")
 }
 
 /// The logarithm of the softmax of `logits` at `chosen` and at the `top` likeliest.

@@ -9,9 +9,10 @@ use futures_util::StreamExt;
 use peft_models::sampling::Sampling;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{ApiError, ServerOptions};
+use crate::grammar::Grammar;
 
 /// A body of JSON, within the server's limits of size and time.
 pub(super) async fn read<T: DeserializeOwned>(
@@ -116,7 +117,31 @@ pub(super) struct Fields {
     suffix: Option<Value>,
     tools: Option<Vec<Value>>,
     functions: Option<Vec<Value>>,
-    response_format: Option<Value>,
+    response_format: Option<ResponseFormat>,
+    grammar: Option<Form>,
+}
+
+/// OpenAI's forms of an answer.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum ResponseFormat {
+    Text,
+    JsonObject,
+    JsonSchema { json_schema: NamedSchema },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct NamedSchema {
+    schema: Option<Map<String, Value>>,
+}
+
+/// Forms that OpenAI's API has no place for, as mistral.rs takes them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(tag = "type", content = "value", rename_all = "snake_case")]
+enum Form {
+    Regex(String),
+    Lark(String),
+    JsonSchema(Map<String, Value>),
 }
 
 const MOST_LOGPROBS: usize = 20;
@@ -125,14 +150,12 @@ const MOST_STOPS: usize = 16;
 impl Fields {
     /// Refuses what is not there.
     pub(super) fn check(&self) -> Result<(), ApiError> {
-        let text = |format: &Value| format.get("type").and_then(Value::as_str) == Some("text");
         let absent = [
             ("best_of", self.best_of.is_some_and(|n| n > 1)),
             ("echo", self.echo == Some(true)),
             ("suffix", self.suffix.is_some()),
             ("tools", self.tools.as_ref().is_some_and(|t| !t.is_empty())),
             ("functions", self.functions.as_ref().is_some_and(|t| !t.is_empty())),
-            ("response_format", self.response_format.as_ref().is_some_and(|f| !text(f))),
         ];
         match absent.iter().find(|(_, asked)| *asked) {
             Some((name, _)) => Err(ApiError::invalid(*name, "is not supported by this server")),
@@ -145,6 +168,30 @@ impl Fields {
         match self.n.unwrap_or(1) {
             0 => Err(ApiError::invalid("n", "is 0: there is nothing to answer")),
             n => Ok(n),
+        }
+    }
+
+    /// The field that asks for a form of the answer, and the form.
+    pub(super) fn grammar(&self) -> Result<Option<(&'static str, Grammar)>, ApiError> {
+        let format = match &self.response_format {
+            None | Some(ResponseFormat::Text) => None,
+            Some(ResponseFormat::JsonObject) => Some(Grammar::JsonObject),
+            // Without a schema OpenAI takes any JSON.
+            Some(ResponseFormat::JsonSchema { json_schema }) => {
+                Some(Grammar::JsonSchema(json_schema.schema.clone().unwrap_or_default().into()))
+            }
+        };
+        let form = self.grammar.as_ref().map(|form| match form {
+            Form::Regex(pattern) => Grammar::Regex(pattern.clone()),
+            Form::Lark(text) => Grammar::Lark(text.clone()),
+            Form::JsonSchema(schema) => Grammar::JsonSchema(schema.clone().into()),
+        });
+        match (format, form) {
+            (Some(_), Some(_)) => {
+                Err(ApiError::invalid("grammar", "does not go with response_format: an answer has one form"))
+            }
+            (Some(format), None) => Ok(Some(("response_format", format))),
+            (None, form) => Ok(form.map(|form| ("grammar", form))),
         }
     }
 

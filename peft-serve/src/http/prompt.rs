@@ -43,6 +43,13 @@ impl Shared {
             let message = format!("{choices} answers are more than the {} of one request", self.options.max_choices);
             return Err(ApiError::invalid(if n > 1 { "n" } else { "prompt" }, message));
         }
+        let constraint = match fields.grammar()? {
+            Some((field, grammar)) => {
+                let made = self.parts.engine.constraint(&grammar);
+                Some(made.map_err(|why| ApiError::invalid(field, why))?)
+            }
+            None => None,
+        };
         let virtual_tokens = adapter.as_ref().map_or(0, |a| a.virtual_tokens());
         let mut requests = Vec::with_capacity(choices);
         for prompt in &prompts {
@@ -58,6 +65,7 @@ impl Shared {
                     stop_tokens: self.parts.tokenizer.eos_token_ids().to_vec(),
                     stop: stop.clone(),
                     logprobs,
+                    constraint: constraint.clone(),
                 });
             }
         }

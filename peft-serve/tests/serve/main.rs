@@ -7,5 +7,9 @@ mod base;
 mod byte_tokenizer;
 mod engine;
 #[cfg(feature = "http")]
+mod form;
+#[cfg(feature = "http")]
 mod http;
 mod registry;
+#[cfg(feature = "http")]
+mod running;
