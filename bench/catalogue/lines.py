@@ -55,7 +55,7 @@ LINES = {
     "bottleneck, seq_bn": Line((5e-4, 1e-3), dict(type="bottleneck", preset="seq_bn")),
     "bottleneck, double_seq_bn": Line((5e-4, 1e-3), dict(type="bottleneck", preset="double_seq_bn")),
     "bottleneck, scaled_par_bn": Line((5e-4, 1e-3), dict(type="bottleneck", preset="scaled_par_bn", reduction_factor=16)),
-    "bottleneck, compacter++": Line((2e-3, 3e-3), dict(type="bottleneck", preset="compacter++")),
+    "bottleneck, compacter++": Line((2e-3, 3e-3), dict(type="bottleneck", preset="compacter++", reduction_factor=16), on_encoder=dict(reduction_factor=32)),
     "llm_adapter, series": Line((5e-4, 1e-3), dict(type="llm_adapter"), not_on={"minilm": "has no default places in BERT"}),
     "llm_adapter, parallel": Line(
         (5e-4, 1e-3), dict(type="llm_adapter", use_parallel_adapter=True), not_on={"minilm": "has no default places in BERT"}
