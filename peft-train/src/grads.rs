@@ -10,7 +10,7 @@ use peft_core::{Parameter, kernels};
 ///
 /// candle's store keeps gradients of everything and lets parameter gradients hold the graph that made them. So wanted
 /// gradients are drained and detached here after each segment, and the store is dropped.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Grads {
     index: HashMap<TensorId, usize>,
     sums: Vec<Option<Tensor>>,

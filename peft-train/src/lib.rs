@@ -34,6 +34,7 @@ pub mod recipe;
 mod recipe_combinations;
 mod recipe_preferences;
 mod reference;
+mod room;
 mod run_loop;
 pub mod schedule;
 mod scores;

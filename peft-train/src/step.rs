@@ -3,20 +3,19 @@
 use std::cell::Cell;
 
 use candle_core::Tensor;
-use peft_core::{
-    Adapter, AdapterSet, Ctx, Error, Parameter, PromptTarget, Result, Role, Route, Segmented, StepRng, TrainingHook,
-};
+use peft_core::{Adapter, AdapterSet, Ctx, Error, Parameter, Result, Role, Route, Segmented, StepRng, TrainingHook};
 
 use crate::audit::{AuditEntry, audit_gradients};
 use crate::bbt::{self, Bbt, Depth};
 use crate::checkpoint::TrainerState;
-use crate::driver::{Below, LossOf, Measured, forward_backward};
+use crate::driver::{Below, LossOf, Measured};
 use crate::grads::Grads;
 use crate::mezo::{Estimate, Mezo};
 use crate::objective::{Chosen, MicroBatch, Objective, measure_above};
 use crate::optim::{OptParam, Optimizer, clip_grad_norm};
 use crate::preference::{PreferenceStep, Rewards, Scored};
 use crate::reference::step_of;
+use crate::room::{self, Room, Rows};
 use crate::t_few::Counts;
 use crate::trainer::Plan;
 
@@ -31,6 +30,8 @@ pub(crate) struct Step<'a, M> {
     pub(crate) opt_params: &'a [OptParam],
     /// The lowest segment with a parameter.
     pub(crate) lowest: usize,
+    /// What may be in memory at a time.
+    pub(crate) room: &'a Cell<Room>,
 }
 
 /// What a step measured. Where a value is not finite, nothing was updated.
@@ -110,6 +111,7 @@ impl<M: Segmented> Step<'_, M> {
         // A prompt's own targets count once for each row.
         let of_prompt = self.adapter.training_hook().map_or(&[][..], |hook| hook.prompt_targets());
         let rows: usize = micro_batches.iter().map(|b| b.batch().sequences()).sum();
+        let mut room = self.room.get();
         for (i, micro_batch) in micro_batches.iter().enumerate() {
             let batch = micro_batch.batch();
             if batch.targets().ids.is_empty() {
@@ -129,8 +131,7 @@ impl<M: Segmented> Step<'_, M> {
                         found.set((value, Chosen::of(choices, nll).own));
                         weights
                     };
-                    let loss = LossOf::Weighed(&weigh);
-                    forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
+                    room::pass(self.model, batch, &ctx, self.lowest, &mut room, || LossOf::Weighed(&weigh), grads)?;
                     let (value, own) = found.get();
                     measured += own;
                     objective = Some(objective.unwrap_or(0.0) + value);
@@ -142,8 +143,7 @@ impl<M: Segmented> Step<'_, M> {
                         found.set((weighed.value, weighed.scored));
                         weighed.weights
                     };
-                    let loss = LossOf::Weighed(&weigh);
-                    forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
+                    room::pass(self.model, batch, &ctx, self.lowest, &mut room, || LossOf::Weighed(&weigh), grads)?;
                     let (value, scored) = found.get();
                     measured += scored.own;
                     objective = Some(objective.unwrap_or(0.0) + value);
@@ -155,21 +155,15 @@ impl<M: Segmented> Step<'_, M> {
                 }
                 (Objective::Loss, MicroBatch::Rows(_)) => {
                     let scale = 1.0 / (counted + rows * of_prompt.len()) as f64;
-                    let repeated: Vec<PromptTarget> = of_prompt
-                        .iter()
-                        .map(|target| PromptTarget { weight: target.weight * batch.sequences() as f64, ..*target })
-                        .collect();
-                    let loss = match repeated.as_slice() {
-                        [] => LossOf::Sum(scale),
-                        targets => LossOf::WithPrompt(scale, targets),
-                    };
-                    measured += forward_backward(self.model, batch, &ctx, self.lowest, self.plan.keep, loss, grads)?;
+                    let rows = Rows { batch, dataset: &self.plan.train, scale, of_prompt, rng };
+                    measured += rows.pass(self.model, self.set, self.lowest, &mut room, grads)?;
                 }
                 (objective, _) => {
                     return Err(Error::msg(format!("objective {objective} has no gradient on these rows")));
                 }
             }
         }
+        self.room.set(room);
         Ok(Passed { measured, objective, rewards })
     }
 

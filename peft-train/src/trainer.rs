@@ -1,5 +1,6 @@
 //! The training loop: batches, steps, evaluations, checkpoints.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use crate::objective::{MicroBatch, Objective};
 use crate::optim::OptParam;
 use crate::preference_eval::evaluate_preferences;
 use crate::reference::{Reference, rows_of_run};
+use crate::room::Room;
 use crate::run_loop::{self, Readings, Resumable, Rhythm, Stages};
 use crate::schedule::Schedule;
 use crate::step::Step;
@@ -133,6 +135,8 @@ pub struct Trainer<'a, M: Segmented> {
     state: TrainerState,
     /// What preference objectives compare with, on the training and on the evaluation rows.
     references: [Option<Reference>; 2],
+    /// What may be in memory at a time; less where the device had no room.
+    room: Cell<Room>,
 }
 
 impl<'a, M: Segmented> Trainer<'a, M> {
@@ -158,7 +162,8 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             None => [None, None],
         };
         let rule = rule.into();
-        Self { model, adapter, set, parameters, opt_params, lowest, rule, early_stop, plan, state, references }
+        let room = Cell::new(Room::of(plan.keep));
+        Self { model, adapter, set, parameters, opt_params, lowest, rule, early_stop, plan, state, references, room }
     }
 
     /// Makes what the run's steps will compare with, until `stop` is raised.
@@ -276,12 +281,18 @@ impl<M: Segmented> Stages for Trainer<'_, M> {
             parameters: &self.parameters,
             opt_params: &self.opt_params,
             lowest: self.lowest,
+            room: &self.room,
         };
+        let before = self.room.get();
         let made = match &mut self.rule {
             UpdateRule::Gradient(optimizer) => step.by_gradients(&batches, optimizer.as_mut(), lr)?,
             UpdateRule::Mezo(mezo) => step.by_differences(&batches, mezo, lr)?,
             UpdateRule::Bbt(search) => step.by_search(&batches, search)?,
         };
+        if self.room.get() != before {
+            let now = self.room.get().describe(self.model.num_blocks());
+            progress.message(&format!("the device had no room for step {}: from here on {now}", self.state.step + 1));
+        }
         if !made.is_finite() {
             return Err(self.not_finite(made.loss, &batches, logger));
         }
