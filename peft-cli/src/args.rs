@@ -485,6 +485,9 @@ pub(crate) struct MethodsArgs {
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct DoctorArgs {
+    /// Leave out the measurements of matrix products and memory, a few seconds a device
+    #[arg(long)]
+    pub(crate) quick: bool,
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -20,6 +20,7 @@ macro_rules! out_part {
 
 mod args;
 mod cmd;
+mod device;
 mod memory;
 mod open;
 mod sample;

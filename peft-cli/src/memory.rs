@@ -6,7 +6,7 @@ use peft_core::{Adapter, BaseModel, Segmented, Task};
 use peft_models::AnyModel;
 use peft_train::{Checkpointing, Keep, LOGIT_ROWS};
 
-use crate::sample;
+use crate::device;
 
 /// Bytes that the record of one block keeps for `tokens` tokens, in `dtype`: what its operations read in the backward pass
 /// and do not make again.
@@ -103,37 +103,75 @@ pub(crate) fn estimate_forward(model: &AnyModel, adapter: &Adapter, batch: &Long
     sum + sum / 6
 }
 
-/// The policy that `gradient_checkpointing = "auto"` stands for: as many blocks keep their record as fit into the budget,
-/// or into half of the memory that is free.
+/// What a step may hold, and what is to be found out about it.
+pub(crate) struct Wanted<'a> {
+    /// Which blocks keep their record; `None` is `gradient_checkpointing = "auto"`.
+    pub(crate) checkpointing: Option<Checkpointing>,
+    /// The type of records.
+    pub(crate) records: DType,
+    /// `train.memory_budget`.
+    pub(crate) budget: Option<&'a str>,
+    /// Rows of a micro-batch.
+    pub(crate) rows: usize,
+    /// Whether its loss is a sum over them, so that they may go in parts.
+    pub(crate) in_parts: bool,
+}
+
+/// How a step fits into its budget, or into what is free of a card's memory or half of a machine's: as many rows at a time as there is
+/// room for if no more is kept than has to be, then as many blocks that keep their record. Neither changes a step's result. `longest` is the largest batch of so many
+/// rows. Returns what is kept, and the rows at a time.
 ///
 /// # Errors
-/// When the budget is not a size, or not enough even if every block runs again.
-pub(crate) fn auto_checkpointing(
+/// When the budget is not a size, or not enough for one row.
+pub(crate) fn fit(
     model: &AnyModel,
     adapter: &Adapter,
-    batch: &LongestBatch,
-    records: DType,
-    budget: Option<&str>,
-) -> Result<Checkpointing> {
-    let peak = |n| estimate(model, adapter, batch, Keep { checkpointing: Checkpointing::KeepTop(n), records });
-    let limit = match budget {
-        Some(text) => parse_size(text)?,
-        None => model.nbytes() as u64 + sample::available_memory().unwrap_or(u64::MAX / 2) / 2,
+    wanted: &Wanted<'_>,
+    longest: impl Fn(usize) -> LongestBatch,
+) -> Result<(Keep, usize)> {
+    let keep = |checkpointing| Keep { checkpointing, records: wanted.records };
+    let peak = |rows, checkpointing| estimate(model, adapter, &longest(rows), keep(checkpointing));
+    let free = || device::free_memory(model.device());
+    let limit = match wanted.budget {
+        Some(text) => Some(parse_size(text)?),
+        // What the driver and other processes take between now and then.
+        None if model.device().is_cuda() => free().map(|free| model.nbytes() as u64 + free / 10 * 9),
+        None => free().map(|free| model.nbytes() as u64 + free / 2),
     };
-    if budget.is_some() && peak(0) > limit {
-        bail!(
-            "`train.memory_budget` of {:.0} MB is too small: a step takes about {:.0} MB even with every block run again; \
-             lower train.batch_size (and raise train.gradient_accumulation) or data.max_length",
-            limit as f64 / 1e6,
-            peak(0) as f64 / 1e6
-        );
-    }
+    let limit = limit.unwrap_or(u64::MAX / 2);
+    let least = wanted.checkpointing.unwrap_or(Checkpointing::Full);
+    // On a CPU what is free now says little about later, and a batch in parts is slower.
+    let may_part = wanted.in_parts && (wanted.budget.is_some() || model.device().is_cuda());
+    let parts = 1..=if may_part { wanted.rows.max(1) } else { 1 };
+    let rows = parts.map(|parts| wanted.rows.div_ceil(parts)).find(|&rows| peak(rows, least) <= limit);
+    let rows = match rows {
+        Some(rows) => rows,
+        None if wanted.budget.is_some() => {
+            let (at_a_time, way_out) = match may_part {
+                true => ("one row at a time", "lower data.max_length"),
+                false => ("", "lower train.batch_size (and raise train.gradient_accumulation) or data.max_length"),
+            };
+            let again = if least == Checkpointing::Full { "with every block run again" } else { "" };
+            let even = [again, at_a_time].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
+            bail!(
+                "`train.memory_budget` of {:.0} MB is too small: a step takes about {:.0} MB{}{even}; {way_out}",
+                limit as f64 / 1e6,
+                peak(if may_part { 1 } else { wanted.rows }, least) as f64 / 1e6,
+                if even.is_empty() { "" } else { " even " },
+            )
+        }
+        // It may go well all the same, and where it doesn't the step is made again with less.
+        None => wanted.rows,
+    };
     let blocks = model.num_blocks();
-    Ok(match (0..=blocks).rev().find(|&n| peak(n) <= limit) {
-        Some(n) if n == blocks => Checkpointing::Off,
-        Some(n) if n > 0 => Checkpointing::KeepTop(n),
-        _ => Checkpointing::Full,
-    })
+    let checkpointing = wanted.checkpointing.unwrap_or_else(|| {
+        match (0..=blocks).rev().find(|&n| peak(rows, Checkpointing::KeepTop(n)) <= limit) {
+            Some(n) if n == blocks => Checkpointing::Off,
+            Some(n) if n > 0 => Checkpointing::KeepTop(n),
+            _ => Checkpointing::Full,
+        }
+    });
+    Ok((keep(checkpointing), rows))
 }
 
 fn parse_size(text: &str) -> Result<u64> {

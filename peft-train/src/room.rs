@@ -20,11 +20,6 @@ pub(crate) struct Room {
 }
 
 impl Room {
-    /// All that the plan holds.
-    pub(crate) fn of(keep: Keep) -> Self {
-        Self { keep, rows: usize::MAX }
-    }
-
     /// The same with half of the records that are kept, where some are.
     fn with_fewer_records(self, blocks: usize) -> Option<Self> {
         let kept = match self.keep.checkpointing {
@@ -48,7 +43,6 @@ impl Room {
             Checkpointing::Full => "all blocks run again".to_owned(),
         };
         match self.rows {
-            usize::MAX => kept,
             1 => format!("{kept}, one row at a time"),
             rows => format!("{kept}, {rows} rows at a time"),
         }

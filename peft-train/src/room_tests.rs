@@ -105,6 +105,10 @@ fn card(refuses: &[usize], most_tokens: usize) -> Card {
     }
 }
 
+fn all(checkpointing: Checkpointing) -> Room {
+    Room { keep: checkpointing.into(), rows: 5 }
+}
+
 /// Five rows of 3 to 7 tokens.
 fn dataset() -> Dataset {
     let rows: Vec<Example> = (0..5usize)
@@ -142,7 +146,7 @@ fn step(card: &Card, keep: Checkpointing) -> Result<(Measured, Vec<Vec<f32>>, Ro
     let batch = Batch::new(&dataset, &[4, 1, 0, 2, 3]);
     let rng = StepRng { seed: 0, step: 0, run: 0 };
     let rows = Rows { batch: &batch, dataset: &dataset, scale: 0.1, of_prompt: &[], rng };
-    let room = Cell::new(Room::of(keep.into()));
+    let room = Cell::new(all(keep));
     let mut now = room.get();
     let measured = rows.pass(card, &set, 1, &mut now, &mut grads)?;
     room.set(now);
@@ -161,7 +165,7 @@ fn apart(found: &[Vec<f32>], wanted: &[Vec<f32>]) -> f64 {
 #[test]
 fn with_fewer_records_the_result_is_the_same_to_the_bit() {
     let (measured, grads, room) = step(&card(&[], usize::MAX), Checkpointing::Off).unwrap();
-    assert_eq!(room, Room::of(Checkpointing::Off.into()));
+    assert_eq!(room, all(Checkpointing::Off));
     // Four blocks forward; then what is run again. Each of these calls is refused once, wherever the step is by then.
     for (refuses, kept) in [
         (&[2][..], Checkpointing::KeepTop(2)),
@@ -173,7 +177,7 @@ fn with_fewer_records_the_result_is_the_same_to_the_bit() {
         let (again, same, room) = step(&card(refuses, usize::MAX), Checkpointing::Off).unwrap();
         assert_eq!((again.nll, again.counted), (measured.nll, measured.counted), "{refuses:?}");
         assert_eq!(same, grads, "{refuses:?}");
-        assert_eq!(room, Room::of(kept.into()), "{refuses:?}");
+        assert_eq!(room, all(kept), "{refuses:?}");
     }
 }
 

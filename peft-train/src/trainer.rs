@@ -56,6 +56,8 @@ pub struct Plan {
     pub max_grad_norm: f64,
     /// What waits for the backward pass.
     pub keep: Keep,
+    /// Rows of a micro-batch in one pass, at most, where its loss is a sum over rows.
+    pub rows_at_a_time: usize,
     /// Weight decay.
     pub weight_decay: f64,
     /// LoRA+'s ratio.
@@ -162,7 +164,7 @@ impl<'a, M: Segmented> Trainer<'a, M> {
             None => [None, None],
         };
         let rule = rule.into();
-        let room = Cell::new(Room::of(plan.keep));
+        let room = Cell::new(Room { keep: plan.keep, rows: plan.rows_at_a_time });
         Self { model, adapter, set, parameters, opt_params, lowest, rule, early_stop, plan, state, references, room }
     }
 

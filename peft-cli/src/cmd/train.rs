@@ -222,6 +222,7 @@ impl Run {
         let sampler = sampler(&self.recipe, &self.train)?;
         let steps = planned(&self.recipe, &sampler);
         methods::check_training(&self.prepared.adapter, steps)?;
+        let (keep, rows_at_a_time) = self.room()?;
         Ok(Plan {
             train: Arc::clone(&self.train),
             eval: self.eval.clone(),
@@ -235,7 +236,8 @@ impl Run {
             accumulation: t.gradient_accumulation,
             steps,
             max_grad_norm: t.max_grad_norm,
-            keep: self.keep()?,
+            keep,
+            rows_at_a_time,
             weight_decay: t.weight_decay,
             loraplus_lr_ratio: t.loraplus_lr_ratio.unwrap_or(1.0),
             seed: t.seed,
@@ -247,21 +249,26 @@ impl Run {
         })
     }
 
-    fn keep(&self) -> Result<Keep> {
-        let records = self.activation_dtype()?;
+    /// What is kept of a step at a time, and of how many rows.
+    fn room(&self) -> Result<(Keep, usize)> {
+        let (t, records) = (&self.recipe.train, self.activation_dtype()?);
         if rule::kind(&self.recipe)?.is_forward_only() {
-            return Ok(Keep { checkpointing: Checkpointing::Full, records });
+            return Ok((Keep { checkpointing: Checkpointing::Full, records }, t.batch_size));
         }
-        let checkpointing = match &self.recipe.train.gradient_checkpointing {
-            toml::Value::Boolean(true) => Checkpointing::Full,
-            toml::Value::Boolean(false) => Checkpointing::Off,
-            toml::Value::String(s) if s == "auto" => {
-                let (adapter, budget) = (&self.prepared.adapter, self.recipe.train.memory_budget.as_deref());
-                memory::auto_checkpointing(&self.model, adapter, &self.longest_batch(), records, budget)?
-            }
+        let checkpointing = match &t.gradient_checkpointing {
+            toml::Value::Boolean(true) => Some(Checkpointing::Full),
+            toml::Value::Boolean(false) => Some(Checkpointing::Off),
+            toml::Value::String(s) if s == "auto" => None,
             other => bail!("`train.gradient_checkpointing` is {other}; use \"auto\", true or false"),
         };
-        Ok(Keep { checkpointing, records })
+        let wanted = memory::Wanted {
+            checkpointing,
+            records,
+            budget: t.memory_budget.as_deref(),
+            rows: t.batch_size,
+            in_parts: self.choices.is_none() && self.preferences.is_none(),
+        };
+        memory::fit(&self.model, &self.prepared.adapter, &wanted, |rows| self.longest_batch(rows))
     }
 
     /// A base asked for in `bf16` holds kept activations in it too, as PyTorch does; a CPU computes them in `f32` all the same.
@@ -277,23 +284,19 @@ impl Run {
         }
     }
 
-    /// The largest micro-batch that the data can give.
-    fn longest_batch(&self) -> LongestBatch {
+    /// The largest batch of so many rows that the data can give.
+    fn longest_batch(&self, rows: usize) -> LongestBatch {
         if let Some(PreferenceRows { train, .. }) = &self.preferences {
-            let rows = self.recipe.train.batch_size;
             let sequences = rows.saturating_mul(train.most_answers());
             return LongestBatch { tokens: rows.saturating_mul(train.longest_row()), sequences };
         }
         if let Some(choices) = &self.choices {
-            let rows = self.recipe.train.batch_size;
             let sequences = rows.saturating_mul(choices.most_answers());
             return LongestBatch { tokens: rows.saturating_mul(choices.longest_row()), sequences };
         }
-        let sequences = self.recipe.train.batch_size;
         let longest = self.train.stats().max_length;
-        let tokens =
-            sequences.saturating_mul(if self.recipe.data.packing { self.recipe.data.max_length } else { longest });
-        LongestBatch { tokens, sequences }
+        let tokens = rows.saturating_mul(if self.recipe.data.packing { self.recipe.data.max_length } else { longest });
+        LongestBatch { tokens, sequences: rows }
     }
 
     fn fingerprint(&self, steps: u64) -> String {
@@ -315,11 +318,14 @@ impl Run {
         let share = 100.0 * trainable as f64 / total as f64;
         let forward_only = calls.is_some();
         let peak = match forward_only {
-            true => memory::estimate_forward(&self.model, adapter, &self.longest_batch()),
-            false => memory::estimate(&self.model, adapter, &self.longest_batch(), plan.keep),
+            true => memory::estimate_forward(&self.model, adapter, &self.longest_batch(plan.rows_at_a_time)),
+            false => memory::estimate(&self.model, adapter, &self.longest_batch(plan.rows_at_a_time), plan.keep),
         };
         let recomputed = match forward_only {
             true => "none: forward passes only".to_string(),
+            false if plan.rows_at_a_time < self.recipe.train.batch_size => {
+                format!("blocks recomputed: {:?}, {} rows at a time", plan.keep.checkpointing, plan.rows_at_a_time)
+            }
             false => format!("blocks recomputed: {:?}", plan.keep.checkpointing),
         };
         let tokenizer = self.tokenizer.as_ref();
@@ -341,7 +347,7 @@ impl Run {
                 "virtual_tokens": adapter.virtual_tokens().map_or(0, |tokens| tokens.count), "patterns": hits.iter().map(|(k, p, n)| json!({"key": k, "pattern": p, "sites": n})).collect::<Vec<_>>(),
                 "trainable_parameters": trainable, "parameters": total, "steps": plan.steps,
                 "rows": self.train.len(), "tokens": self.train.stats().tokens, "counted_tokens": self.train.stats().counted_tokens,
-                "estimated_peak_bytes": peak, "gradient_checkpointing": if forward_only { "None".to_string() } else { format!("{:?}", plan.keep.checkpointing) },
+                "estimated_peak_bytes": peak, "rows_at_a_time": plan.rows_at_a_time, "gradient_checkpointing": if forward_only { "None".to_string() } else { format!("{:?}", plan.keep.checkpointing) },
                 "optimizer": self.recipe.train.optimizer, "objective": self.recipe.train.objective, "forward_calls": calls, "preview": rows
             });
             out!("{result}");

@@ -129,6 +129,43 @@ fn activations_wait_in_the_type_that_the_recipe_says() {
     assert_ne!(in_f32, in_bf16);
 }
 
+/// A budget below what a whole batch takes with every block run again: rows go in parts, and the run is the same.
+#[test]
+fn a_batch_goes_in_parts_where_the_budget_asks_for_it() {
+    let dir = Dir::new();
+    // Parts have masks of their own.
+    let fixed = ["train.batch_size=6", "data.shuffle=false", "train.max_steps=5", "method.lora_dropout=0"];
+    let fixed: Vec<&str> = fixed.into_iter().flat_map(|setting| ["--set", setting]).collect();
+    let plan = |more: &[&str]| dir.train(&[&fixed[..], &["--dry-run", "--json"], more].concat()).json();
+    let again = "train.gradient_checkpointing=true";
+    let peak = |rows: &str| plan(&["--set", again, "--set", rows])["estimated_peak_bytes"].as_f64().unwrap();
+    let (least, whole) = (peak("train.batch_size=1"), peak("train.batch_size=6"));
+    assert!(least < whole, "{least} {whole}");
+
+    let budget = format!("train.memory_budget={:.6}MB", 1.0001 * least / 1e6);
+    let in_parts = plan(&["--set", &budget]);
+    let rows = in_parts["rows_at_a_time"].as_u64().unwrap();
+    assert!(rows == 1 && in_parts["estimated_peak_bytes"].as_f64().unwrap() < whole, "{in_parts}");
+    assert_eq!(plan(&[])["rows_at_a_time"], 6);
+    assert!(dir.train(&[&fixed[..], &["--dry-run", "--set", &budget]].concat()).ok().stdout.contains("rows at a time"));
+
+    let losses = |output: &str, more: &[&str]| {
+        dir.train(&[&fixed[..], &["--output", output], more].concat()).ok();
+        steps(&dir, output).iter().map(|step| step["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (one, parts) = (losses("whole", &[]), losses("parts", &["--set", &budget]));
+    assert_eq!((one.len(), parts.len()), (5, 5));
+    assert!((one[0] - parts[0]).abs() < 1e-6 * one[0], "{one:?} {parts:?}");
+    // Later AdamW divides small gradients by themselves, and rounding with them; in the same order the sums are the same.
+    let single = ["--set", "train.batch_size=1", "--set", "train.gradient_accumulation=6"];
+    assert_eq!(losses("single", &single), parts);
+
+    let too_small = format!("train.memory_budget={:.6}MB", 0.9 * least / 1e6);
+    let refused = dir.train(&[&fixed[..], &["--set", &too_small, "--output", "none"]].concat());
+    refused.fails(&["train.memory_budget", "one row at a time", "data.max_length"]);
+    assert!(!dir.path("none").exists());
+}
+
 #[test]
 fn a_recipe_file_counts_its_paths_from_its_own_folder() {
     let dir = Dir::new();
@@ -165,5 +202,15 @@ fn help_catalogue_and_completions() {
     for shell in ["bash", "zsh", "fish"] {
         assert!(dir.run(&["completions", shell]).ok().stdout.contains("peft-cli"), "{shell}");
     }
-    dir.run(&["doctor", "--json"]).json();
+    let found = dir.run(&["doctor", "--json"]).json();
+    let cpu = &found["devices"][0];
+    assert!(cpu["name"] == "cpu" && cpu["speed"]["f32_flops"].as_f64().unwrap() > 1e8, "{found}");
+    assert!(cpu["speed"]["bandwidth"].as_f64().unwrap() > 1e7, "{found}");
+    assert!(
+        dir.run(&["doctor", "--quick"])
+            .ok()
+            .stdout
+            .lines()
+            .any(|line| line.starts_with("device ") && line.ends_with("cpu"))
+    );
 }
