@@ -43,9 +43,13 @@ pub(crate) struct LongestBatch {
 pub(crate) fn estimate(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, keep: Keep) -> u64 {
     let parts = estimate_parts(model, adapter, batch, keep);
     let optimizer = 4 * 4 * adapter.trainable_elements() as u64;
-    let sum = parts.fixed + optimizer + parts.records + parts.working + parts.logits;
-    // Pages that the allocator holds between buffers of many sizes: up to 15 % in measured steps, and a budget must hold.
-    sum + sum / 6
+    parts.fixed + optimizer + parts.records + parts.working + parts.logits
+}
+
+/// What a budget has to have for such a peak: pages that the allocator holds between buffers of many sizes are up to 15 % of
+/// measured steps, and a budget must hold.
+fn with_headroom(peak: u64) -> u64 {
+    peak + peak / 6
 }
 
 /// What a step's memory consists of, in bytes.
@@ -99,8 +103,7 @@ fn estimate_parts(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch, kee
 pub(crate) fn estimate_forward(model: &AnyModel, adapter: &Adapter, batch: &LongestBatch) -> u64 {
     let keep = Keep { checkpointing: Checkpointing::KeepTop(usize::MAX), records: DType::F32 };
     let whole = estimate_parts(model, adapter, batch, keep);
-    let sum = whole.fixed + 4 * adapter.trainable_elements() as u64 + whole.working + whole.logits;
-    sum + sum / 6
+    whole.fixed + 4 * adapter.trainable_elements() as u64 + whole.working + whole.logits
 }
 
 /// What a step may hold, and what is to be found out about it.
@@ -130,7 +133,7 @@ pub(crate) fn fit(
     longest: impl Fn(usize) -> LongestBatch,
 ) -> Result<(Keep, usize)> {
     let keep = |checkpointing| Keep { checkpointing, records: wanted.records };
-    let peak = |rows, checkpointing| estimate(model, adapter, &longest(rows), keep(checkpointing));
+    let peak = |rows, checkpointing| with_headroom(estimate(model, adapter, &longest(rows), keep(checkpointing)));
     let free = || device::free_memory(model.device());
     let limit = match wanted.budget {
         Some(text) => Some(parse_size(text)?),
@@ -154,7 +157,7 @@ pub(crate) fn fit(
             let again = if least == Checkpointing::Full { "with every block run again" } else { "" };
             let even = [again, at_a_time].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(", ");
             bail!(
-                "`train.memory_budget` of {:.0} MB is too small: a step takes about {:.0} MB{}{even}; {way_out}",
+                "`train.memory_budget` of {:.0} MB is too small: a step wants about {:.0} MB{}{even}; {way_out}",
                 limit as f64 / 1e6,
                 peak(if may_part { 1 } else { wanted.rows }, least) as f64 / 1e6,
                 if even.is_empty() { "" } else { " even " },
