@@ -18,6 +18,12 @@ impl Fnv {
         self.0 = (self.0 ^ word).wrapping_mul(0x0000_0100_0000_01b3);
     }
 
+    /// The hash of what was taken in.
+    #[must_use]
+    pub fn value(self) -> u64 {
+        self.0
+    }
+
     /// Takes a text in, byte by byte.
     pub fn text(&mut self, text: &str) {
         text.bytes().for_each(|byte| self.word(byte.into()));

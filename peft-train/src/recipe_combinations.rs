@@ -52,6 +52,13 @@ pub(crate) fn check(recipe: &Recipe) -> Result<(), String> {
                 .into(),
         );
     }
+    if recipe.data.fill_in_the_middle.is_some() && recipe.data.span_corruption.is_some() {
+        return Err(
+            "`data.fill_in_the_middle` is for causal language models and `data.span_corruption` for encoder-decoders; \
+                    give one of them"
+                .into(),
+        );
+    }
     if recipe.data.choices.len() == 1 {
         return Err("`data.choices` needs two or more answers".into());
     }

@@ -10,8 +10,8 @@ use peft_core::{AdapterSet, BaseModel, HeadKind, Task};
 use peft_models::tokenizer::Tokenizer;
 use peft_models::{AnyModel, ModelFiles};
 use peft_train::data::{
-    Choices, DataSpec, Dataset, EncodeOptions, Format, Preferences, Sampler, SamplerOptions, TextTokenizer, labels_in,
-    preview,
+    Choices, Corruption, DataSpec, Dataset, EncodeOptions, Format, Preferences, Sampler, SamplerOptions, TextTokenizer,
+    labels_in, preview,
 };
 use peft_train::methods::{self, Prepared};
 use peft_train::optim::OptimizerKind;
@@ -450,7 +450,10 @@ fn settle_classes(files: &mut ModelFiles, recipe: &Recipe, train: &DataSpec) -> 
 
 /// How rows are read, as far as the recipe alone says it.
 fn text_options(recipe: &Recipe, format: Option<Format>) -> EncodeOptions {
+    let (middle, spans) = (&recipe.data.fill_in_the_middle, recipe.data.span_corruption);
     EncodeOptions {
+        corruption: middle.clone().map(Corruption::Middle).or(spans.map(Corruption::Spans)),
+        seed: recipe.train.seed,
         template: recipe.data.template.clone(),
         chat_template: recipe.data.chat_template.clone(),
         label_words: recipe.data.label_words.iter().map(|(k, v)| (k.clone(), plain_text(v))).collect(),

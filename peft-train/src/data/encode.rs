@@ -22,6 +22,7 @@ use peft_core::HeadKind;
 
 use super::chat::ChatTemplate;
 use super::classes::ClassHead;
+use super::corruption::{Corruption, Hiding};
 use super::error::{DataError, Location};
 use super::format::Format;
 use super::pairs::DecoderInputs;
@@ -62,6 +63,10 @@ pub struct EncodeOptions {
     pub tasks: Option<usize>,
     /// Takes rows of format `preference`, of which the chosen answer, or the only one, is then the row's own.
     pub preferences: bool,
+    /// What is hidden of rows of format `text`.
+    pub corruption: Option<Corruption>,
+    /// Seed of what is hidden.
+    pub seed: u64,
 }
 
 impl EncodeOptions {
@@ -80,6 +85,8 @@ impl EncodeOptions {
             decoder: None,
             tasks: None,
             preferences: false,
+            corruption: None,
+            seed: 0,
         }
     }
 }
@@ -160,6 +167,8 @@ pub struct Encoder<'a> {
     pub(super) keep_answers: bool,
     vocab_size: Option<usize>,
     pub(super) tasks: Option<usize>,
+    pub(super) hiding: Option<Hiding>,
+    pub(super) seed: u64,
 }
 
 impl std::fmt::Debug for Encoder<'_> {
@@ -212,8 +221,24 @@ impl<'a> Encoder<'a> {
             decoder: options.decoder,
             vocab_size: options.vocab_size,
             preferences: options.preferences,
+            hides_spans: matches!(options.corruption, Some(Corruption::Spans(_))),
         };
         renderer.check()?;
+        let hiding = match (&options.corruption, tokenizer) {
+            (Some(corruption), Some(tokenizer)) => {
+                let (name, model, fits) = match corruption {
+                    Corruption::Middle(_) => {
+                        ("fill_in_the_middle", "a causal language model", options.decoder.is_none())
+                    }
+                    Corruption::Spans(_) => ("span_corruption", "an encoder-decoder", options.decoder.is_some()),
+                };
+                if format != Format::Text || !fits || options.class_head.is_some() {
+                    return Err(config(format!("data.{name} goes with rows of format text and {model}")));
+                }
+                Some(corruption.resolve(tokenizer)?)
+            }
+            _ => None,
+        };
         let closes = match format {
             Format::Completion | Format::Alpaca => true,
             Format::Classification => options.class_head.is_none(),
@@ -235,6 +260,8 @@ impl<'a> Encoder<'a> {
             keep_answers: options.keep_answers,
             vocab_size: options.vocab_size,
             tasks: options.tasks,
+            hiding,
+            seed: options.seed,
         })
     }
 
@@ -333,6 +360,12 @@ impl<'a> Encoder<'a> {
             }
         };
         let (ids, counted): (Vec<u32>, Vec<std::ops::Range<usize>>) = match rendered {
+            Rendered::Text(text)
+                if self.hiding.is_some()
+                    && let Some((ids, counted)) = self.with_middle_last(&text, row, tokenizer)? =>
+            {
+                (ids, vec![counted])
+            }
             Rendered::Text(text) => {
                 let mut ids = tokenizer.encode(&text, true).map_err(failed)?;
                 if self.text_eos {
@@ -374,6 +407,11 @@ impl<'a> Encoder<'a> {
             }
         }
         Ok((ids, labels))
+    }
+
+    /// The special tokens that the post-processor puts before a sequence.
+    pub(super) fn front(&self) -> &[u32] {
+        &self.front
     }
 
     /// How many leading tokens truncation leaves: the post-processor's front tokens, where a row begins with them.

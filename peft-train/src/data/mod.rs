@@ -2,7 +2,7 @@
 //!
 //! [`source`] reads rows with their place in a file, [`mod@format`] says what columns mean, [`render`] turns a row into text
 //! parts ([`classes`], `words` and `questions` those for heads of their own, [`pairs`] those for an encoder–decoder, [`preferences`] answers of
-//! which one is preferred; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
+//! which one is preferred, [`corruption`] texts of which a part is hidden; [`template`] and [`chat`] hold the Jinja engines), [`encode`] makes tokens and labels of them, [`dataset`] keeps
 //! them flat in memory, [`sampler`] decides which rows form a batch, [`batch`] packs these rows, and [`mod@preview`] shows the
 //! result to a person. [`text_rows`] stops at the text, for models that tokenise by themselves.
 
@@ -10,6 +10,7 @@ pub mod batch;
 pub mod chat;
 pub mod choices;
 pub mod classes;
+pub mod corruption;
 pub mod dataset;
 pub mod encode;
 pub mod error;
@@ -37,6 +38,7 @@ pub use batch::{Batch, Targets};
 pub use chat::ChatTemplate;
 pub use choices::{ChoiceBatch, ChoiceRow, Choices, Score};
 pub use classes::{ClassHead, labels_in};
+pub use corruption::{Corruption, FillInTheMiddle, SpanCorruption};
 pub use dataset::{Dataset, DatasetStats, format_of};
 pub use encode::{EncodeOptions, Encoder, Example, HeadRow, IGNORE_INDEX, Predictor, Truncation};
 pub use error::{DataError, Location};

@@ -34,9 +34,10 @@ impl Renderer {
     /// Refuses formats without a source and a target.
     pub(super) fn check_pairs(&self) -> Result<(), DataError> {
         match self.format {
+            Format::Text if self.hides_spans => Ok(()),
             Format::Text | Format::Chat | Format::Preference => Err(DataError::Config(format!(
                 "the model writes a target for a source, which format {} does not tell apart; use format seq2seq (`source`, \
-                 `target`), completion, alpaca or tokens",
+                 `target`), completion, alpaca or tokens; data.span_corruption makes a source and a target of a text",
                 self.format
             ))),
             Format::Classification if self.template.is_none() => Err(DataError::Config(
@@ -75,6 +76,25 @@ impl Encoder<'_> {
                 let lost = labels.iter().skip(max).filter(|l| **l != IGNORE_INDEX).count();
                 labels.truncate(max);
                 (cut(Framed::of(input_ids))?, labels, lost)
+            }
+            Rendered::Text(text) => {
+                let whole = self.framed(&text, row)?;
+                let (inside, end) =
+                    (whole.texts.first().cloned().unwrap_or_default(), self.tokenizer.and_then(|t| t.eos_id()));
+                // A sentinel takes the place of a span of one or more tokens, so the source is no longer than the text.
+                let room = max.saturating_sub(1);
+                let ids = whole.ids.get(inside).unwrap_or_default();
+                let kept = ids.get(..room.min(ids.len())).unwrap_or_default();
+                let (mut source, mut target) = self
+                    .with_hidden_spans(kept, &text)
+                    .filter(|(_, target)| !target.is_empty())
+                    .ok_or_else(|| DataError::row(&row.at, "a text of fewer than two tokens has nothing to hide"))?;
+                source.extend(end);
+                target.extend(end);
+                let lost = target.len().saturating_sub(max);
+                target.truncate(max);
+                self.check_vocabulary(&target, row)?;
+                ((source, ids.len() - kept.len()), target.into_iter().map(|id| id as i32).collect(), lost)
             }
             _ => return Err(DataError::row(&row.at, "this row has no source and target")),
         };

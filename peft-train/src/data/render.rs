@@ -62,6 +62,8 @@ pub(crate) struct Renderer {
     pub(crate) vocab_size: Option<usize>,
     /// Whether rows of answers that are preferred to others are asked for.
     pub(crate) preferences: bool,
+    /// Whether texts become a source and a target by what is hidden of them.
+    pub(crate) hides_spans: bool,
 }
 
 impl Renderer {

@@ -28,7 +28,7 @@ impl Rng {
     }
 
     /// Uniform in `0..n` without bias (Lemire 2019); 0 for `n == 0`.
-    fn below(&mut self, n: u64) -> u64 {
+    pub(crate) fn below(&mut self, n: u64) -> u64 {
         let threshold = n.wrapping_neg().checked_rem(n).unwrap_or(0);
         loop {
             let wide = u128::from(self.next_u64()) * u128::from(n);
@@ -36,6 +36,11 @@ impl Rng {
                 return (wide >> 64) as u64;
             }
         }
+    }
+
+    /// Uniform in `[0, 1)`.
+    pub(crate) fn share(&mut self) -> f64 {
+        (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
     /// Fisher–Yates.

@@ -147,6 +147,7 @@ fn renderer(format: Format, options: &EncodeOptions) -> Result<Renderer, DataErr
         decoder: options.decoder,
         vocab_size: options.vocab_size,
         preferences: options.preferences,
+        hides_spans: false,
     };
     renderer.check()?;
     Ok(renderer)

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use crate::data::{FillInTheMiddle, SpanCorruption};
+
 /// `[model]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -69,6 +71,10 @@ pub struct DataTable {
     pub group_by_length: bool,
     /// Close rows of plain text with the end token.
     pub text_eos: bool,
+    /// Writes the middle of some rows of plain text last, for a model that fills holes.
+    pub fill_in_the_middle: Option<FillInTheMiddle>,
+    /// Hides spans of rows of plain text, which an encoder–decoder learns to write.
+    pub span_corruption: Option<SpanCorruption>,
 }
 
 impl Default for DataTable {
@@ -87,6 +93,8 @@ impl Default for DataTable {
             shuffle: true,
             group_by_length: false,
             text_eos: false,
+            fill_in_the_middle: None,
+            span_corruption: None,
         }
     }
 }
@@ -105,7 +113,8 @@ pub struct TrainTable {
     pub gradient_accumulation: usize,
     /// `auto`, `true` or `false`.
     pub gradient_checkpointing: Value,
-    /// What `gradient_checkpointing = "auto"` fits activations into: `"4GiB"`; left out, half the free memory.
+    /// What a step fits into: `"4GiB"`. It decides how many rows of a micro-batch go through at a time, and with `gradient_checkpointing
+    /// = "auto"` how many blocks keep their record. Left out, half of the machine's free memory, or nine tenths of a card's.
     pub memory_budget: Option<String>,
     /// In what activations wait for the backward pass: `f32`, `bf16` (half their memory, gradients of activations rounded to
     /// 8 bits), or `auto`, which is `bf16` with a base asked for in it and `f32` otherwise.
