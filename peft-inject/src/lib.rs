@@ -17,8 +17,7 @@ use peft_inject::{Base, inject};
 let base = Arc::new(Base::open("models/smollm2")?);
 let open = |folder: &str| peft_train::methods::open(folder.as_ref(), &*base).map(|made| Arc::new(made.adapter));
 let (pirate, poet) = (open("adapters/pirate")?, open("adapters/poet")?);
-let build = |vb| Llama::load(vb, &config);
-let (model, mut injected) = inject(&base, vec![pirate], DType::F32, &Device::Cpu, build)?;
+let (model, mut injected) = inject(&base, vec![pirate], DType::F32, &Device::Cpu, |vb| Llama::load(vb, &config))?;
 
 // Another adapter in the same model, where its weights are shared with the builder; the probe finds that out.
 injected.probe(|| model.forward(&ids, 0, &mut Cache::new(false, DType::F32, &config, &Device::Cpu)?))?;
