@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compares peft-cli with Hugging Face PEFT: makes the cases of interop/cases.py (once a seed), then runs interop/check.py;
 # without options of that, interop/inits.py, combine.py, foreign.py, experts.py, llm_adapters.py, xlora.py and heads.py too, interop/adapterhub.py (AdapterHub's
-# package), interop/preference.py (TRL's trainers), interop/openai_client.py (OpenAI's client asks `peft-cli serve`), interop/openapi.py
+# package), interop/preference.py (TRL's trainers), interop/embeddings.py (sentence-transformers on MiniLM), interop/openai_client.py (OpenAI's client asks `peft-cli serve`), interop/openapi.py
 # (the server beside its own description) and interop/page.py (its page in a headless Chromium: apt-get install chromium chromium-driver).
 #
 #     interop/run.sh [PEFT_CLI] [options of check.py]      PEFT_CLI: target/release/peft-cli
@@ -42,6 +42,7 @@ if [ $# = 0 ]; then
     "$python" interop/heads.py "$program" --seed "$seed"
     "$(scripts/adapterhub-env.sh)" interop/adapterhub.py "$program" --seed "$seed"
     "$(scripts/trl-env.sh)" interop/preference.py "$program" --seed "$seed"
+    "$(scripts/trl-env.sh)" interop/embeddings.py "$program" "$(scripts/fetch-models.sh minilm)"
     "$(scripts/openai-env.sh)" interop/openai_client.py "$program"
     "$(scripts/openai-env.sh)" interop/openapi.py "$program"
     "$(scripts/openai-env.sh)" interop/page.py "$program"

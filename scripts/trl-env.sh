@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes the Python with TRL that the interop suite compares preference objectives with, and prints its interpreter.
+# Makes the Python with TRL and sentence-transformers that the interop suite compares preference objectives and embeddings with, and prints
+# its interpreter.
 #
 #     python=$(scripts/trl-env.sh)
 #
 # It stands in target/venv-trl (or $TRL_ENV_DIR), holds the packages of scripts/trl-requirements.txt, and finds everything else, torch,
-# transformers and peft above all, in PEFT's environment (scripts/python-env.sh). It takes 250 MB beside it.
+# transformers and peft above all, in PEFT's environment (scripts/python-env.sh). It takes 400 MB beside it.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)

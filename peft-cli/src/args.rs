@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// Write text with a model, with or without an adapter
     Generate(GenerateArgs),
+    /// Turn texts into vectors, as a sentence-transformers folder says it is done
+    Embed(EmbedArgs),
     /// Answer OpenAI's completions and chats over HTTP, each request through its own adapter
     Serve(ServeArgs),
     /// Write a complete model with one or more adapters merged into it
@@ -462,6 +464,39 @@ pub(crate) struct ConvertArgs {
     /// Print the result as JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct EmbedArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    /// An adapter: a folder or a hub id
+    #[arg(long)]
+    pub(crate) adapter: Option<String>,
+    /// Rows with a column `text`
+    #[arg(long)]
+    pub(crate) data: Option<PathBuf>,
+    /// A text; may be given several times
+    #[arg(long)]
+    pub(crate) text: Vec<String>,
+    /// A file for a line of JSON a text, instead of stdout
+    #[arg(long)]
+    pub(crate) output: Option<PathBuf>,
+    /// mean, cls, max, lasttoken, weightedmean or mean_sqrt_len_tokens, instead of what the model's folder says (mean where it says nothing)
+    #[arg(long)]
+    pub(crate) pooling: Option<String>,
+    /// Vectors of length 1, whatever the folder says
+    #[arg(long, conflicts_with = "no_normalize")]
+    pub(crate) normalize: bool,
+    /// Vectors as long as they come
+    #[arg(long)]
+    pub(crate) no_normalize: bool,
+    /// Tokens of a text, at most; the folder's max_seq_length if left out
+    #[arg(long)]
+    pub(crate) max_length: Option<usize>,
+    /// Texts a pass
+    #[arg(long, default_value_t = 32)]
+    pub(crate) batch_size: usize,
 }
 
 #[derive(Debug, ClapArgs)]

@@ -17,6 +17,7 @@ mod loader;
 pub mod merge;
 mod mlp;
 mod model_files;
+pub mod pooling;
 mod prompted;
 pub mod rope;
 pub mod sampling;

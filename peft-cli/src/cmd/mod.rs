@@ -9,6 +9,7 @@ mod combine;
 mod compose;
 mod convert;
 mod doctor;
+mod embed;
 mod eval;
 mod generate;
 mod inspect;
@@ -30,6 +31,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Command::Combine(a) => combine::run(&a),
         Command::Compose(a) => compose::run(&a),
         Command::Convert(a) => convert::run(&a),
+        Command::Embed(a) => embed::run(&a),
         Command::Inspect(a) => inspect::run(&a),
         Command::Methods(a) => methods::run(&a),
         Command::Doctor(a) => doctor::run(&a),

@@ -6,6 +6,7 @@ mod blackbox;
 mod byte_tokenizer;
 mod combine;
 mod compose;
+mod embed;
 mod endpoint;
 mod harness;
 mod heads;
