@@ -45,5 +45,9 @@ if [ $# = 0 ]; then
     "$(scripts/trl-env.sh)" interop/embeddings.py "$program" "$(scripts/fetch-models.sh minilm)"
     "$(scripts/openai-env.sh)" interop/openai_client.py "$program"
     "$(scripts/openai-env.sh)" interop/openapi.py "$program"
-    "$(scripts/openai-env.sh)" interop/page.py "$program"
+    if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
+        "$(scripts/openai-env.sh)" interop/page.py "$program"
+    else
+        echo "interop: NOT RUN: page.py, which needs a browser (apt-get install chromium chromium-driver)" >&2
+    fi
 fi
