@@ -20,6 +20,26 @@ pub(crate) struct Card {
     pub(crate) driver: String,
 }
 
+/// A device, where `open` finds it. The CUDA bindings panic where a library is absent; that is an error like any other here.
+///
+/// # Errors
+/// The first line of what the driver, or its absence, says.
+pub(crate) fn opened(open: impl FnOnce() -> Result<Device> + std::panic::UnwindSafe) -> anyhow::Result<Device> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let opened = std::panic::catch_unwind(open);
+    std::panic::set_hook(hook);
+    let why = match opened {
+        Ok(Ok(device)) => return Ok(device),
+        Ok(Err(e)) => e.to_string(),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("a driver library is missing").to_owned()
+        }
+    };
+    Err(anyhow::Error::msg(why.lines().next().unwrap_or_default().to_owned()))
+}
+
 /// Bytes of a device's memory that are free: of the card, or of the machine where the system tells it.
 pub(crate) fn free_memory(device: &Device) -> Option<u64> {
     if device.is_cuda() { card(device).map(|card| card.free) } else { sample::available_memory() }
@@ -93,4 +113,21 @@ fn seconds_of(device: &Device, mut run: impl FnMut() -> Result<()>) -> Result<f6
         best = best.min(one.elapsed().as_secs_f64());
     }
     Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn a_missing_driver_is_an_error_of_one_line() {
+        assert!(opened(|| Ok(Device::Cpu)).unwrap().is_cpu());
+        let refused = opened(|| Err(candle_core::Error::Msg("no such card\nbacktrace".into())));
+        assert_eq!(refused.unwrap_err().to_string(), "no such card");
+        // What cudarc does.
+        let absent =
+            opened(|| panic!("Unable to dynamically load the \"cuda\" shared library\nsearched for libcuda.so"));
+        assert_eq!(absent.unwrap_err().to_string(), "Unable to dynamically load the \"cuda\" shared library");
+    }
 }

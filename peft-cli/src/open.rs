@@ -14,6 +14,8 @@ use peft_train::data::{ClassHead, DecoderInputs, HfTextTokenizer};
 use peft_train::{class_labels, methods};
 use serde_json::{Map, Value};
 
+use crate::device::opened;
+
 /// The files of the model that `spec` names, downloaded where it is a hub id.
 pub(crate) fn model(spec: &str) -> Result<ModelFiles> {
     Ok(ModelFiles::open(&locate(spec, Kind::Model)?)?)
@@ -149,8 +151,8 @@ fn parse_device(name: &str) -> Result<Device> {
     let index: usize = index.parse().with_context(|| format!("`{name}`: `{index}` is not a device number"))?;
     match kind {
         "cpu" => Ok(Device::Cpu),
-        "auto" if cfg!(feature = "cuda") => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
-        "auto" if cfg!(feature = "metal") => Ok(Device::new_metal(0).unwrap_or(Device::Cpu)),
+        "auto" if cfg!(feature = "cuda") => Ok(or_cpu("cuda:0", opened(|| Device::new_cuda(0)))),
+        "auto" if cfg!(feature = "metal") => Ok(or_cpu("metal", opened(|| Device::new_metal(0)))),
         "auto" => Ok(Device::Cpu),
         "cuda" if !cfg!(feature = "cuda") => {
             bail!(
@@ -160,12 +162,19 @@ fn parse_device(name: &str) -> Result<Device> {
         "metal" if !cfg!(feature = "metal") => {
             bail!("this binary was built without Metal; build it with --features metal, or use --device cpu")
         }
-        "cuda" => {
-            Device::new_cuda(index).with_context(|| format!("cannot use {name}; `peft-cli doctor` shows what is there"))
-        }
-        "metal" => Device::new_metal(index).with_context(|| format!("cannot use {name}")),
+        "cuda" => opened(move || Device::new_cuda(index))
+            .with_context(|| format!("cannot use {name}; `peft-cli doctor` shows what is there")),
+        "metal" => opened(move || Device::new_metal(index)).with_context(|| format!("cannot use {name}")),
         other => bail!("`{other}` is not a device; use auto, cpu, cuda:0 or metal"),
     }
+}
+
+/// The device of `auto`: who built for a card wants to know that it is not used.
+fn or_cpu(name: &str, device: Result<Device>) -> Device {
+    device.unwrap_or_else(|e| {
+        eprintln!("{name} cannot be used ({e}); going on with the CPU, which --device cpu asks for without this line");
+        Device::Cpu
+    })
 }
 
 /// The tokenizer as the data road takes it.

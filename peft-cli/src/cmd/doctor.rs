@@ -58,19 +58,21 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<()> {
 }
 
 impl Found {
-    fn of(name: &str, device: candle_core::Result<candle_core::Device>, quick: bool) -> Self {
+    fn of(name: &str, device: Result<candle_core::Device>, quick: bool) -> Self {
         let none = Self { name: name.to_owned(), card: None, speed: None, trouble: None };
-        let first_line = |e: candle_core::Error| e.to_string().lines().next().unwrap_or_default().to_owned();
         let device = match device {
             Ok(device) => device,
-            Err(e) => return Self { trouble: Some(first_line(e)), ..none },
+            Err(e) => return Self { trouble: Some(e.to_string()), ..none },
         };
         let card = device::card(&device);
         match quick {
             true => Self { card, ..none },
             false => match device::measure(&device) {
                 Ok(speed) => Self { card, speed: Some(speed), ..none },
-                Err(e) => Self { card, trouble: Some(first_line(e)), ..none },
+                Err(e) => {
+                    let trouble = e.to_string().lines().next().map(str::to_owned);
+                    Self { card, trouble, ..none }
+                }
             },
         }
     }
@@ -101,7 +103,7 @@ fn devices(quick: bool) -> Vec<Found> {
     if cfg!(feature = "cuda") {
         // The first that is not there ends the list; that there is none at all is worth a line.
         for index in 0.. {
-            let device = candle_core::Device::new_cuda(index);
+            let device = device::opened(move || candle_core::Device::new_cuda(index));
             if index > 0 && device.is_err() {
                 break;
             }
@@ -113,7 +115,7 @@ fn devices(quick: bool) -> Vec<Found> {
         }
     }
     if cfg!(feature = "metal") {
-        found.push(Found::of("metal", candle_core::Device::new_metal(0), quick));
+        found.push(Found::of("metal", device::opened(|| candle_core::Device::new_metal(0)), quick));
     }
     found
 }
